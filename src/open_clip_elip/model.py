@@ -1,0 +1,221 @@
+"""Text-first CLIP: the caption is encoded first and guides which image tokens go through the image tower.
+
+The classes add behaviour only. Their state dict has exactly the keys of the plain OpenCLIP model, so checkpoints load
+both ways with `strict=True`.
+"""
+from __future__ import annotations
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .reduction import METHODS, check_blocks
+
+# Hugging Face text models whose first token is a `[CLS]`; the others (mT5, M2M100) have none and use what they pool.
+HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
+
+
+class TextFirst(nn.Module):
+    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption.
+
+    - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
+    - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
+      ever reaches an image feature that is evaluated.
+    """
+
+    reduction: nn.Module  # parameter-free
+
+    def encode_image(self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            image: (B, 3, H, W).
+            normalize: return features of unit length.
+            guidance: (B, vision width) from `guidance_from_text`; None encodes with all tokens.
+
+        Returns:
+            (B, embed_dim).
+        """
+        if guidance is None:
+            return super().encode_image(image, normalize=normalize)
+        if len(guidance) != len(image):
+            raise ValueError(
+                f"Token reduction needs one caption per image; got {len(image)} images and {len(guidance)} captions."
+            )
+        visual = self.visual
+        x = visual._embeds(image)
+        run = _run_checkpointed if visual.transformer.grad_checkpointing and torch.is_grad_enabled() else None
+        x = self.reduction(visual.transformer.resblocks, x, guidance, run=run)
+        features, _ = visual._pool(x)
+        if visual.proj is not None:
+            features = features @ visual.proj
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
+        """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.
+
+        The guidance is the unit-length text feature (CLIP's counterpart of the text `[CLS]` in Eq. 1), or the projected
+        `[CLS]` of a Hugging Face tower that has one, through the transposed visual projection.
+        """
+        tower = getattr(self, "text", None)
+        if _has_unpooled_cls(tower):
+            mask = (text != tower.config.pad_token_id).long()
+            out = tower.transformer(input_ids=text, attention_mask=mask)
+            features = tower.proj(tower.pooler(out, mask))
+            cls_features = tower.proj(out.last_hidden_state[:, 0])
+            features = F.normalize(features, dim=-1) if normalize else features
+        else:
+            features = cls_features = self.encode_text(text, normalize=normalize)
+        return features, self.guidance_from_text(cls_features)
+
+    @torch.no_grad()
+    def guidance_from_text(self, text_features: Tensor) -> Tensor:
+        """Brings text features (B, embed_dim), normalised or not, to the vision width: (B, vision width), detached."""
+        features = F.normalize(text_features.detach(), dim=-1)
+        return features if self.visual.proj is None else features @ self.visual.proj.detach().t()
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None):
+        """As OpenCLIP's: a dict (or tuple) of unit-length image_features, text_features, and logit_scale (logit_bias).
+
+        Raises:
+            ValueError: in training mode, image and text are not pairs.
+        """
+        image_features = text_features = guidance = None
+        if text is not None:
+            if self.training and image is not None:
+                text_features, guidance = self.encode_text_and_guidance(text, normalize=True)
+            else:
+                text_features = self.encode_text(text, normalize=True)
+        if image is not None:
+            image_features = self.encode_image(image, normalize=True, guidance=guidance)
+
+        scale = self.logit_scale.exp()
+        if self.output_dict:
+            out = {"image_features": image_features, "text_features": text_features, "logit_scale": scale}
+            return out if self.logit_bias is None else out | {"logit_bias": self.logit_bias}
+        out = (image_features, text_features, scale)
+        return out if self.logit_bias is None else (*out, self.logit_bias)
+
+    def num_patches(self) -> int:
+        """Patch tokens that enter the first layer in training (M): the grid, less what patch dropout removes."""
+        rows, columns = self.visual.grid_size
+        dropout = getattr(self.visual.patch_dropout, "prob", 0.0)
+        return max(1, int(rows * columns * (1 - dropout))) if dropout else rows * columns
+
+    def token_counts(self) -> list[int]:
+        """Sequence length in each layer of the image tower in training, `[CLS]` included."""
+        return self.reduction.token_counts(self.num_patches())
+
+    def rrt(self) -> float:
+        """Ratio of removed tokens in training (see `Elip.rrt`)."""
+        return self.reduction.rrt(self.num_patches())
+
+
+class TextFirstCLIP(TextFirst, open_clip.CLIP):
+    """`open_clip.CLIP` with token reduction; takes its arguments plus `token_reduction` (see `attach_reduction`)."""
+
+    def __init__(self, *args, token_reduction: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        attach_reduction(self, token_reduction)
+
+
+class TextFirstCustomTextCLIP(TextFirst, open_clip.CustomTextCLIP):
+    """`open_clip.CustomTextCLIP` with token reduction, for any text tower, Hugging Face's included."""
+
+    def __init__(self, *args, token_reduction: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        attach_reduction(self, token_reduction)
+
+
+TEXT_FIRST = {open_clip.CLIP: TextFirstCLIP, open_clip.CustomTextCLIP: TextFirstCustomTextCLIP}
+
+
+def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
+    """Sets `model.reduction` from options such as `{"method": "elip", "lam": 0.6}`.
+
+    Raises:
+        ValueError: unknown method or option, or an image tower that cannot be reduced.
+    """
+    options = dict(token_reduction)
+    method = options.pop("method", None)
+    if method not in METHODS:
+        raise ValueError(f"Unknown token reduction method {method!r}; known are {', '.join(METHODS)}.")
+    visual = model.visual
+    if not isinstance(visual, VisionTransformer):
+        raise ValueError(
+            f"Token reduction needs OpenCLIP's own ViT as the image tower, but this model has a {type(visual).__name__}."
+        )
+    blocks = visual.transformer.resblocks
+    check_blocks(blocks)
+    if not visual.transformer.batch_first:
+        raise ValueError("Token reduction needs a batch-first image tower.")
+    width, embed_dim = visual.transformer.width, visual.output_dim
+    if visual.proj is None and embed_dim != width:
+        raise ValueError(
+            f"The image tower has no projection, so text features ({embed_dim}) cannot be brought to its width ({width})."
+        )
+    if visual.proj is not None and visual.proj.shape[0] != width:
+        raise ValueError("Token reduction does not support an image tower whose pooled width differs from its tokens'.")
+    config_class, module_class = METHODS[method]
+    model.reduction = module_class(config_class.from_dict(options), len(blocks))
+
+
+def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> nn.Module:
+    """The text-first version of an OpenCLIP model, sharing its weights (same tensors; the given model stays as it is).
+
+    Args:
+        model: an `open_clip.CLIP` or `open_clip.CustomTextCLIP` with a ViT, plain or already text-first.
+        method: name of the reduction method.
+        options: the method's options, e.g. `lam=0.5` or `keep_ratio=(1, .9, .4, .4)`.
+
+    Raises:
+        ValueError: another kind of model, or an option that does not fit it.
+    """
+    plain = _plain_class(model)
+    twin = _twin(model, TEXT_FIRST[plain])
+    attach_reduction(twin, {"method": method, **options})
+    return twin
+
+
+def without_token_reduction(model: nn.Module) -> nn.Module:
+    """The plain OpenCLIP model behind a text-first one, sharing its weights; a plain model is returned as it is."""
+    plain = _plain_class(model)
+    if type(model) is plain:
+        return model
+    twin = _twin(model, plain)
+    del twin.reduction
+    return twin
+
+
+def _plain_class(model: nn.Module) -> type[nn.Module]:
+    for plain, text_first in TEXT_FIRST.items():
+        if type(model) in (plain, text_first):
+            return plain
+    raise ValueError(
+        f"Token reduction applies to open_clip.CLIP and open_clip.CustomTextCLIP models, not to {type(model).__name__}"
+        + ("; unwrap it first (model.module or model._orig_mod)." if hasattr(model, "module") else ".")
+    )
+
+
+def _twin(model: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Another object over the same submodules, parameters and buffers."""
+    twin = cls.__new__(cls)
+    twin.__dict__.update(model.__dict__)
+    for registry in ("_modules", "_parameters", "_buffers"):  # own dicts, so that adding a module to one stays there
+        twin.__dict__[registry] = dict(model.__dict__[registry])
+    return twin
+
+
+def _has_unpooled_cls(tower: nn.Module | None) -> bool:
+    return (
+        isinstance(tower, HFTextEncoder)
+        and tower.config.model_type in HF_MODELS_WITH_CLS
+        and not isinstance(tower.pooler, (ClsPooler, ClsLastHiddenStatePooler))
+    )
+
+
+def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False)

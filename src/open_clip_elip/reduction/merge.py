@@ -1,0 +1,34 @@
+"""Keep the tokens that matter, fuse the others into one (Eq. 3 and 4 of the paper)."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_and_merge(x: Tensor, scores: Tensor, keep: int, merge: bool = True) -> tuple[Tensor, Tensor]:
+    """Shortens a sequence to `[CLS]`, the `keep` best patches in their original order, and one merged token.
+
+    Gradient flows through the features of kept and merged tokens, never through `scores`.
+
+    Args:
+        x: (B, 1+N, D), `[CLS]` first; `keep` < N.
+        scores: (B, N), not negative.
+        keep: K, number of patches to keep.
+        merge: append the others' features, weighted by score / sum of their scores (Eq. 4), as the last token.
+
+    Returns:
+        (B, 1+K+1, D) (or (B, 1+K, D) without merging) and the kept positions (B, K), ascending, 0-based, not counting
+        `[CLS]`.
+    """
+    scores = scores.detach()
+    kept_BK = scores.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+    patches = x[:, 1:]
+    parts = [x[:, :1], patches.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, x.shape[-1]))]
+    if merge:
+        weights_BN = scores.scatter(1, kept_BK, 0.0)
+        # All-zero leftovers (underflow under a very sharp attention) merge to a zero token rather than to NaN.
+        weights_BN = weights_BN / weights_BN.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        # Autocast would round the residual stream to half precision here, for a product that costs nothing.
+        with torch.autocast(x.device.type, enabled=False):
+            parts.append(weights_BN.to(x.dtype).unsqueeze(1) @ patches)
+    return torch.cat(parts, dim=1), kept_BK

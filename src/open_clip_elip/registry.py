@@ -1,0 +1,44 @@
+"""Makes the ELIP models known to open_clip. The one place that touches open_clip's internals.
+
+`open_clip.factory.create_model` passes an unknown top-level key of a model's JSON on to the model class, and looks that
+class up as a module global. The globals are replaced by builders that return our class when the JSON has
+`token_reduction`, and open_clip's own class, untouched, otherwise.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+from open_clip import factory, pretrained
+
+from .model import TEXT_FIRST
+
+MODEL_CONFIGS = Path(__file__).parent / "model_configs"
+SUFFIX = "-ELIP"
+
+
+def register() -> None:
+    """Registers the model configurations and the builders. Calling it again changes nothing."""
+    if getattr(factory.CLIP, "builds_text_first", False):
+        return
+    factory.CLIP = _builder(open_clip.CLIP)
+    factory.CustomTextCLIP = _builder(open_clip.CustomTextCLIP)
+    open_clip.add_model_config(MODEL_CONFIGS)
+    # The weights are the plain model's, so its pretrained tags are valid here too.
+    for path in MODEL_CONFIGS.glob(f"*{SUFFIX}.json"):
+        tags = pretrained._PRETRAINED.get(path.stem.removesuffix(SUFFIX))
+        if tags:
+            pretrained._PRETRAINED.setdefault(path.stem, tags)
+
+
+def _builder(plain: type):
+    text_first = TEXT_FIRST[plain]
+
+    def build(*args, token_reduction: dict | None = None, **kwargs):
+        if token_reduction is None or token_reduction.get("method") == "none":
+            return plain(*args, **kwargs)
+        return text_first(*args, token_reduction=token_reduction, **kwargs)
+
+    build.__name__ = plain.__name__  # create_model logs it
+    build.builds_text_first = True
+    return build

@@ -146,7 +146,7 @@ def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
     visual = model.visual
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
-            f"Token reduction needs OpenCLIP's own ViT as the image tower, but this model has a {type(visual).__name__}."
+            f"Token reduction needs OpenCLIP's own ViT as the image tower; this model has a {type(visual).__name__}."
         )
     blocks = visual.transformer.resblocks
     check_blocks(blocks)
@@ -155,7 +155,7 @@ def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
     width, embed_dim = visual.transformer.width, visual.output_dim
     if visual.proj is None and embed_dim != width:
         raise ValueError(
-            f"The image tower has no projection, so text features ({embed_dim}) cannot be brought to its width ({width})."
+            f"The image tower has no projection, so text features ({embed_dim}) do not come to its width ({width})."
         )
     if visual.proj is not None and visual.proj.shape[0] != width:
         raise ValueError("Token reduction does not support an image tower whose pooled width differs from its tokens'.")

@@ -73,7 +73,7 @@ class ElipConfig:
                 raise ValueError(f"keep_count must be at least 1; got {list(counts)}.")
             set_("keep_count", counts)
         name, keep = ("keep_ratio", self.keep_ratio) if self.keep_count is None else ("keep_count", self.keep_count)
-        if any(later > earlier for earlier, later in zip(keep, keep[1:])):
+        if any(later > earlier for earlier, later in zip(keep, keep[1:], strict=False)):
             raise ValueError(f"{name} must not increase from stage to stage; got {list(keep)}.")
 
         if self.depths is not None:
@@ -84,7 +84,7 @@ class ElipConfig:
         if len(keep) != stages:
             raise ValueError(
                 f"{name} has {len(keep)} entries for {stages} stages"
-                + (f" (depths {list(self.depths)})." if self.depths else "; set depths to use another number of stages.")
+                + (f" (depths {list(self.depths)})." if self.depths else "; for another number of stages, set depths.")
             )
         if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)) or not 0 <= self.lam <= 1:
             raise ValueError(f"lam must lie in [0, 1] (1 = vision only, 0 = text only); got {self.lam!r}.")
@@ -138,7 +138,7 @@ def _scale_depths(num_layers: int) -> tuple[int, ...]:
     """2-2-6-2 in proportion: stage borders are rounded, so a very shallow tower may get empty (0-layer) stages."""
     total = sum(PAPER_DEPTHS)
     borders = [round(num_layers * sum(PAPER_DEPTHS[: i + 1]) / total) for i in range(len(PAPER_DEPTHS))]
-    return tuple(b - a for a, b in zip([0, *borders], borders))
+    return tuple(b - a for a, b in zip([0, *borders], borders, strict=False))
 
 
 def _numbers(name: str, values, kind: type) -> tuple:

@@ -1,0 +1,213 @@
+"""From flags to training and validation data. Everything that can be checked is checked here, before any work."""
+
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from training.data.datasets import TrainData, ValData
+from training.data.shards import ShardSet, count_samples, expand_shards
+from training.data.sources import CsvRows, RowSource, ShardSource, SyntheticRows
+from training.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def build_train_data(
+    args: Namespace, preprocess: Callable, tokenizer: Callable, *, rank: int, world_size: int
+) -> TrainData | None:
+    """Training data as the flags name them; None without --train-data.
+
+    Raises: UserError for whatever is wrong with the flags or the data they name.
+    """
+    if args.train_data is None and args.dataset_type != "synthetic":
+        return None
+    kind = _dataset_type(args.train_data, args.dataset_type, "--train-data")
+    if args.train_num_samples is not None and args.train_num_samples < 1:
+        raise UserError(f"--train-num-samples is {args.train_num_samples}, but it must be at least 1.")
+    if args.train_data_upsampling_factors is not None and not (kind == "webdataset" and args.dataset_resampled):
+        raise UserError(
+            "--train-data-upsampling-factors needs --dataset-resampled and webdataset shards: "
+            "only shards that are drawn with replacement can be drawn more often."
+        )
+    plan = _plan_shards(args, world_size) if kind == "webdataset" else _plan_rows(kind, args, rank, world_size)
+    samples = plan.num_batches * args.batch_size * world_size
+    summary = (
+        f"  {_some(plan.num_batches, 'batch', 'batches')} of {args.batch_size:,} on each of "
+        f"{_some(world_size, 'rank')} ({_some(args.workers, 'worker')} each) = {samples:,} samples per epoch"
+    )
+    return TrainData(
+        plan.source,
+        preprocess,
+        tokenizer,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+        rank=rank,
+        world_size=world_size,
+        num_batches=plan.num_batches,
+        identity={"dataset_type": kind, **plan.identity},
+        description="\n".join([f"Training data ({kind}):", *plan.lines, summary]),
+    )
+
+
+def build_val_data(
+    args: Namespace, preprocess: Callable, tokenizer: Callable, *, rank: int, world_size: int
+) -> ValData | None:
+    """Validation data as the flags name them; None without --val-data.
+
+    Raises: UserError for whatever is wrong with the flags or the data they name.
+    """
+    if args.val_data is None:
+        return None
+    kind = _dataset_type(args.val_data, args.dataset_type, "--val-data")
+    if kind == "webdataset":
+        sets = expand_shards(args.val_data, "--val-data")
+        source = ShardSource([url for shard_set in sets for url in shard_set.urls])
+        num_samples = args.val_num_samples or _known_total(sets)
+    else:
+        rows = _rows(kind, args, args.val_data, "--val-data", args.val_num_samples or args.train_num_samples, rank)
+        source, num_samples = RowSource(rows), len(rows)
+    return ValData(
+        source,
+        preprocess,
+        tokenizer,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        rank=rank,
+        world_size=world_size,
+        num_samples=num_samples,
+    )
+
+
+def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
+    if dataset_type == "synthetic":
+        return dataset_type
+    if not path.strip():
+        raise UserError(f"{flag} is empty: name the data, or leave the flag out.")
+    if dataset_type != "auto":
+        return dataset_type
+    kind = {"csv": "csv", "tsv": "csv", "tar": "webdataset"}.get(path.strip(": ").rpartition(".")[2].lower())
+    if kind is None:
+        raise UserError(f"{flag} {path!r} does not end in .tar, .csv or .tsv: say what it is with --dataset-type.")
+    return kind
+
+
+class _Plan(NamedTuple):
+    source: ShardSource | RowSource
+    num_batches: int
+    identity: dict[str, Any]
+    lines: list[str]
+
+
+def _plan_shards(args: Namespace, world_size: int) -> _Plan:
+    sets = expand_shards(args.train_data, "--train-data")
+    urls = [url for shard_set in sets for url in shard_set.urls]
+    workers = max(1, args.workers)
+    weights = None
+    if args.dataset_resampled:
+        factors = _upsampling_factors(args.train_data_upsampling_factors, len(sets))
+        weights = [factor for factor, shard_set in zip(factors, sets, strict=True) for _ in shard_set.urls]
+    elif len(urls) < workers * world_size:
+        raise UserError(
+            f"{_some(len(urls), 'shard')} in --train-data cannot be shared by {_some(workers, 'worker')} on each of "
+            f"{_some(world_size, 'rank')} ({workers * world_size:,} readers): use fewer --workers, add "
+            "--dataset-resampled, or make more shards."
+        )
+
+    lines, wanted = _shard_counts(sets, args.train_num_samples)
+    # As in OpenCLIP: round up, first to whole global batches, then to equally many for each worker.
+    num_batches = math.ceil(wanted / (args.batch_size * world_size))
+    num_batches = math.ceil(num_batches / workers) * workers
+    more = num_batches * args.batch_size * world_size - wanted
+    lines.append(
+        "  shards are drawn with replacement"
+        if args.dataset_resampled
+        else f"  {more:,} more than that per epoch, repeated to give each worker equally many whole batches"
+    )
+    identity = {
+        "sources": [shard_set.pattern for shard_set in sets],
+        "resampled": bool(args.dataset_resampled),
+        "upsampling factors": args.train_data_upsampling_factors,
+    }
+    return _Plan(ShardSource(urls, args.seed, weights), num_batches, identity, lines)
+
+
+def _upsampling_factors(text: str | None, sources: int) -> list[float]:
+    if text is None:
+        return [1.0] * sources
+    try:
+        factors = [float(factor) for factor in text.split("::")]
+    except ValueError:
+        factors = []
+    if not factors or not all(math.isfinite(f) and f >= 0 for f in factors) or sum(factors) == 0:
+        raise UserError(f"--train-data-upsampling-factors {text!r} must be numbers >= 0 joined by '::', such as 1::2.")
+    if len(factors) != sources:
+        raise UserError(
+            f"--train-data-upsampling-factors has {_some(len(factors), 'number')}, but --train-data "
+            f"{_some(sources, 'source')}: give one for each."
+        )
+    return factors
+
+
+def _shard_counts(sets: list[ShardSet], given: int | None) -> tuple[list[str], int]:
+    """Lines of description, and the number of samples of an epoch before rounding."""
+    if given is not None:
+        lines = [f"  {shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}" for shard_set in sets]
+        return [*lines, f"  {given:,} samples by --train-num-samples"], given
+    lines, unknown, total = [], [], 0
+    for shard_set in sets:
+        count, missing = count_samples(shard_set)
+        unknown += missing
+        total += count or 0
+        lines.append(f"  {shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}, {_some(count or 0, 'sample')}")
+    if unknown:
+        raise UserError(f"How many samples there are is unknown for {', '.join(unknown)}: give --train-num-samples.")
+    if total == 0:
+        raise UserError("The sizes.json and __len__ files of --train-data say that there are no samples: correct them.")
+    return lines, total
+
+
+def _known_total(sets: list[ShardSet]) -> int | None:
+    """Validation only wants to know it if it is easy to know."""
+    try:
+        counts = [count_samples(shard_set)[0] for shard_set in sets]
+    except UserError:
+        return None
+    return None if None in counts else sum(counts)
+
+
+def _plan_rows(kind: str, args: Namespace, rank: int, world_size: int) -> _Plan:
+    rows = _rows(kind, args, args.train_data, "--train-data", args.train_num_samples, rank)
+    global_batch = args.batch_size * world_size
+    num_batches = len(rows) // global_batch
+    name = "synthetic" if kind == "synthetic" else args.train_data
+    if num_batches == 0:
+        raise UserError(
+            f"{name} has only {_some(len(rows), 'usable row')}, fewer than one batch of {args.batch_size} on each of "
+            f"{_some(world_size, 'rank')}: use a smaller --batch-size or more data."
+        )
+    lines = [
+        f"  {name}: {_some(len(rows), 'row')}",
+        f"  {len(rows) - num_batches * global_batch:,} of them, others in each epoch, are left out by rounding down",
+    ]
+    if kind == "csv" and rows.empty:
+        lines[0] += f" ({rows.empty:,} more have no caption)"
+    source = RowSource(rows, args.seed, args.batch_size, num_batches)
+    return _Plan(source, num_batches, {"sources": [name], "rows": len(rows)}, lines)
+
+
+def _rows(kind: str, args: Namespace, path: str, flag: str, count: int | None, rank: int) -> CsvRows | SyntheticRows:
+    if kind == "synthetic":
+        if not count:
+            raise UserError("--dataset-type synthetic needs --train-num-samples: say how many samples to make.")
+        return SyntheticRows(count)
+    rows = CsvRows(path, args.csv_separator, args.csv_img_key, args.csv_caption_key, flag)
+    if rows.empty and rank == 0:
+        log.warning("%s: %d of %d rows have no caption and are left out.", path, rows.empty, rows.empty + len(rows))
+    return rows
+
+
+def _some(count: int, thing: str, things: str | None = None) -> str:
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"

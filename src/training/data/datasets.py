@@ -1,0 +1,189 @@
+"""The data of a run: training batches whose position can be saved, and validation batches."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from training.data.loader import Batch, BatchStream, run
+from training.data.report import DataReport
+from training.data.sources import Source
+from training.errors import UserError
+
+
+class TrainData:
+    """Training batches of one rank, epoch by epoch, from any position.
+
+    num_batches: per epoch on each rank
+    num_samples: per epoch on all ranks together
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Callable,
+        tokenizer: Callable,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_batches: int,
+        identity: dict[str, Any],
+        description: str,
+    ):
+        self.num_batches = num_batches
+        self.num_samples = num_batches * batch_size * world_size
+        self._source = source
+        self._make_stream = partial(
+            BatchStream,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._workers = workers
+        self._num_readers = max(1, workers)
+        self._seed = seed
+        self._description = description
+        self._identity = {
+            **identity,
+            "batch_size": batch_size,
+            "world_size": world_size,
+            "workers": self._num_readers,
+            "seed": seed,
+            "batches per epoch": num_batches,
+        }
+        self._report = DataReport()
+        self._loaded = False
+        self._go_to(epoch=0)
+
+    def _go_to(self, epoch: int, batches: int = 0, positions: list[int] | None = None) -> None:
+        self._epoch = epoch
+        self._batches = batches
+        self._positions = positions or [0] * self._num_readers
+        self._report.clear()
+
+    def describe(self) -> str:
+        """The plan of an epoch, for people."""
+        return self._description
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Batches of an epoch: from the loaded position if it lies in this epoch, otherwise from the beginning.
+
+        Each is {"image": (B, 3, H, W) float, "text": (B, T) long, "key": list of B strings}.
+        Raises: UserError if a worker finds nothing usable in a whole pass over its part of the data.
+        """
+        if not (self._loaded and self._epoch == epoch):
+            self._go_to(epoch)
+        self._loaded = False
+        return self._batches_from_here()
+
+    def _batches_from_here(self) -> Iterator[Batch]:
+        done, readers = self._batches, self._num_readers
+        if done == self.num_batches:
+            return
+        # Batch i is made by worker i % readers: the next one of each worker is
+        firsts = [done + (worker - done) % readers for worker in range(readers)]
+        stream = self._make_stream(
+            samples=partial(self._source.train, self._epoch),
+            seed=(self._seed, self._epoch),
+            positions=self._positions.copy(),
+            quotas=[len(range(first, self.num_batches, readers)) for first in firsts],
+            first_worker=done % readers,
+        )
+        for batch, progress in run(stream, self._workers, self._report):
+            self._batches += 1
+            self._positions[progress["worker"]] = progress["position"]
+            del batch["index"]
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out, for this rank only, as plain Python values."""
+        return {
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "positions": list(self._positions),
+            "skipped": dict(self._report.skipped),
+            "examples": list(self._report.examples),
+            "identity": dict(self._identity),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there: `epoch` of the saved epoch begins after its last batch.
+
+        Raises: UserError if the position lies within an epoch whose order would be another one now.
+        """
+        epoch, batches, saved = state["epoch"], state["batches"], state["identity"]
+        if batches == saved["batches per epoch"]:
+            self._go_to(epoch, self.num_batches)
+        elif batches == 0:
+            self._go_to(epoch)
+        else:
+            names = {**saved, **self._identity}
+            changed = [
+                f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
+                for name in names
+                if saved.get(name) != self._identity.get(name)
+            ]
+            if changed:
+                raise UserError(
+                    f"The checkpoint stops in the middle of epoch {epoch}, whose data were read with "
+                    f"{', '.join(changed)}: continue with the same values, or from the end of an epoch."
+                )
+            self._go_to(epoch, batches, list(state["positions"]))
+        self._report.merge(state["skipped"], state["examples"])
+        self._loaded = True
+
+    def report(self) -> DataReport:
+        """What was skipped on this rank since the epoch began, before a resume too."""
+        return DataReport(dict(self._report.skipped), list(self._report.examples))
+
+
+class ValData:
+    """Validation batches of one rank. Over all ranks, every sample comes exactly once; ranks may differ in batches.
+
+    num_samples: of the whole set, all ranks together; None if unknown
+
+    Batches are those of `TrainData.epoch`, the last ones maybe smaller, and have "index": (B,) long, an order key that
+    is unique over all ranks.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Callable,
+        tokenizer: Callable,
+        *,
+        batch_size: int,
+        workers: int,
+        rank: int,
+        world_size: int,
+        num_samples: int | None,
+    ):
+        self.num_samples = num_samples
+        self._workers = workers
+        self._stream = BatchStream(
+            samples=source.validation,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            seed=("validation",),
+            rank=rank,
+            world_size=world_size,
+            positions=[0] * max(1, workers),
+        )
+        self._report = DataReport()
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._report.clear()
+        for batch, _ in run(self._stream, self._workers, self._report):
+            batch["index"] = torch.tensor(batch["index"])
+            yield batch
+
+    def report(self) -> DataReport:
+        """What was skipped on this rank since the iteration began."""
+        return DataReport(dict(self._report.skipped), list(self._report.examples))

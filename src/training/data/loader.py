@@ -1,0 +1,154 @@
+"""From raw samples to batches, in DataLoader workers or in this process, at a position that can be saved."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import UnidentifiedImageError
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from training.data.images import load_rgb
+from training.data.randomness import private_randomness, seed_globals, stable_seed
+from training.data.report import DataReport
+from training.data.samples import END_OF_PASS, RawSample, Reader
+from training.errors import UserError
+
+Batch = dict[str, Any]
+
+
+class NothingUsable(Exception):
+    """A whole pass gave no usable sample."""
+
+
+class Cursor:
+    """Walks along a raw stream and counts the samples it has passed.
+
+    usable: set by the owner when a sample of this pass turned out well; a pass without one raises NothingUsable.
+    """
+
+    def __init__(self, stream: Iterator[RawSample | None]):
+        self.stream = stream
+        self.position = 0
+        self.usable = False
+
+    def next(self) -> RawSample | None:
+        """The next raw sample; None where a validation stream ends."""
+        for sample in self.stream:
+            if sample is not END_OF_PASS:
+                self.position += 1
+                return sample
+            if not self.usable:
+                raise NothingUsable
+            self.usable = False
+        return None
+
+    def skip(self, count: int) -> None:
+        """Pass over raw samples without decoding them."""
+        for _ in range(count):
+            self.next()
+            self.usable = True  # unknown, but they were good enough for a saved position
+
+
+@dataclass(kw_only=True, eq=False)
+class BatchStream(IterableDataset):
+    """Batches as the workers make them: pairs (batch, progress), see `__iter__`.
+
+    samples: (reader, report) -> raw stream
+    positions: raw samples to skip, for each worker
+    quotas: batches to make, for each worker; None makes all there are, the last one maybe smaller
+    first_worker: whose turn it is; the DataLoader begins with its worker 0
+    """
+
+    samples: Callable[[Reader, DataReport], Iterator[RawSample | None]]
+    preprocess: Callable
+    tokenizer: Callable
+    batch_size: int
+    seed: tuple[int | str, ...]
+    rank: int
+    world_size: int
+    positions: list[int]
+    quotas: list[int] | None = None
+    first_worker: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Batch | None, dict[str, Any]]]:
+        """Yield (batch, progress). progress: worker, its position after the batch, what was skipped for it.
+
+        The batch is None when there is only something to tell: an error for the person, or the last skipped samples.
+        """
+        info = get_worker_info()
+        num_workers = len(self.positions)
+        worker = (self.first_worker + (info.id if info else 0)) % num_workers
+        report = DataReport()
+        cursor = Cursor(self.samples(Reader(self.rank, self.world_size, worker, num_workers), report))
+
+        def progress() -> dict[str, Any]:
+            told = {"skipped": report.skipped, "examples": report.examples}
+            report.clear()
+            return {"worker": worker, "position": cursor.position, **told}
+
+        try:
+            cursor.skip(self.positions[worker])
+            report.clear()  # what the skipped part had to tell came with the saved position
+            for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):
+                batch = self._make_batch(cursor, worker, report)
+                if batch is None:
+                    break
+                yield batch, progress()
+        except NothingUsable:
+            # Sent as a value: raised in here, the DataLoader would wrap it in a traceback.
+            problem = (
+                f"Worker {worker} of rank {self.rank} found not one usable sample in a whole pass over its part of the "
+                f"data, {report.summary() or 'which is empty'}: repair the data or share it among fewer --workers."
+            )
+            yield None, {"error": problem}
+            return
+        if report.skipped:
+            yield None, progress()
+
+    def _make_batch(self, cursor: Cursor, worker: int, report: DataReport) -> Batch | None:
+        images, samples = [], []
+        with private_randomness():
+            while len(images) < self.batch_size and (sample := cursor.next()) is not None:
+                try:
+                    image = load_rgb(sample.image)
+                except Exception as error:  # PIL raises nearly anything on damaged files
+                    why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
+                    report.add("unreadable image", f"{sample.origin}: {sample.key}: {why}")
+                    continue
+                cursor.usable = True
+                seed_globals(stable_seed(*self.seed, self.rank, worker, cursor.position))
+                images.append(self.preprocess(image))
+                samples.append(sample)
+            if not samples:
+                return None
+            text = self.tokenizer([sample.caption for sample in samples])
+        return {
+            "image": default_collate(images),  # straight into shared memory when in a worker
+            "text": text,
+            "key": [sample.key for sample in samples],
+            "index": [sample.index for sample in samples],
+        }
+
+
+def run(stream: BatchStream, workers: int, report: DataReport) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Run the stream in `workers` processes (0: in this one), and tell `report` what was skipped."""
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # otherwise each iterator draws from the global one
+    )
+    for batch, progress in loader:
+        if "error" in progress:
+            raise UserError(progress["error"])
+        report.merge(progress["skipped"], progress["examples"])
+        if batch is not None:
+            yield batch, progress
+
+
+def _as_it_is(value: Any) -> Any:
+    return value

@@ -1,0 +1,150 @@
+"""Contrastive pre-training with token reduction. An OpenCLIP training command line works here unchanged.
+
+One process:      python -m training.main --model ViT-S-16-ELIP --train-data '/data/cc3m/{00000..00331}.tar' ...
+Four GPUs:        torchrun --nproc_per_node 4 -m training.main ...
+Two nodes:        torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \
+                      -m training.main ...
+From a recipe:    torchrun --nproc_per_node 4 -m training.main --config configs/NAME.yaml --name my-run
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, run_folder
+from .data import build_train_data, build_val_data
+from .distributed import Ranks, init_ranks, launch_rank, seed_everything
+from .errors import EXIT_USER_ERROR, UserError
+from .log import RunLog, setup_logging
+from .model_setup import build_model, build_teacher, wrap
+from .optim import create_optimizer
+from .params import parse_args, resolved_config
+from .task import ClipTask, training_rrt
+from .trainer import Trainer, describe
+from .zero_shot import load_zero_shot_data
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training (or, without training data, one evaluation) and returns the exit code."""
+    setup_logging(logging.INFO, None, console=launch_rank() == 0)
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        ranks = init_ranks(args.device, args.dist_backend, args.dist_url, args.no_set_device_rank)
+        run(args, ranks)
+    except UserError as error:
+        if launch_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Puts the parts together, checks them on all ranks before anything is written, and trains."""
+    # open_clip's loss calls it; nothing a person who trains can change.
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
+    if ranks.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+    args.name = ranks.broadcast(args.name or run_folder.default_name(args))
+    folder = None if args.logs.lower() == "none" else Path(args.logs) / args.name
+    config = resolved_config(args)
+    with ranks.agree():
+        resume = None
+        if ranks.is_main:
+            run_folder.check_unused(folder, args)
+            resume = run_folder.find_resume(args, folder)
+    resume = ranks.broadcast(resume)
+
+    with ranks.agree():
+        seed_everything(args.seed)
+        model, preprocess_train, preprocess_val, tokenizer = build_model(args, ranks.device)
+        seed_everything(args.seed + ranks.rank)
+        place = {"rank": ranks.rank, "world_size": ranks.world_size}
+        train_data = build_train_data(args, preprocess_train, tokenizer, **place)
+        val_data = build_val_data(args, preprocess_val, tokenizer, **place)
+        zero_shot_data = load_zero_shot_data(args)
+        teacher = build_teacher(args, ranks.device)
+        task = ClipTask(args, ranks, tokenizer, preprocess_val, val_data, zero_shot_data, teacher)
+        optimizer = None if train_data is None else create_optimizer(model, args)
+    runnable = model if train_data is None else wrap(model, args, ranks)
+    with ranks.agree():
+        trainer = None
+        if train_data is not None:
+            trainer = Trainer(args, ranks, model, runnable, task, train_data, optimizer, folder, config)
+        if resume is not None:
+            state = checkpoint.load(resume)
+            if trainer is not None:
+                trainer.load_state_dict(state, resume)
+            else:
+                checkpoint.load_weights(model, state.get("state_dict", state), resume)
+
+    with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
+        if ranks.is_main and folder is not None:
+            run_folder.create(folder, config, copy_codebase=args.copy_codebase)
+    ranks.barrier()
+    log_file = None
+    if folder is not None and (ranks.is_main or args.log_local):
+        log_file = folder / (f"out-{ranks.rank}" if args.log_local else "out.log")
+    setup_logging(logging.DEBUG if args.debug else logging.INFO, log_file, console=ranks.is_main)
+    logging.info(f"{ranks.world_size} process(es), {ranks.device}, precision {args.precision}.")
+    logging.info(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"RRT in training {training_rrt(model):.1%}"
+        + (f" (tokens per layer {model.token_counts()})" if hasattr(model, "token_counts") else "")
+    )
+    if resume is not None:
+        logging.info(f"Continuing from {resume}" + (f", after step {trainer.steps}." if trainer else "."))
+
+    with ranks.agree():
+        sync = run_folder.start_remote_sync(args, ranks, folder)
+    run_log = open_log(args, ranks, folder, config, step=trainer.steps if trainer else 0)
+    try:
+        if trainer is not None:
+            logging.info(train_data.describe())
+            trainer.fit(run_log)
+        else:
+            metrics = {"epoch": 0, **task.evaluate(model, 0, last=True)}
+            run_log.evaluation(metrics, 0)
+            logging.info("Evaluation: " + describe(metrics))
+    finally:
+        run_log.close()
+        if sync is not None:
+            run_folder.finish_remote_sync(args, folder, sync)
+    if folder is not None:
+        logging.info(f"The run is in {folder}.")
+
+
+def open_log(args, ranks: Ranks, folder: Path | None, config: dict, step: int) -> RunLog:
+    return RunLog(
+        folder,
+        enabled=ranks.is_main,
+        report_to=reports(args),
+        step=step,
+        wandb_options={
+            "project": args.wandb_project_name,
+            "name": args.name,
+            "id": args.name,
+            "notes": args.wandb_notes,
+            "resume": "allow" if step else None,
+            "config": config,
+        },
+    )
+
+
+def reports(args: argparse.Namespace) -> frozenset[str]:
+    names = frozenset(filter(None, re.split(r"[,\s]+", args.report_to)))
+    return frozenset({"tensorboard", "wandb"}) if "all" in names else names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

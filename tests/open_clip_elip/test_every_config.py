@@ -1,0 +1,139 @@
+"""Every resolution, patch size and tower of open_clip's registry: reduced rightly, or refused in one sentence."""
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_clip_elip import with_token_reduction
+
+from . import reference
+from .tiny import TEXT, VISION, contrastive_loss, pairs, plain_model
+
+RATIOS = (1.0, 0.9, 0.65, 0.4)
+
+
+def expected_lengths(patches, layers_of_stages):
+    """Sequence lengths with merging, straight from the method's table: a stage with N <= K does nothing."""
+    lengths, tokens = [], patches
+    for layers, ratio in zip(layers_of_stages, RATIOS, strict=True):
+        keep = max(1, int(ratio * patches))
+        tokens = keep + 1 if tokens > keep else tokens
+        lengths += [1 + tokens] * layers
+    return lengths
+
+
+def record_lengths(model):
+    """Sequence lengths that the layers' second halves see: only the main path gets there in every layer's last run."""
+    lengths = [0] * len(model.visual.transformer.resblocks)
+
+    def hook(layer):
+        def write(_, args):
+            lengths[layer] = args[0].shape[1]
+
+        return write
+
+    for layer, block in enumerate(model.visual.transformer.resblocks):
+        block.ln_2.register_forward_pre_hook(hook(layer))
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"),
+    [
+        (112, 16),  # 49 patches: fewer than the 176 that the paper's stage II keeps at 224 px
+        (224, 16),
+        (384, 16),
+        ((160, 224), 16),
+        ((48, 16), 16),
+        (224, 14),
+        (336, 14),
+        (224, 32),
+        (64, 8),
+        (32, 16),
+        (32, 32),  # one patch
+    ],
+)
+def test_resolutions_and_patch_sizes(size, patch):
+    plain = plain_model(vision={"image_size": size, "patch_size": patch, "layers": 6, "width": 16, "head_width": 8})
+    model = with_token_reduction(plain)
+    rows, columns = model.visual.grid_size
+    expected = expected_lengths(rows * columns, (1, 1, 3, 1))
+    assert model.token_counts() == expected
+    lengths = record_lengths(model)
+    image, text = pairs(2, size)
+    output = model(image, text)
+    assert lengths == expected
+    loss = contrastive_loss(output)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+    if rows * columns <= 70:
+        visual = model.visual
+        guidance = (output["text_features"] @ visual.proj.T).detach()
+        x, _, _ = reference.run(
+            visual.transformer.resblocks, visual._embeds(image), guidance, depths=(1, 1, 3, 1), keep_ratio=RATIOS
+        )
+        by_reference = F.normalize(visual._pool(x)[0] @ visual.proj, dim=-1)
+        torch.testing.assert_close(output["image_features"], by_reference, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [112, 224, (160, 224), 288])
+def test_force_image_size_of_a_registered_model(size):
+    with torch.device("meta"):
+        model = open_clip.create_model("ViT-S-16-ELIP", device="meta", force_image_size=size)
+    rows, columns = model.visual.grid_size
+    assert rows * columns == (size // 16) ** 2 if isinstance(size, int) else size[0] // 16 * (size[1] // 16)
+    assert model.token_counts() == expected_lengths(rows * columns, (2, 2, 6, 2))
+
+
+def test_the_cost_can_be_counted_on_the_meta_device():
+    with torch.device("meta"):
+        model = with_token_reduction(plain_model().float())
+        lengths = record_lengths(model)
+        image, text = torch.empty(2, 3, 32, 32), torch.zeros(2, TEXT["context_length"], dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            contrastive_loss(model(image, text)).backward()
+    assert lengths == model.token_counts()
+    assert counter.get_total_flops() > 0
+
+
+def vision_configs():
+    """The own ViTs of all registered models, with few and narrow layers, equal ones once: (model name, vision_cfg)."""
+    seen = {}
+    for name in open_clip.list_models():
+        model_cfg = open_clip.get_model_config(name)
+        vision = model_cfg["vision_cfg"]
+        if "multimodal_cfg" in model_cfg or "timm_model_name" in vision or not isinstance(vision["layers"], int):
+            continue
+        vision = {**vision, "layers": 4, "width": vision.get("head_width", 64)}
+        seen.setdefault(str(sorted(vision.items())), (name, vision))
+    return list(seen.values())
+
+
+def test_the_list_of_towers_is_not_empty():
+    assert len(vision_configs()) > 15
+
+
+@pytest.mark.parametrize("vision", [pytest.param(vision, id=name) for name, vision in vision_configs()])
+def test_every_registered_vit(vision):
+    model = with_token_reduction(open_clip.CLIP(16, vision, TEXT, output_dict=True).train(), depths=(1, 1, 1, 1))
+    rows, columns = model.visual.grid_size
+    lengths = record_lengths(model)
+    output = model(*pairs(1, model.visual.image_size, torch.float32))
+    assert output["image_features"].isfinite().all()
+    assert lengths == model.token_counts()
+    patches = model.num_patches()
+    assert patches == rows * columns or vision.get("patch_dropout")
+    assert lengths == expected_lengths(patches, (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 7])
+def test_few_layers(layers):
+    model = with_token_reduction(plain_model(vision={**VISION, "layers": layers}))
+    lengths = record_lengths(model)
+    contrastive_loss(model(*pairs())).backward()
+    assert lengths == model.token_counts()
+    assert 0 < model.rrt() < 1

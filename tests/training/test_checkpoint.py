@@ -1,0 +1,94 @@
+"""A checkpoint is whole or absent, loads without running code, and the newest one is found."""
+import os
+
+import pytest
+import torch
+
+from training import checkpoint
+from training.errors import UserError
+
+from .tiny import tiny_clip
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "epoch_1.pt"
+    checkpoint.save({"epoch": 1}, path)
+
+    def half_written(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError):
+        checkpoint.save({"epoch": 2}, path)
+    assert os.listdir(tmp_path) == ["epoch_1.pt"]
+    assert checkpoint.load(path)["epoch"] == 1
+
+
+def test_newest_looks_at_this_folder_and_at_numbers(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    neighbour = tmp_path / "run" / "checkpoints-old"
+    folder.mkdir(parents=True)
+    neighbour.mkdir()
+    assert checkpoint.newest(folder) is None
+    for epoch in (2, 10, 9):
+        checkpoint.save({"epoch": epoch}, folder / f"epoch_{epoch}.pt")
+    checkpoint.save({"epoch": 99}, neighbour / "epoch_99.pt")
+    (folder / ".epoch_11.pt.123.tmp").write_bytes(b"left over")
+    (folder / "tmp.pt").write_bytes(b"left over")
+    assert checkpoint.newest(folder).name == "epoch_10.pt"
+
+
+def test_newest_passes_over_a_damaged_file(tmp_path):
+    checkpoint.save({"epoch": 1}, tmp_path / "epoch_1.pt")
+    checkpoint.save({"epoch": 2, "state_dict": {"w": torch.zeros(1000)}}, tmp_path / "epoch_2.pt")
+    data = (tmp_path / "epoch_2.pt").read_bytes()
+    (tmp_path / "epoch_2.pt").write_bytes(data[: len(data) // 2])
+    assert checkpoint.newest(tmp_path).name == "epoch_1.pt"
+
+
+@pytest.mark.parametrize("latest, expected", [(3, "epoch_latest.pt"), (1, "epoch_2.pt")])
+def test_epoch_latest_counts_by_its_content(tmp_path, latest, expected):
+    checkpoint.save({"epoch": 2}, tmp_path / "epoch_2.pt")
+    checkpoint.save({"epoch": latest}, tmp_path / checkpoint.LATEST)
+    assert checkpoint.newest(tmp_path).name == expected
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(None, "There is no checkpoint"), (b"not a checkpoint", "cannot be read"), ("list", "holds a list")],
+)
+def test_unusable_files_are_told_in_one_sentence(tmp_path, content, words):
+    path = tmp_path / "epoch_1.pt"
+    if content == "list":
+        torch.save([1, 2], path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_with_ddp_prefix_load_strictly():
+    model, other = tiny_clip(seed=0), tiny_clip(seed=1)
+    checkpoint.load_weights(model, {f"module.{k}": v for k, v in other.state_dict().items()}, "x.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, words", [("shape", "is 3x3 there"), ("missing", "is missing"), ("extra", "is unknown")]
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(change, words):
+    model = tiny_clip()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items()}
+    if change == "shape":
+        state["visual.proj"] = torch.zeros(3, 3)
+    elif change == "missing":
+        del state["visual.proj"]
+    else:
+        state["visual.extra"] = torch.zeros(1)
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.load_weights(model, state, "x.pt")
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -1,0 +1,278 @@
+"""The command as a person runs it: a run on files, its folder, and what it says to bad input."""
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from training.main import main
+
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 6, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    "token_reduction": {"method": "elip"},
+}
+WORDS = "red green blue gray dark light round square".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model(tmp_path_factory):
+    """Registers `Tiny-ELIP` and `Tiny` for this module, also for child processes (by `local-dir:`)."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "Tiny-ELIP.json").write_text(json.dumps(MODEL))
+    (folder / "Tiny.json").write_text(json.dumps({k: v for k, v in MODEL.items() if k != "token_reduction"}))
+    open_clip.add_model_config(folder)
+    local = folder / "local"
+    local.mkdir()
+    (local / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    return local
+
+
+def picture(index: int) -> bytes:
+    pixels = np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((40, 40)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shards(folder, shards=2, samples=16, broken=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for shard in range(shards):
+        name = f"{shard:05d}.tar"
+        with tarfile.open(folder / name, "w") as tar:
+            for i in range(samples):
+                index = shard * samples + i
+                image = b"no picture" if index in broken else picture(index)
+                caption = f"a {WORDS[index % 8]} {WORDS[index // 8 % 8]} thing".encode()
+                for extension, data in (("png", image), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{index:06d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        sizes[name] = samples
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def command(shards, logs, *more, name="run", model="Tiny-ELIP"):
+    return [
+        "--train-data", shards, "--dataset-type", "webdataset", "--batch-size", "8", "--workers", "1", "--warmup", "2",
+        "--epochs", "2", "--model", model, "--precision", "fp32", "--device", "cpu", "--log-every-n-steps", "1",
+        "--logs", str(logs), "--name", name, "--no-progress", *more,
+    ]  # fmt: skip
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_and_what_it_leaves(shards, tmp_path):
+    assert main(command(shards, tmp_path, "--val-data", shards, "--report-to", "tensorboard")) == 0
+    run = tmp_path / "run"
+    with (run / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == list(range(8))
+    assert float(rows[0]["rrt"]) == pytest.approx(1 - (17 + 16 + 3 * 12 + 8) / (6 * 17))
+    assert all(float(r["loss"]) > 0 for r in rows)
+    results = [json.loads(line) for line in (run / "checkpoints" / "results.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in results] == [1, 2]
+    assert results[0]["num_samples"] == 32 and 0 <= results[0]["image_to_text_R@1"] <= 1
+    assert "RRT" in (run / "out.log").read_text()
+    assert list((run / "tensorboard").iterdir())
+    state = torch.load(run / "checkpoints" / "epoch_2.pt", weights_only=True)
+    assert (state["epoch"], state["step"], state["samples"]) == (2, 8, 64)
+    # The checkpoint is an OpenCLIP checkpoint: it loads into the plain model.
+    plain = open_clip.create_model("Tiny", pretrained=str(run / "checkpoints" / "epoch_2.pt"))
+    assert_equal_weights(plain.state_dict(), state["state_dict"])
+    # config.yaml starts the same run again.
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"] == "Tiny-ELIP"
+    assert main(["--config", str(run / "config.yaml"), "--name", "again"]) == 0
+    assert_equal_weights(weights(tmp_path / "again" / "checkpoints" / "epoch_2.pt"), state["state_dict"])
+
+
+def test_resume_latest_ends_with_the_same_weights(shards, tmp_path):
+    assert main(command(shards, tmp_path, name="straight")) == 0
+    assert main(command(shards, tmp_path, name="resumed")) == 0
+    checkpoints = tmp_path / "resumed" / "checkpoints"
+    (checkpoints / "epoch_2.pt").unlink()
+    assert main(command(shards, tmp_path, "--resume", "latest", name="resumed")) == 0
+    straight = weights(tmp_path / "straight" / "checkpoints" / "epoch_2.pt")
+    assert_equal_weights(weights(checkpoints / "epoch_2.pt"), straight)
+    with (tmp_path / "resumed" / "train.csv").open() as file:
+        assert [int(r["step"]) for r in csv.DictReader(file)] == list(range(8))
+
+
+def test_another_seed_is_another_run(shards, tmp_path):
+    assert main(command(shards, tmp_path, "--epochs", "1", name="a")) == 0
+    assert main(command(shards, tmp_path, "--epochs", "1", "--seed", "1", name="b")) == 0
+    a, b = (weights(tmp_path / name / "checkpoints" / "epoch_1.pt") for name in "ab")
+    assert not torch.equal(a["visual.proj"], b["visual.proj"])
+
+
+def test_the_last_epoch_only_and_epoch_latest(shards, tmp_path):
+    flags = ["--save-frequency", "0", "--save-most-recent"]
+    assert main(command(shards, tmp_path, *flags)) == 0
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("*.pt")} == {"epoch_2.pt", "epoch_latest.pt"}
+
+
+def test_an_openclip_checkpoint_is_continued(shards, tmp_path):
+    """As open_clip_train writes it: DDP prefixes, no step, no data position."""
+    assert main(command(shards, tmp_path, "--epochs", "1", name="first")) == 0
+    state = torch.load(tmp_path / "first" / "checkpoints" / "epoch_1.pt", weights_only=True)
+    foreign = {
+        "epoch": 1,
+        "name": "x",
+        "state_dict": {f"module.{k}": v for k, v in state["state_dict"].items()},
+        "optimizer": state["optimizer"],
+    }
+    torch.save(foreign, tmp_path / "foreign.pt")
+    assert main(command(shards, tmp_path, "--resume", str(tmp_path / "foreign.pt"), name="second")) == 0
+    with (tmp_path / "second" / "train.csv").open() as file:
+        assert [int(r["step"]) for r in csv.DictReader(file)] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--siglip"],
+        ["--accum-freq", "2", "--grad-clip-norm", "1"],
+        ["--precision", "amp_bf16", "--grad-checkpointing"],
+        ["--precision", "pure_bf16"],
+        ["--precision", "amp"],
+        ["--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"],
+        ["--token-reduction", "none", "--lam", "0.5"],
+        ["--lam", "0.3", "--keep-count", "16", "12", "8", "4", "--no-merge", "--text-scale", "none"],
+        ["--force-patch-dropout", "0.5"],
+        ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--opt", "timm/lamb", "--lr", "1e-3"],
+        ["--distill-model", "Tiny", "--distill-pretrained", ""],
+    ],
+    ids=lambda flags: " ".join(flags)[:40],
+)
+def test_flags_run(flags, shards, tmp_path):
+    if "--distill-pretrained" in flags:
+        torch.save(open_clip.create_model("Tiny").state_dict(), tmp_path / "teacher.pt")
+        flags = [*flags[:-1], str(tmp_path / "teacher.pt")]
+    assert main(command(shards, tmp_path, "--epochs", "1", *flags)) == 0
+    state = weights(tmp_path / "run" / "checkpoints" / "epoch_1.pt")
+    assert all(torch.isfinite(v.float()).all() for v in state.values())
+    with (tmp_path / "run" / "train.csv").open() as file:
+        rrt = float(next(csv.DictReader(file))["rrt"])
+    assert (rrt == 0) == ("none" in flags and "--token-reduction" in flags)
+
+
+def test_evaluation_alone(shards, tmp_path):
+    assert main(command(shards, tmp_path, name="trained")) == 0
+    trained = str(tmp_path / "trained" / "checkpoints" / "epoch_2.pt")
+    flags = [
+        "--val-data", shards, "--dataset-type", "webdataset", "--model", "Tiny-ELIP", "--precision", "fp32",
+        "--device", "cpu", "--workers", "0", "--logs", str(tmp_path),
+    ]  # fmt: skip
+    assert main([*flags, "--name", "a", "--pretrained", trained]) == 0
+    assert main([*flags, "--name", "b", "--resume", trained]) == 0
+    a, b = (json.loads((tmp_path / n / "checkpoints" / "results.jsonl").read_text()) for n in "ab")
+    assert a["num_samples"] == 32 and a["clip_val_loss"] == b["clip_val_loss"]
+
+
+def test_broken_samples_are_counted_at_the_end_of_the_epoch(tmp_path):
+    shards = write_shards(tmp_path / "shards", broken={3, 20})
+    with (tmp_path / "shards" / "00001.tar").open("r+b") as file:
+        file.truncate(os.path.getsize(tmp_path / "shards" / "00001.tar") * 2 // 3)
+    assert main(command(shards, tmp_path / "logs", "--epochs", "1")) == 0
+    log = (tmp_path / "logs" / "run" / "out.log").read_text()
+    warning = next(line for line in log.splitlines() if "WARNING" in line and "unreadable image" in line)
+    assert "broken shard" in warning
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def refuse(capsys, argv, *words):
+    """The command ends with code 2 and one sentence that has these words."""
+    assert main(argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+BAD = {
+    "unknown model": (["--model", "ViT-B-16-ELPI"], ["ViT-B-16-ELPI", "did you mean ViT-B-16-ELIP?"]),
+    "no ViT tower": (["--model", "RN50", "--token-reduction", "elip"], ["needs OpenCLIP's own ViT"]),
+    "knob without reduction": (["--model", "Tiny", "--lam", "0.5"], ["--token-reduction elip"]),
+    "stages of another depth": (["--stage-depths", "2", "2", "6", "2"], ["12 layers", "has 6"]),
+    "increasing ratio": (["--keep-ratio", "0.5", "0.9", "0.4", "0.4"], ["must not increase"]),
+    "missing shards": (["--train-data", "nowhere/{00000..00003}.tar"], ["nowhere/00000.tar"]),
+    "empty source": (["--train-data", "::"], ["--train-data"]),
+    "too many workers": (["--workers", "7"], ["2 shards", "--dataset-resampled"]),
+    "missing resume": (["--resume", "nowhere.pt"], ["nowhere.pt"]),
+    "missing pretrained": (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
+    "missing zero-shot": (["--zeroshot-data", "nowhere"], ["nowhere"]),
+    "window larger than epoch": (["--accum-freq", "9"], ["--accum-freq"]),
+    "unknown timm optimizer": (["--opt", "timm/nothing"], ["timm"]),
+    "unknown flag": (["--bach-size", "8"], ["--batch-size"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(case, shards, tmp_path, capsys):
+    flags, words = BAD[case]
+    refuse(capsys, command(shards, tmp_path / "logs", *flags), *words)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_existing_run_is_never_overwritten(shards, tmp_path, capsys):
+    assert main(command(shards, tmp_path, "--epochs", "1")) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    refuse(capsys, command(shards, tmp_path), "exists already", "--resume latest")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_of_another_shape(shards, tmp_path, capsys):
+    assert main(command(shards, tmp_path, "--epochs", "1", name="small")) == 0
+    small = str(tmp_path / "small" / "checkpoints" / "epoch_1.pt")
+    refuse(capsys, command(shards, tmp_path, "--resume", small, model="ViT-Ti-8-64-ELIP"), "does not fit", "192")
+    refuse(capsys, command(shards, tmp_path, "--pretrained", small, model="ViT-Ti-8-64-ELIP"), "weights not loaded")
+
+
+def test_two_processes_end_alike(tiny_model, shards, tmp_path):
+    """Through torchrun: a run on two processes; then bad input, which ends both with the same code and one sentence."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "training.main", "--"]  # without the two dashes torchrun takes --logs for one of its own flags
+
+    def run(*more, name):
+        argv = command(shards, tmp_path, *more, name=name, model=f"local-dir:{tiny_model}")
+        return subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True, timeout=180)
+
+    good = run("--val-data", shards, "--epochs", "1", name="good")
+    assert good.returncode == 0, good.stderr
+    results = json.loads((tmp_path / "good" / "checkpoints" / "results.jsonl").read_text())
+    assert results["num_samples"] == 32
+    bad = run("--workers", "2", name="bad")
+    assert bad.returncode != 0
+    assert bad.stderr.count("error: ") == 1 and "2 shards" in bad.stderr, bad.stderr
+    assert "exitcode  : 2" in bad.stderr and "training/main.py" not in bad.stderr  # torchrun's own report only
+    assert not (tmp_path / "bad").exists()

@@ -1,0 +1,237 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from training.metrics import (
+    contrastive_loss,
+    gather_ordered,
+    mean_per_class_recall,
+    predictions,
+    retrieval_metrics,
+    retrieval_ranks,
+    topk_accuracy,
+)
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def ranks_by_sorting(query, gallery, target):
+    order = (query.double() @ gallery.double().T).argsort(dim=1, descending=True)
+    return (order == target[:, None]).nonzero()[:, 1]
+
+
+class TestRetrievalRanks:
+    def test_hand_made(self):
+        gallery = torch.eye(3)
+        query = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, -1.0, 5.0]])
+        assert retrieval_ranks(query, gallery, torch.tensor([0, 1, 2, 1])).tolist() == [0, 1, 2, 2]
+
+    @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
+    @pytest.mark.parametrize("queries,items", [(50, 50), (50, 20), (13, 64)])
+    def test_equals_sorting(self, queries, items, chunk):
+        query, gallery, target = unit(queries, 8), unit(items, 8), torch.randint(items, (queries,))
+        ranks = retrieval_ranks(query, gallery, target, chunk)
+        assert ranks.dtype == torch.int64
+        assert torch.equal(ranks, ranks_by_sorting(query, gallery, target))
+
+    def test_ties_count_against_the_model(self):
+        gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        assert retrieval_ranks(query, gallery, torch.tensor([0, 3, 2])).tolist() == [2, 2, 0]
+
+    @pytest.mark.parametrize("items,width", [(257, 512), (33, 100), (17, 3)])
+    def test_collapsed_gallery_has_the_worst_rank(self, items, width):
+        gallery = unit(width).expand(items, width)
+        ranks = retrieval_ranks(unit(items, width), gallery, torch.arange(items), chunk=64)
+        assert ranks.tolist() == [items - 1] * items
+
+    def test_rounding_error_does_not_break_a_tie(self):
+        # What an encoder gives for one and the same input in batches of different lengths.
+        point = unit(64)
+        gallery = point + point * torch.finfo(torch.float32).eps * torch.randint(-1, 2, (50, 64))
+        assert len((gallery @ point).unique()) > 1
+        ranks = retrieval_ranks(point.expand(50, 64), gallery, torch.arange(50))
+        assert ranks.tolist() == [49] * 50
+
+    def test_small_differences_beyond_rounding_count(self):
+        gallery = torch.tensor([[1.0, 0.0], [1.0 - 1e-5, 0.0]])
+        assert retrieval_ranks(gallery[:1], gallery, torch.tensor([0])).tolist() == [0]
+
+    def test_nan_has_the_worst_rank(self):
+        query = gallery = torch.full((4, 2), torch.nan)
+        assert retrieval_ranks(query, gallery, torch.arange(4)).tolist() == [3] * 4
+
+    def test_nan_elsewhere_counts_against_the_model(self):
+        gallery = torch.tensor([[1.0, 0.0], [torch.nan, 0.0]])
+        assert retrieval_ranks(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([0])).tolist() == [1]
+
+    def test_low_precision_features_are_compared_in_float32(self):
+        query, gallery = unit(40, 64).bfloat16(), unit(40, 64).bfloat16()
+        target = torch.arange(40)
+        assert torch.equal(retrieval_ranks(query, gallery, target), ranks_by_sorting(query, gallery, target))
+
+    def test_never_holds_more_than_a_chunk_of_similarities(self):
+        largest = 0
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal largest
+                out = func(*args, **(kwargs or {}))
+                largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+                return out
+
+        features = unit(300, 4)
+        with Watch():
+            retrieval_metrics(features, features, chunk=10)
+        assert largest == 10 * 300
+
+    def test_leaves_the_precision_of_matrix_products_as_it_was(self):
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high")
+            retrieval_metrics(unit(3, 4), unit(3, 4))
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class TestRetrievalMetrics:
+    def test_hand_made(self):
+        # image_to_text ranks 0, 1, 0, 2; text_to_image (columns) ranks 1, 1, 0, 0
+        similarity = torch.tensor([[4.0, 3, 2, 1], [5, 2, 1, 0], [1, 0, 9, 2], [3, 1, 4, 2.5]])
+        metrics = retrieval_metrics(similarity, torch.eye(4))
+        assert metrics == {
+            "image_to_text_mean_rank": 1.75,
+            "image_to_text_median_rank": 1,  # the median of 0, 0, 1, 2 is 0.5, rounded down, plus 1
+            "image_to_text_R@1": 0.5,
+            "image_to_text_R@5": 1.0,
+            "image_to_text_R@10": 1.0,
+            "text_to_image_mean_rank": 1.5,
+            "text_to_image_median_rank": 1,
+            "text_to_image_R@1": 0.5,
+            "text_to_image_R@5": 1.0,
+            "text_to_image_R@10": 1.0,
+        }
+
+    def test_recall_counts_ranks_below_k(self):
+        # image i has i texts above its own: ranks 0 ... 19
+        own = [-i - 0.5 for i in range(20)]
+        similarity = torch.tensor([[own[i] if j == i else -float((j - i) % 20) for j in range(20)] for i in range(20)])
+        metrics = retrieval_metrics(similarity, torch.eye(20))
+        assert [metrics[f"image_to_text_R@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
+        assert metrics["image_to_text_mean_rank"] == 10.5
+        assert metrics["image_to_text_median_rank"] == 10
+
+    def test_perfect_and_collapsed(self):
+        features = unit(30, 16)
+        perfect = retrieval_metrics(features, features)
+        assert perfect["image_to_text_R@1"] == perfect["text_to_image_R@1"] == 1
+        assert perfect["image_to_text_mean_rank"] == perfect["image_to_text_median_rank"] == 1
+        point = features[:1].expand(30, 16)
+        for image, text in ((point, point), (features, point), (point, features)):
+            collapsed = retrieval_metrics(image, text)
+            assert collapsed["image_to_text_R@1"] <= 1 / 30 and collapsed["text_to_image_R@1"] <= 1 / 30
+        assert retrieval_metrics(point, point)["image_to_text_R@10"] == 0
+
+    def test_single_pair(self):
+        metrics = retrieval_metrics(unit(1, 4), unit(1, 4))
+        assert set(metrics.values()) == {1.0}
+
+
+class TestContrastiveLoss:
+    def test_equals_open_clip_by_batches_weighted_by_length(self):
+        from open_clip.loss import ClipLoss  # here, so that the processes below start quickly
+
+        image, text = unit(25, 8), unit(25, 8)
+        loss = contrastive_loss(image, text, 14.0, batch_size=10)
+        batches = [slice(0, 10), slice(10, 20), slice(20, 25)]
+        scale = torch.tensor(14.0)
+        expected = sum(ClipLoss()(image[b], text[b], scale).item() * len(image[b]) for b in batches) / 25
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+    def test_equals_open_clip_siglip(self):
+        from open_clip.loss import SigLipLoss
+
+        image, text = unit(25, 8), unit(25, 8)
+        loss = contrastive_loss(image, text, 14.0, -10.0, siglip=True, batch_size=10)
+        batches = [slice(0, 10), slice(10, 20), slice(20, 25)]
+        scale, bias = torch.tensor(14.0), torch.tensor(-10.0)
+        expected = sum(SigLipLoss()(image[b], text[b], scale, bias).item() * len(image[b]) for b in batches) / 25
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+    def test_bias_does_not_change_the_softmax_loss(self):
+        image, text = unit(6, 8), unit(6, 8)
+        without = contrastive_loss(image, text, 5.0, batch_size=6)
+        assert contrastive_loss(image, text, 5.0, -10.0, batch_size=6) == pytest.approx(without, rel=1e-5)
+
+    def test_collapsed_is_the_logarithm_of_the_batch_size(self):
+        point = torch.ones(8, 4) / 2
+        assert contrastive_loss(point, point, 100.0, batch_size=4) == pytest.approx(torch.tensor(4.0).log().item())
+
+
+class TestClassification:
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
+
+    def test_topk_counts(self):
+        target = torch.tensor([0, 4, 5, 1])
+        assert topk_accuracy(self.logits, target) == {1: 2.0, 5: 3.0}
+        assert topk_accuracy(self.logits, target, ks=(2, 6, 100)) == {2: 2.0, 6: 4.0, 100: 4.0}
+
+    def test_fewer_classes_than_k(self):
+        assert topk_accuracy(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0, 1])) == {1: 1.0, 5: 2.0}
+
+    def test_equals_torch_topk(self):
+        logits, target = torch.randn(100, 12), torch.randint(12, (100,))
+        for k, count in topk_accuracy(logits, target, ks=(1, 3, 5)).items():
+            assert count == (logits.topk(k).indices == target[:, None]).sum()
+
+    def test_ties_go_to_the_lower_class(self):
+        logits, target = torch.zeros(6, 6), torch.arange(6)
+        assert topk_accuracy(logits, target, ks=(1, 2, 5)) == {1: 1.0, 2: 2.0, 5: 5.0}
+        assert predictions(logits).tolist() == [0] * 6
+
+    def test_nan_is_never_right(self):
+        logits = torch.tensor([[torch.nan] * 3, [torch.nan, 1.0, 0.0], [1.0, torch.nan, 0.0]])
+        assert topk_accuracy(logits, torch.tensor([0, 0, 0]), ks=(1, 5)) == {1: 0.0, 5: 1.0}
+        assert predictions(logits).tolist() == [-1, -1, -1]
+
+    def test_predictions(self):
+        assert predictions(self.logits).tolist() == [0, 0, 0, 1]
+
+    def test_mean_per_class_recall(self):
+        target = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+        pred = torch.tensor([0, 0, 0, 3, 1, 0, -1])  # recalls 3/4, 1/2, 0; class 2 does not occur
+        assert mean_per_class_recall(pred, target, 4) == pytest.approx((0.75 + 0.5 + 0) / 3, rel=1e-12)
+        assert mean_per_class_recall(target, target, 100) == 1.0
+
+
+class TestGatherOrdered:
+    def test_one_process_sorts(self):
+        rows = gather_ordered({"x": torch.tensor([[1.0], [2.0], [3.0]])}, torch.tensor([2, 0, 1]), 1)
+        assert rows["x"].tolist() == [[2.0], [3.0], [1.0]]
+
+    def test_one_process_without_rows(self):
+        assert gather_ordered({"x": torch.empty(0, 3)}, torch.empty(0, dtype=torch.int64), 1) == {}
+
+    def test_two_processes(self, tmp_path):
+        mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+
+
+def rank_main(rank: int, folder: str) -> None:
+    """Each case: the rows that each of the two processes has, by their place in the global order."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    whole = {"a": torch.arange(14.0).reshape(7, 2), "b": torch.arange(7), "c": torch.arange(84).reshape(7, 3, 4)}
+    for places in ([[0, 2, 4, 6], [1, 3, 5]], [[6, 1], [5, 0, 4, 3, 2]], [list(range(7)), []], [[], list(range(7))]):
+        index = torch.tensor(places[rank], dtype=torch.int64)
+        gathered = gather_ordered({name: rows[index] for name, rows in whole.items()}, index, 2)
+        assert all(torch.equal(gathered[name], whole[name]) for name in whole), places
+    # A process without rows need not know what the rows look like.
+    index = torch.arange(7) if rank == 1 else torch.empty(0, dtype=torch.int64)
+    gathered = gather_ordered(whole if rank == 1 else {}, index, 2)
+    assert all(torch.equal(gathered[name], whole[name]) for name in whole)
+    assert gather_ordered({} if rank else {"a": torch.empty(0, 2)}, torch.empty(0, dtype=torch.int64), 2) == {}
+    dist.destroy_process_group()

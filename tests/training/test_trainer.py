@@ -1,0 +1,218 @@
+"""One step is one step: whatever the number of processes or micro-batches it is spread over."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from training.distributed import Ranks
+from training.errors import UserError
+from training.log import RunLog
+from training.optim import create_optimizer, parameter_groups
+from training.task import ClipTask
+from training.trainer import Trainer
+
+from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
+
+CPU = torch.device("cpu")
+
+
+def make_trainer(args, model, batches, ranks=None, teacher=None, folder=None):
+    ranks = ranks or Ranks(CPU)
+    runnable = model if ranks.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    task = ClipTask(args, ranks, tokenizer=None, preprocess=None, teacher=teacher)
+    return Trainer(
+        args, ranks, model, runnable, task, MemoryData(batches), create_optimizer(model, args), folder, config={}
+    )
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def one_process(siglip: bool, batch: dict) -> tuple[float, dict]:
+    """Loss and gradients of the whole batch in one piece."""
+    model = tiny_clip(siglip)
+    trainer = make_trainer(run_args(siglip=siglip, batch_size=len(batch["text"])), model, [batch])
+    model.train()
+    losses, _ = trainer.step([batch])
+    return losses["loss"].item(), gradients(model)
+
+
+def assert_same_gradients(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].abs().sum() > 0 or "token_embedding" in name, name
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+@pytest.mark.parametrize("accum_freq", [2, 4])
+def test_accumulation_equals_one_large_batch(siglip, accum_freq):
+    batch = pairs(16)
+    loss, expected = one_process(siglip, batch)
+    model = tiny_clip(siglip)
+    args = run_args(siglip=siglip, accum_freq=accum_freq, batch_size=16 // accum_freq)
+    window = micro_batches(batch, accum_freq)
+    trainer = make_trainer(args, model, window)
+    model.train()
+    losses, _ = trainer.step(window)
+    assert losses["loss"].item() == pytest.approx(loss, rel=1e-12)
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_accumulation_repeats_the_same_patch_dropout():
+    model = tiny_clip(patch_dropout=0.5)
+    args = run_args(accum_freq=2, batch_size=4)
+    window = micro_batches(pairs(8), 2)
+    trainer = make_trainer(args, model, window)
+    model.train()
+    seen = []
+    original = trainer.task.features
+
+    def spy(*arguments):
+        features = original(*arguments)
+        seen.append(features["image_features"].detach())
+        return features
+
+    trainer.task.features = spy
+    trainer.step(window)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+TWO_PROCESS_CASES = [  # siglip, accum_freq, local_loss
+    (False, 1, True),
+    (False, 1, False),
+    (False, 2, True),
+    (True, 1, True),
+    (True, 2, True),
+]
+
+
+def _two_processes(rank, folder, batch):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks(CPU, rank, rank, 2)
+    for i, (siglip, accum_freq, local_loss) in enumerate(TWO_PROCESS_CASES):
+        model = tiny_clip(siglip)
+        args = run_args(siglip=siglip, accum_freq=accum_freq, batch_size=8 // accum_freq, local_loss=local_loss)
+        # In a window, micro-batch j of all ranks together is the j-th slice of the global batch.
+        window = [micro_batches(part, 2)[rank] for part in micro_batches(batch, accum_freq)]
+        trainer = make_trainer(args, model, window, ranks)
+        trainer.runnable.train()
+        losses, _ = trainer.step(window)
+        torch.save((ranks.mean(losses)["loss"], gradients(model)), f"{folder}/{i}-{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    batch = pairs(16)
+    mp.spawn(_two_processes, (str(tmp_path), batch), nprocs=2)
+    for i, (siglip, _, _) in enumerate(TWO_PROCESS_CASES):
+        loss, expected = one_process(siglip, batch)
+        for rank in range(2):
+            found_loss, found = torch.load(tmp_path / f"{i}-{rank}.pt")
+            assert found_loss == pytest.approx(loss, rel=1e-6)  # the mean over ranks is taken in float32
+            assert_same_gradients(found, expected)
+
+
+def test_distillation_follows_the_teacher():
+    teacher = tiny_clip(seed=1).eval().requires_grad_(False)
+    model = tiny_clip()
+    batch = pairs(8)
+    trainer = make_trainer(run_args(), model, [batch], teacher=teacher)
+    model.train()
+    losses, _ = trainer.step([batch])
+    assert {"contrastive_loss", "distill_loss", "loss"} <= losses.keys()
+    assert losses["loss"].item() == pytest.approx(losses["contrastive_loss"].item() + losses["distill_loss"].item())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_training_lowers_the_loss():
+    model = tiny_clip(dtype=torch.float32)
+    batch = pairs(16, dtype=torch.float32)
+    trainer = make_trainer(run_args(lr=1e-3, batch_size=16), model, [batch])
+    model.train()
+    values = [trainer.step([batch])[0]["loss"].item() for _ in range(50)]
+    assert values[-1] < 0.3 < math.log(16) / 2 < values[0]
+
+
+def test_the_logit_scale_is_clamped_to_100():
+    model = tiny_clip()
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)
+    batch = pairs(8)
+    trainer = make_trainer(run_args(), model, [batch])
+    model.train()
+    trainer.step([batch])
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_gradient_clipping_bounds_the_update():
+    model = tiny_clip()
+    batch = pairs(8)
+    trainer = make_trainer(run_args(grad_clip_norm=1e-3), model, [batch])
+    model.train()
+    trainer.step([batch])
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_state_goes_on_exactly_where_it_stopped(tmp_path):
+    batches = [pairs(8, seed=i) for i in range(3)]
+    straight, stopped = tiny_clip(), tiny_clip()
+    args = run_args(epochs=2)
+    (tmp_path / "checkpoints").mkdir()
+    make_trainer(args, straight, batches).fit(RunLog(None, enabled=False))
+
+    first = make_trainer(run_args(epochs=1), stopped, batches, folder=tmp_path)
+    first.fit(RunLog(None, enabled=False))
+    state = torch.load(tmp_path / "checkpoints" / "epoch_1.pt", weights_only=True)
+    resumed = tiny_clip(seed=5)
+    second = make_trainer(args, resumed, batches)
+    second.load_state_dict(state, "epoch_1.pt")
+    assert (second.epoch, second.steps) == (1, 3)
+    second.fit(RunLog(None, enabled=False))
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_another_epoch_length_is_refused_on_resume(tmp_path):
+    batches = [pairs(8, seed=i) for i in range(3)]
+    trainer = make_trainer(run_args(), tiny_clip(), batches)
+    trainer.fit(RunLog(None, enabled=False))
+    state = trainer.state_dict()
+    with pytest.raises(UserError, match="had 3 steps when x.pt was written and has 2 now"):
+        make_trainer(run_args(), tiny_clip(), batches[:2]).load_state_dict(state, "x.pt")
+
+
+def test_too_few_batches_for_one_window():
+    with pytest.raises(UserError, match="lower --accum-freq"):
+        make_trainer(run_args(accum_freq=4), tiny_clip(), [pairs(8)])
+
+
+def test_weight_decay_spares_gains_biases_and_the_logit_scale():
+    model = tiny_clip()
+    free, decayed = parameter_groups(model, 0.1)
+    assert free["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert any(p is model.logit_scale for p in free["params"])
+    assert any(p is model.visual.proj for p in decayed["params"])
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert len(free["params"]) + len(decayed["params"]) == len(list(model.parameters()))
+
+
+def test_optimizers():
+    model = tiny_clip()
+    assert type(create_optimizer(model, run_args(opt="timm/lamb", beta1=None, beta2=None))).__name__ == "Lamb"
+    with pytest.raises(UserError, match="Unknown optimizer"):
+        create_optimizer(model, run_args(opt="sgdx"))
+    with pytest.raises(UserError, match="timm cannot create"):
+        create_optimizer(model, run_args(opt="timm/no-such-optimizer"))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        create_optimizer(frozen, run_args())

@@ -127,7 +127,9 @@ def creating(name: str):
         root.setLevel(logging.ERROR)
     try:
         yield
-    except (RuntimeError, ValueError, OSError, AssertionError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # from AssertionError to UnpicklingError, according to what is wrong with the file
         text = str(error)
         sizes = re.findall(
             r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?is torch\.Size\(\[(.*?)\]\)", text

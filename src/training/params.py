@@ -344,7 +344,7 @@ def _add_evaluation(parser: _Parser) -> None:
         metavar="DIR",
     )
     add("--imagenet-val", "ImageNet's validation images (a folder with one sub-folder a class).", metavar="DIR")
-    add("--imagenet-v2", "ImageNet-V2, or where to download it to.", metavar="DIR")
+    add("--imagenet-v2", "ImageNet-V2: one folder a class, named 0 to 999.", metavar="DIR")
     add(
         "--zeroshot-frequency",
         "Classify zero-shot every N epochs and after the last; 0: never.",

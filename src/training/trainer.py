@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -62,6 +63,7 @@ class Trainer:
         self.input_dtype = open_clip.get_input_dtype(args.precision)
         self.scaler = torch.amp.GradScaler(ranks.device.type) if args.precision == "amp" else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.show_progress = sys.stderr.isatty() if args.progress is None else args.progress
         self.global_batch = args.batch_size * args.accum_freq * ranks.world_size
         self.steps_per_epoch = data.num_batches // args.accum_freq
         if not self.steps_per_epoch:
@@ -97,7 +99,7 @@ class Trainer:
         done = self.steps - self.epoch * self.steps_per_epoch
         bar = tqdm(
             total=self.steps_per_epoch, initial=done, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", unit="step",
-            leave=False, disable=not (self.args.progress and self.ranks.is_main),
+            leave=False, disable=not (self.show_progress and self.ranks.is_main),
         )
         meter = _Meter()
         with bar:

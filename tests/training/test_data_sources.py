@@ -523,3 +523,13 @@ def test_nothing_usable_after_a_resume(tmp_path):
     resumed.load_state_dict(data.state_dict())
     with pytest.raises(UserError, match="not one usable sample"):
         list(resumed.epoch(0))
+
+
+def test_shards_that_vanish_during_an_epoch(tmp_path):
+    data = train_data(write_shards(tmp_path, [8]), train_num_samples=40)
+    batches = data.epoch(0)
+    next(batches)
+    (tmp_path / "00000.tar").unlink()
+    assert len(next(batches)["key"]) == 4  # was in the shuffle buffer
+    with pytest.raises(UserError, match="No such file or directory"):
+        list(batches)

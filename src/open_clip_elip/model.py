@@ -166,6 +166,8 @@ def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
 def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> nn.Module:
     """The text-first version of an OpenCLIP model, sharing its weights (same tensors; the given model stays as it is).
 
+    The towers are shared as modules too: `train()`, `eval()` and gradient checkpointing on one show in the other.
+
     Args:
         model: an `open_clip.CLIP` or `open_clip.CustomTextCLIP` with a ViT, plain or already text-first.
         method: name of the reduction method.

@@ -23,6 +23,7 @@ def register() -> None:
         return
     factory.CLIP = _builder(open_clip.CLIP)
     factory.CustomTextCLIP = _builder(open_clip.CustomTextCLIP)
+    factory.CoCa = _refuser(open_clip.CoCa)
     open_clip.add_model_config(MODEL_CONFIGS)
     # The weights are the plain model's, so its pretrained tags are valid here too.
     for path in MODEL_CONFIGS.glob(f"*{SUFFIX}.json"):
@@ -41,4 +42,14 @@ def _builder(plain: type):
 
     build.__name__ = plain.__name__  # create_model logs it
     build.builds_text_first = True
+    return build
+
+
+def _refuser(plain: type):
+    def build(*args, token_reduction: dict | None = None, **kwargs):
+        if token_reduction is None or token_reduction.get("method") == "none":
+            return plain(*args, **kwargs)
+        raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} needs all tokens for its captions.")
+
+    build.__name__ = plain.__name__
     return build

@@ -282,6 +282,15 @@ def test_keep_and_merge_by_hand():
     assert pruned.squeeze(-1).tolist() == [[1, 20, 40], [2, 70, 80]]
 
 
+def test_no_gradient_reaches_the_scores():
+    x = torch.randn(2, 1 + 6, 4, requires_grad=True)
+    scores = torch.rand(2, 6, requires_grad=True)
+    merged, _ = keep_and_merge(x, scores, 3)
+    merged.square().sum().backward()
+    assert x.grad.any()
+    assert scores.grad is None or not scores.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dropped_tokens_that_got_no_attention_at_all_still_give_a_finite_token(dtype):
     x = torch.randn(1, 1 + 6, 4, dtype=dtype)
@@ -316,6 +325,16 @@ def test_the_last_scoring_layer_is_cut_short():
     Elip(ElipConfig(depths=(2, 1, 3), keep_ratio=(1.0, 0.8, 0.5)), 6)(blocks, x, guidance)
     assert [count.calls for count in mlps] == [1, 1, 1, 2, 2, 1]
     assert [count.calls for count in projections] == [1, 1, 1, 2, 2, 1]
+
+
+def test_the_scoring_pass_records_no_graph():
+    blocks = random_blocks(3, WIDTH)
+    recording = [[] for _ in blocks]
+    for block, log in zip(blocks, recording, strict=True):
+        block.register_forward_pre_hook(lambda *_, log=log: log.append(torch.is_grad_enabled()))
+    x, guidance = inputs(2, 12)
+    Elip(ElipConfig(depths=(3,), keep_ratio=(0.5,)), 3)(blocks, x, guidance)
+    assert recording == [[False, True], [False, True], [True]]  # scoring reads the last layer without calling it
 
 
 def test_scoring_depth_one_runs_no_layer_twice():

@@ -72,7 +72,14 @@ class Elip(nn.Module):
         y = self.fuse(x, guidance)
         for block in scored[:-1]:
             y = block(y)
-        return cls_attention(scored[-1], y)
+        last = scored[-1]
+        if not hasattr(last, "unshard"):
+            return cls_attention(last, y)
+        last.unshard()  # torch's `fully_shard` leaves a block its weights only during its own forward
+        try:
+            return cls_attention(last, y)
+        finally:
+            last.reshard()
 
     def fuse(self, x: Tensor, guidance: Tensor | None) -> Tensor:
         """A copy of `x` whose `[CLS]` is lam * `[CLS]` + (1 - lam) * guidance (Eq. 1)."""

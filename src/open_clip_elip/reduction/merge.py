@@ -25,10 +25,9 @@ def keep_and_merge(x: Tensor, scores: Tensor, keep: int, merge: bool = True) -> 
     patches = x[:, 1:]
     parts = [x[:, :1], patches.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, x.shape[-1]))]
     if merge:
-        weights_BN = scores.scatter(1, kept_BK, 0.0)
-        # All-zero leftovers (underflow under a very sharp attention) merge to a zero token rather than to NaN.
-        weights_BN = weights_BN / weights_BN.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        # Autocast would round the residual stream to half precision here, for a product that costs nothing.
-        with torch.autocast(x.device.type, enabled=False):
-            parts.append(weights_BN.to(x.dtype).unsqueeze(1) @ patches)
+        # Scores that all underflow, under a very sharp attention, merge to the plain mean instead of to NaN.
+        weights_BN = (scores + torch.finfo(scores.dtype).tiny).scatter(1, kept_BK, 0.0)
+        weights_BN = weights_BN / weights_BN.sum(dim=1, keepdim=True)
+        # Not a matrix product: autocast would round the residual stream to half precision there.
+        parts.append((weights_BN.to(x.dtype).unsqueeze(-1) * patches).sum(dim=1, keepdim=True))
     return torch.cat(parts, dim=1), kept_BK

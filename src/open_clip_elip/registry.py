@@ -49,7 +49,7 @@ def _refuser(plain: type):
     def build(*args, token_reduction: dict | None = None, **kwargs):
         if token_reduction is None or token_reduction.get("method") == "none":
             return plain(*args, **kwargs)
-        raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} needs all tokens for its captions.")
+        raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} captions from all tokens.")
 
     build.__name__ = plain.__name__
     return build

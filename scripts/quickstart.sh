@@ -51,7 +51,9 @@ fi
 if "$PYTHON" scripts/quickstart_report.py --is-finished "$FOLDER"; then
     echo "quickstart: 2/3 training: reusing the finished run in $FOLDER (FRESH=1 trains anew)"
 else
-    echo "quickstart: 2/3 training and evaluation on held-out pictures (5 to 8 minutes on 2 cores)"
+    echo "quickstart: 2/3 training and evaluation on held-out pictures (a few minutes on 2 cores)"
+    # Threads that spin while they wait make everything crawl as soon as another program wants a core.
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     command=("$PYTHON" -m training.main)
     if [ "$NPROC" -gt 1 ]; then
         # Threads of all processes together as many as there are cores.

@@ -88,6 +88,10 @@ def table(run: Run) -> list[tuple[str, str, str]]:
         if classes and f"zeroshot-val-top{k}" in results:
             accuracy = results[f"zeroshot-val-top{k}"]
             lines.append((f"zero-shot top-{k}, {classes} classes", *_against_chance(accuracy, k / classes)))
+    # Top-1 flatters a model that knows the largest class only; this weighs all classes alike.
+    if classes and "zeroshot-val-mean_per_class_recall" in results:
+        recall = results["zeroshot-val-mean_per_class_recall"]
+        lines.append((f"zero-shot mean of classes, {classes} classes", *_against_chance(recall, 1 / classes)))
     pairs = results.get("num_samples")
     for direction in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
@@ -113,7 +117,7 @@ def render(run: Run) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(2)]
     body = "\n".join(f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in lines)
     samples, epochs = int(run.rows[-1]["samples"]), int(run.rows[-1]["epoch"]) + 1
-    heading = f"{run.config['model']}: {epochs} epochs, {samples:,} samples" + (
+    heading = f"{run.config['model']}: {epochs} epoch{'s' * (epochs > 1)}, {samples:,} samples" + (
         "" if run.is_finished else " (NOT FINISHED)"
     )
     return f"{heading}\n\n{body}\n\nThe run is in {run.folder}"

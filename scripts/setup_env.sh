@@ -12,7 +12,7 @@ VENV="${VENV:-$ROOT/.venv}"
 case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 PYTHON="$VENV/bin/python"
 
-fail() {
+setup_fail() {
     echo "setup: $*" >&2
     exit 1
 }
@@ -28,13 +28,13 @@ make_venv() {
         newest="$candidate"
         "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1 || continue
         echo "setup: making a virtual environment in $VENV with $("$candidate" --version)"
-        "$candidate" -m venv --clear "$VENV" || fail "$candidate could not make a virtual environment in $VENV."
+        "$candidate" -m venv --clear "$VENV" || setup_fail "$candidate could not make a virtual environment in $VENV."
         return
     done
     if [ -n "$newest" ]; then
-        fail "$newest has no venv module: install it (python3-venv on Debian and Ubuntu), or set VENV to an existing environment."
+        setup_fail "$newest has no venv module: install it (python3-venv on Debian and Ubuntu), or set VENV to an existing environment."
     fi
-    fail "no Python 3.10 or newer was found: install one, or set VENV to a virtual environment that has it."
+    setup_fail "no Python 3.10 or newer was found: install one, or set VENV to a virtual environment that has it."
 }
 
 # What the environment must agree with: the requirements, and the checkout that the editable install points to.
@@ -59,18 +59,18 @@ pip_install() {
     local log="$VENV/setup.log"
     if ! (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1); then
         tail -n 15 "$log" >&2
-        fail "pip install $* failed (all of its output is in $log): check the network and run the same command again."
+        setup_fail "pip install $* failed (all of its output is in $log): check the network and run the same command again."
     fi
 }
 
 if [ ! -x "$PYTHON" ] || ! has_pip "$PYTHON"; then
     # --clear above empties the folder, so only one that is a virtual environment, or nothing yet, may be meant.
     if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV" 2>/dev/null || echo file)" ]; then
-        fail "$VENV exists and is not a virtual environment with pip: set VENV to another place."
+        setup_fail "$VENV exists and is not a virtual environment with pip: set VENV to another place."
     fi
     make_venv
 elif ! new_enough "$PYTHON"; then
-    fail "$VENV has $("$PYTHON" --version), but 3.10 or newer is needed: delete it, or set VENV to another place."
+    setup_fail "$VENV has $("$PYTHON" --version), but 3.10 or newer is needed: delete it, or set VENV to another place."
 fi
 
 STAMP="$VENV/open_clip_elip.stamp"

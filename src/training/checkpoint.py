@@ -1,9 +1,13 @@
 """Checkpoints: written whole or not at all, read without running code, found without guessing."""
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ from torch import Tensor, nn
 from .errors import UserError
 
 LATEST = "epoch_latest.pt"  # OpenCLIP's name, written with --save-most-recent
-_EPOCH = re.compile(r"epoch_(\d+)\.pt")
+BEST = "best.pt"
+_NAME = re.compile(r"(epoch|step)_\d+\.pt")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -63,24 +68,124 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of this folder, and of no other, that is furthest in training; passes over unreadable files."""
-    numbered = sorted(
-        ((int(m[1]), p) for p in folder.glob("epoch_*.pt") if (m := _EPOCH.fullmatch(p.name))), reverse=True
-    )
-    candidates = [p for _, p in numbered]
-    if (folder / LATEST).is_file():
-        candidates.insert(0, folder / LATEST)
-    best, best_epoch = None, -1
-    for path in candidates:
+    best, furthest = None, (-1, -1)
+    for path in _checkpoints(folder):
         try:
-            epoch = load(path).get("epoch", -1)
+            progress = _progress(load(path))
         except UserError as error:
             logging.warning(f"{error}")
             continue
-        if epoch > best_epoch:
-            best, best_epoch = path, epoch
-        if path.name != LATEST:
-            break  # the others are older
+        if progress > furthest:
+            best, furthest = path, progress
     return best
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    named = [p for p in folder.glob("*.pt") if _NAME.fullmatch(p.name)]
+    return sorted(named + [p for p in [folder / LATEST] if p.is_file()])
+
+
+def _progress(state: dict[str, Any]) -> tuple[int, int]:
+    """Where in training a checkpoint lies; one from OpenCLIP ends an epoch."""
+    return state.get("epoch", -1), state.get("epoch_steps", 0)
+
+
+class Saver:
+    """Writes a run's checkpoints, tidies up behind itself, and survives a disk that fails.
+
+    Args:
+        folder: where; None (all ranks but the main one, or no folder) makes every method do nothing.
+        keep_last: how many checkpoints to keep besides the best. None keeps all `epoch_K.pt` and the two newest
+            `step_K.pt`.
+        every_minutes: how often `due` asks for one; None or 0: never.
+    """
+
+    RETRY_SECONDS = 60.0
+
+    def __init__(self, folder: Path | None, keep_last: int | None = None, every_minutes: float | None = None):
+        self.folder, self.keep_last = folder, keep_last
+        self.interval = (every_minutes or math.inf) * 60
+        self.saved_at = time.monotonic()
+        self.failed = False
+        self.written: dict[str, tuple[int, int]] = {}  # name -> progress
+        if folder is not None and folder.is_dir():
+            for left_over in folder.glob(".*.pt.*.tmp"):
+                left_over.unlink(missing_ok=True)
+            for path in _checkpoints(folder):
+                try:
+                    self.written[path.name] = _progress(load(path))
+                except UserError:
+                    pass  # told when it is looked for
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint: by the clock, or because the last one could not be written."""
+        if self.folder is None:
+            return False
+        return time.monotonic() - self.saved_at >= (self.RETRY_SECONDS if self.failed else self.interval)
+
+    def save(self, state: dict[str, Any], name: str) -> bool:
+        """Writes `name` and deletes what is no longer to be kept. False, with a log line, if it could not be written.
+
+        A state with a non-finite weight is never written.
+        """
+        if self.folder is None:
+            return True
+        self.saved_at = time.monotonic()
+        bad = next((k for k, v in state["state_dict"].items() if not bool(torch.isfinite(v).all())), None)
+        if bad is not None:
+            logging.error(f"{name} was not written: {bad} is not finite. The checkpoint before it stays the newest.")
+            return False
+        try:
+            save(state, self.folder / name)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+            self.failed = True
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logging.error(
+                f"{name} could not be written ({reason[:200]}). Training goes on with the older checkpoints in place; "
+                f"the next try is in {self.RETRY_SECONDS:.0f} s at the latest."
+            )
+            return False
+        self.failed = False
+        self.written[name] = _progress(state)
+        self._prune(name)
+        return True
+
+    def keep_best(self, epoch: int, score: float | None) -> None:
+        """Makes `best.pt` the checkpoint of `epoch` if its score (higher is better) beats the best so far."""
+        source = None if self.folder is None else self.folder / f"epoch_{epoch}.pt"
+        if score is None or source is None or not source.is_file():
+            return
+        record = self.folder / "best.json"
+        best = json.loads(record.read_text()) if record.is_file() else {"score": -math.inf}
+        if score <= best["score"]:
+            return
+        temporary = self.folder / f".best.pt.{os.getpid()}.tmp"
+        try:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)  # no second copy on the disk where links are possible
+            except OSError:
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, self.folder / BEST)
+            record.write_text(json.dumps({"epoch": epoch, "score": score}) + "\n")
+        except OSError as error:
+            logging.error(f"{BEST} could not be written ({error.strerror}).")
+
+    def delete(self, name: str) -> None:
+        """Deletes a checkpoint unless it is the only one."""
+        if self.folder is not None and len(self.written) > 1 and name in self.written:
+            del self.written[name]
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _prune(self, newest: str) -> None:
+        names = (name for name in self.written if name != LATEST)
+        ordered = sorted(names, key=lambda name: (self.written[name], name == newest))
+        if self.keep_last is None:
+            surplus = [name for name in ordered if name.startswith("step_")][:-2]
+        else:
+            surplus = ordered[: -max(1, self.keep_last)]
+        for name in surplus:
+            self.delete(name)
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,14 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+class Wishes(NamedTuple):
+    """What the ranks want between two steps."""
+
+    signal: int  # 0: none
+    save: bool
+    nonfinite: bool
 
 
 class Control:
@@ -57,15 +66,13 @@ class Control:
             raise KeyboardInterrupt
         self.signal = number
 
-    def agree(self, *, save: bool = False, error: UserError | None = None) -> tuple[int, bool]:
-        """One small exchange between all ranks.
+    def agree(self, *, save: bool = False, nonfinite: bool = False, error: UserError | None = None) -> Wishes:
+        """One small exchange between all ranks: what any of them wants, all do.
 
         Args:
             save: this rank wants a checkpoint now.
+            nonfinite: this rank's last step was not finite.
             error: what went wrong on this rank.
-
-        Returns:
-            The signal that any rank got (0: none), and whether any rank wants a checkpoint.
 
         Raises:
             UserError: on all ranks, if any rank has one.
@@ -73,12 +80,12 @@ class Control:
         if self.group is None:
             if error is not None:
                 raise error
-            return self.signal or 0, save
-        wishes = torch.tensor([self.signal or 0, save, error is not None], dtype=torch.int32)
+            return Wishes(self.signal or 0, save, nonfinite)
+        wishes = torch.tensor([self.signal or 0, save, nonfinite, error is not None], dtype=torch.int32)
         dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
-        number, save_now, failed = wishes.tolist()
+        number, save, nonfinite, failed = wishes.tolist()
         if failed:
             texts: list[str | None] = [None] * self.ranks.world_size
             dist.all_gather_object(texts, None if error is None else str(error), group=self.group)
             raise UserError(next(text for text in texts if text is not None))
-        return number, bool(save_now)
+        return Wishes(number, bool(save), bool(nonfinite))

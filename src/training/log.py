@@ -35,8 +35,9 @@ def setup_logging(level: int, file: Path | None, console: bool) -> None:
         handler.setFormatter(logging.Formatter(FORMAT, DATE))
         root.addHandler(handler)
     root.setLevel(level)
-    for chatty in ("PIL", "urllib3", "fsspec", "matplotlib", "torch._dynamo", "torch._inductor", "torch.fx"):
-        logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
+    chatty = "PIL urllib3 fsspec matplotlib botocore aiobotocore s3fs torch._dynamo torch._inductor torch.fx"
+    for name in chatty.split():
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 class RunLog:
@@ -93,6 +94,10 @@ class RunLog:
                 file.write(json.dumps(metrics) + "\n")
         self._report("val", metrics, step)
 
+    def has_evaluation(self, epoch: int) -> bool:
+        """Whether the results of this epoch are written already."""
+        return any(result.get("epoch") == epoch for result in self._results())
+
     def close(self) -> None:
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -107,7 +112,19 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(named | {"step": step}, step=step)
 
+    def _results(self) -> list[dict[str, float]]:
+        path = None if self.folder is None else self.folder / "checkpoints" / "results.jsonl"
+        if path is None or not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
     def _keep_rows_before(self, step: int) -> None:
+        """Drops what was written after step `step`: rows of train.csv and results of evaluations."""
+        results = self._results()
+        kept = [result for result in results if result.get("step", 0) <= step]
+        if len(kept) < len(results):
+            text = "".join(json.dumps(result) + "\n" for result in kept)
+            (self.folder / "checkpoints" / "results.jsonl").write_text(text)
         path = self.folder / "train.csv"
         if not path.is_file():
             return

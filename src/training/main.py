@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, run_folder
+from . import checkpoint, remote, run_folder
+from .control import Stopped
+from .cost import memory_estimate
 from .data import build_train_data, build_val_data
 from .distributed import Ranks, init_ranks, launch_rank, seed_everything
 from .errors import EXIT_USER_ERROR, UserError
@@ -37,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         ranks = init_ranks(args.device, args.dist_backend, args.dist_url, args.no_set_device_rank)
         run(args, ranks)
+    except Stopped as stopped:
+        logging.warning(str(stopped))
+        return stopped.code
     except UserError as error:
         if launch_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -57,11 +62,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
     args.name = ranks.broadcast(args.name or run_folder.default_name(args))
     folder = None if args.logs.lower() == "none" else Path(args.logs) / args.name
+    target = None if args.remote_sync is None or folder is None else f"{args.remote_sync.rstrip('/')}/{args.name}"
     config = resolved_config(args)
     with ranks.agree():
         resume = None
         if ranks.is_main:
             run_folder.check_unused(folder, args)
+            if target is not None and args.resume == "latest":
+                remote.fetch_newest(target, folder)
+            elif target is not None:
+                remote.check_unused(target)
             resume = run_folder.find_resume(args, folder)
     resume = ranks.broadcast(resume)
 
@@ -88,6 +98,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             else:
                 checkpoint.load_weights(model, state.get("state_dict", state), resume)
 
+    with ranks.agree():
+        check_memory(model, args, ranks)
+
     with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
         if ranks.is_main and folder is not None:
             run_folder.create(folder, config, copy_codebase=args.copy_codebase)
@@ -105,8 +118,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if resume is not None:
         logging.info(f"Continuing from {resume}" + (f", after step {trainer.steps}." if trainer else "."))
 
+    sync = None
     with ranks.agree():
-        sync = run_folder.start_remote_sync(args, ranks, folder)
+        if target is not None and ranks.is_main:
+            sync = remote.RemoteSync(folder, target, args.remote_sync_frequency)
+            sync.check()
+            sync.start()
     run_log = open_log(args, ranks, folder, config, step=trainer.steps if trainer else 0)
     try:
         if trainer is not None:
@@ -119,9 +136,22 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     finally:
         run_log.close()
         if sync is not None:
-            run_folder.finish_remote_sync(args, folder, sync)
+            sync.close()
     if folder is not None:
         logging.info(f"The run is in {folder}.")
+
+
+def check_memory(model, args, ranks: Ranks) -> None:
+    """Refuses a run that cannot fit the GPU, before its first step; what fits by this lower bound may still not."""
+    if ranks.device.type != "cuda" or (args.train_data is None and args.dataset_type != "synthetic"):
+        return
+    needed = memory_estimate(model, args, world_size=ranks.world_size, ema=args.ema_decay is not None)
+    available = torch.cuda.get_device_properties(ranks.device).total_memory
+    if needed is not None and needed.total > available:
+        raise UserError(
+            f"This run needs at least {needed.total / 1e9:.1f} GB on each GPU ({needed}), but there are "
+            f"{available / 1e9:.1f} GB; lower --batch-size (and raise --accum-freq), or add --grad-checkpointing."
+        )
 
 
 def open_log(args, ranks: Ranks, folder: Path | None, config: dict, step: int) -> RunLog:

@@ -2,63 +2,151 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from open_clip.transformer import TextTransformer, VisionTransformer
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import nn
 
 from .errors import UserError
 
+_EMBEDDINGS = ("conv1", "class_embedding", "ln_pre", "token_embedding", "positional_embedding", "cls_emb")
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices are decayed; gains, biases, normalisation and the logit scale are not (OpenCLIP's rule)."""
-    decayed, free = [], []
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+    """Matrices are decayed; gains, biases, normalisation and the logit scale are not (OpenCLIP's rule).
+
+    Without `layer_decay` the groups are OpenCLIP's two, in its order, so its optimizer states load. With it there are
+    two for each distance from the heads, nearest first, with `lr_scale` = layer_decay ** distance (see
+    `distances_from_head`).
+
+    Raises:
+        UserError: layer decay for a tower whose layers are not known.
+    """
+    distances = defaultdict(int) if layer_decay is None else distances_from_head(model)
+    groups: dict[int, tuple[list, list]] = defaultdict(lambda: ([], []))
     for name, p in model.named_parameters():
         if p.requires_grad:
             exempt = p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-            (free if exempt else decayed).append(p)
-    return [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+            groups[distances[name]][0 if exempt else 1].append(p)
+    if layer_decay is None:
+        free, decayed = groups[0]
+        return [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": layer_decay**distance}
+        for distance, pair in sorted(groups.items())
+        for params, decay in zip(pair, (0.0, weight_decay), strict=True)
+        if params
+    ]
+
+
+def distances_from_head(model: nn.Module) -> dict[str, int]:
+    """Layers between each parameter and the head of its tower, by parameter name.
+
+    0 for what comes after the last block (final normalisation, projection) and for the logit scale and bias, 1 for the
+    last block, L for the first of L, L + 1 for the embeddings.
+
+    Raises:
+        UserError: a tower is not one of OpenCLIP's own transformers.
+    """
+    text = getattr(model, "text", model)  # open_clip.CLIP holds the parts of its text tower itself
+    for tower in (model.visual, text):
+        if tower is not model and not isinstance(tower, (VisionTransformer, TextTransformer)):
+            raise UserError(
+                f"--layer-decay needs OpenCLIP's own transformers, but this model has a {type(tower).__name__}; "
+                "leave it out."
+            )
+    distances = {}
+    for name, _ in model.named_parameters():
+        tower = model.visual if name.startswith("visual.") else text
+        layers = len(tower.transformer.resblocks)
+        block = re.search(r"\bresblocks\.(\d+)\.", name)
+        if block is not None:
+            distances[name] = layers - int(block[1])
+        else:
+            own_name = name.removeprefix("visual.").removeprefix("text.")
+            distances[name] = layers + 1 if own_name.split(".")[0] in _EMBEDDINGS else 0
+    return distances
 
 
 def create_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, or `timm/NAME` for any optimizer of timm.
+    """AdamW, or `timm/NAME` for any optimizer of timm; with `--layer-decay`, the groups' lr is scaled already.
 
     Raises:
-        UserError: unknown optimizer, or nothing to train.
+        UserError: unknown optimizer, nothing to train, or layer decay for a model that it does not fit.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("Every parameter is locked, so there is nothing to train; drop --lock-image or --lock-text.")
+    layer_decay = getattr(args, "layer_decay", None)
+    if layer_decay is not None and args.lr is None:
+        raise UserError("--layer-decay scales the learning rate, so it needs --lr.")
+    groups = parameter_groups(model, args.wd, layer_decay)
     if args.opt.lower() == "adamw":
-        groups = parameter_groups(model, args.wd)
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters()) or None
-        return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=fused)
-    if args.opt.lower().startswith("timm/"):
-        from timm.optim import create_optimizer_v2
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=fused)
+    elif args.opt.lower().startswith("timm/"):
+        # timm makes groups of its own; they are its optimizers' usual ones, so only layer decay replaces them.
+        optimizer = _timm_optimizer(model if layer_decay is None else groups, args)
+    else:
+        raise UserError(f"Unknown optimizer {args.opt!r}; use adamw or timm/NAME.")
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            group["lr"] *= group["lr_scale"]
+    return optimizer
 
-        options = {"lr": args.lr, "weight_decay": args.wd, "eps": args.eps, "momentum": args.momentum}
-        if args.beta1 is not None:
-            options["betas"] = (args.beta1, args.beta2)
-        options = {k: v for k, v in options.items() if v is not None}
-        try:
-            return create_optimizer_v2(model, args.opt[len("timm/"):], **options)
-        except (AssertionError, ValueError, TypeError) as error:
-            raise UserError(f"timm cannot create the optimizer {args.opt!r} with these settings: {error}") from error
-    raise UserError(f"Unknown optimizer {args.opt!r}; use adamw or timm/NAME.")
+
+def _timm_optimizer(model_or_groups: nn.Module | list[dict], args: argparse.Namespace) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    options = {"lr": args.lr, "weight_decay": args.wd, "eps": args.eps, "momentum": args.momentum}
+    if args.beta1 is not None:
+        options["betas"] = (args.beta1, args.beta2)
+    options = {k: v for k, v in options.items() if v is not None}
+    try:
+        return create_optimizer_v2(model_or_groups, args.opt[len("timm/"):], **options)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"timm cannot create the optimizer {args.opt!r} with these settings: {error}") from error
 
 
 def create_schedule(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int
-) -> Callable[[int], float] | None:
-    """A function step -> lr that also sets the optimizer's groups; None with `--skip-scheduler` (lr stays `--lr`)."""
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    *,
+    total_steps: float,
+    warmup_steps: float,
+    cooldown_steps: float | None = None,
+) -> Callable[[float], float] | None:
+    """A function step -> lr that also sets the optimizer's groups; None with `--skip-scheduler` (lr stays `--lr`).
+
+    The lengths and the step are counted in steps of one fixed global batch and need not be whole: a run that goes on
+    with another batch size keeps its schedule by giving samples seen / that batch. For whole steps the values are those
+    of OpenCLIP's schedules. A group with `lr_scale` gets lr * lr_scale; what is returned is lr.
+
+    Args:
+        total_steps: length of the run; later steps get the last value.
+        warmup_steps: steps in which lr rises linearly to `--lr`.
+        cooldown_steps: length of the cooldown at the end, for const-cooldown.
+    """
     if args.skip_scheduler:
         return None
-    total = steps_per_epoch * args.epochs
     if args.lr_scheduler == "cosine":
-        return cosine_lr(optimizer, args.lr, args.warmup, total)
-    if args.lr_scheduler == "const":
-        return const_lr(optimizer, args.lr, args.warmup, total)
-    cooldown = steps_per_epoch * args.epochs_cooldown
-    return const_lr_cooldown(
-        optimizer, args.lr, args.warmup, total, cooldown, args.lr_cooldown_power, args.lr_cooldown_end
-    )
+        set_lr = cosine_lr(optimizer, args.lr, warmup_steps, total_steps)
+    elif args.lr_scheduler == "const":
+        set_lr = const_lr(optimizer, args.lr, warmup_steps, total_steps)
+    else:
+        set_lr = const_lr_cooldown(
+            optimizer, args.lr, warmup_steps, total_steps, cooldown_steps, args.lr_cooldown_power, args.lr_cooldown_end
+        )
+    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]  # the flag's, whatever is resumed
+
+    def schedule(step: float) -> float:
+        # OpenCLIP's warm-up gives --lr at warmup - 1 and would go beyond it at a fraction of a step later.
+        lr = set_lr(min(step, warmup_steps - 1) if step < warmup_steps else min(step, total_steps))
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = lr * scale
+        return lr
+
+    return schedule

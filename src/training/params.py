@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from training.durations import Duration
 from training.errors import UserError
 
 SOURCE_SEPARATOR = "::"
@@ -239,6 +240,16 @@ def _one_of(*names: str) -> dict[str, Any]:
     return {"type": convert, "metavar": "{" + ",".join(names) + "}"}
 
 
+def _duration(text: str) -> int | str:
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        Duration.parse(text, "steps")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a length like 500, 2ep, 1e6samples or 5%, not {text!r}") from error
+    return text
+
+
 def _optimizer_name(text: str) -> str:
     if text.lower() != "adamw" and not re.fullmatch("timm/.+", text.lower()):
         raise argparse.ArgumentTypeError(f"must be adamw, or timm/NAME for an optimizer of timm, not {text!r}")
@@ -325,6 +336,12 @@ def _add_data(parser: _Parser) -> None:
     add("--csv-img-key", "Name of the CSV column with the image files.", default="filepath", metavar="COLUMN")
     add("--csv-caption-key", "Name of the CSV column with the captions.", default="title", metavar="COLUMN")
     add("--workers", "Processes that load data, for each training process.", default=4, type=_COUNT)
+    add(
+        "--stall-seconds",
+        "Say which worker and shard is waited for when a batch takes longer than this.",
+        default=60.0,
+        type=_POSITIVE,
+    )
     add("--seed", "Seed of everything that is drawn at random.", default=0, type=_SEED)
 
 
@@ -464,6 +481,12 @@ def _add_loss(parser: _Parser) -> None:
 def _add_optimization(parser: _Parser) -> None:
     add = parser.section("optimisation")
     add("--epochs", "Epochs in all.", default=32, type=_COUNT)
+    add(
+        "--duration",
+        "Length of the run instead of --epochs: optimizer steps, or with a unit: 2.5ep, 1e7samples.",
+        type=_duration,
+        metavar="N|NUNIT",
+    )
     add("--batch-size", "Samples of a batch, for each training process.", default=64, type=_POSITIVE_COUNT)
     add(
         "--accum-freq",
@@ -485,7 +508,13 @@ def _add_optimization(parser: _Parser) -> None:
     add("--wd", "Weight decay; never applied to biases, norms and the temperature.", default=0.2, type=_NOT_NEGATIVE)
     add("--momentum", "Momentum, for timm optimizers that have one.", type=_NOT_NEGATIVE)
     add("--grad-clip-norm", "Clip the gradient to this norm. Without it: no clipping.", type=_POSITIVE)
-    add("--warmup", "Optimizer steps in which the learning rate rises from 0.", default=10000, type=_COUNT)
+    add(
+        "--warmup",
+        "How long the learning rate rises from 0: optimizer steps, or with a unit: 2ep, 1e6samples, 5%%.",
+        default=10000,
+        type=_duration,
+        metavar="N|NUNIT",
+    )
     add(
         "--lr-scheduler",
         "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end.",
@@ -493,6 +522,14 @@ def _add_optimization(parser: _Parser) -> None:
         **_one_of("cosine", "const", "const-cooldown"),
     )
     add("--epochs-cooldown", "Length of the cooldown, the last N of --epochs.", type=_COUNT)
+    add("--layer-decay", "Multiply the learning rate by this for each layer below the last.", type=_FRACTION_ABOVE_0)
+    add("--ema-decay", "Also keep a moving average of the weights with this decay.", type=_FRACTION_BELOW_1)
+    add(
+        "--nonfinite",
+        "What to do after a step whose loss or gradient is not finite (it is never applied): stop, or skip it.",
+        default="stop",
+        **_one_of("stop", "skip"),
+    )
     add("--lr-cooldown-end", "Learning rate at the end of the cooldown.", default=0.0, type=_NOT_NEGATIVE)
     add("--lr-cooldown-power", "Power of the cooldown's polynomial; 1 is linear.", default=1.0, type=_NOT_NEGATIVE)
     add("--skip-scheduler", "Keep the learning rate at --lr throughout.", **_OFF)
@@ -537,6 +574,19 @@ def _add_checkpoints(parser: _Parser) -> None:
     add("--name", "Name of the run's folder in --logs. Without it: from the time and the main options.", metavar="NAME")
     add("--resume", "Continue from this checkpoint, or from the newest of --name with 'latest'.", metavar="FILE|latest")
     add("--save-frequency", "Save every N epochs and after the last; 0: only after the last.", default=1, type=_COUNT)
+    add("--save-every-n-steps", "Also save in the middle of an epoch, every N optimizer steps.", type=_POSITIVE_COUNT)
+    add("--save-every-n-minutes", "Also save in the middle of an epoch, every N minutes.", type=_POSITIVE)
+    add(
+        "--keep-last",
+        "Keep the newest N checkpoints and the best. Without it: every epoch's, and the two newest in the middle of an "
+        "epoch.",
+        type=_POSITIVE_COUNT,
+    )
+    add(
+        "--allow-elastic",
+        "Let --resume go on with another number of processes or another batch size, by samples seen.",
+        **_OFF,
+    )
     add("--save-most-recent", "Also save every epoch to epoch_latest.pt.", **_OFF)
     add("--delete-previous-checkpoint", "Delete the checkpoint before, once a new one is saved.", **_OFF)
     add(
@@ -617,6 +667,10 @@ def _check(args: argparse.Namespace) -> None:
             trains and args.lr is None and not args.skip_scheduler,
             f"--opt {args.opt} has no default learning rate to schedule: give --lr.",
         )
+    forbid(
+        str(args.duration).endswith("%"),
+        "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %.",
+    )
     forbid(
         distills != (args.distill_pretrained is not None),
         "--distill-model and --distill-pretrained belong together: give both, or neither.",

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import shutil
 from datetime import datetime
@@ -12,7 +11,6 @@ from pathlib import Path
 import yaml
 
 from . import checkpoint
-from .distributed import Ranks
 from .errors import UserError
 
 
@@ -62,27 +60,3 @@ def create(folder: Path, config: dict, copy_codebase: bool = False) -> None:
             Path(__file__).parents[1], folder / "code", dirs_exist_ok=True,
             ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
         )
-
-
-def start_remote_sync(args: argparse.Namespace, ranks: Ranks, folder: Path | None):
-    """Copies the run's folder to --remote-sync now, and every --remote-sync-frequency seconds in a process."""
-    if args.remote_sync is None or not ranks.is_main or folder is None:
-        return None
-    from open_clip_train.file_utils import remote_sync, start_sync_process
-
-    target = os.path.join(args.remote_sync, args.name)
-    if not remote_sync(str(folder), target, args.remote_sync_protocol):
-        raise UserError(f"The run's folder cannot be copied to {target}; check --remote-sync and its credentials.")
-    process = start_sync_process(args.remote_sync_frequency, str(folder), target, args.remote_sync_protocol)
-    process.daemon = True
-    process.start()
-    return process
-
-
-def finish_remote_sync(args: argparse.Namespace, folder: Path, process) -> None:
-    from open_clip_train.file_utils import remote_sync
-
-    process.terminate()
-    target = os.path.join(args.remote_sync, args.name)
-    if not remote_sync(str(folder), target, args.remote_sync_protocol):
-        logging.error(f"The last copy of the run's folder to {target} failed; copy {folder} by hand.")

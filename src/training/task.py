@@ -49,6 +49,10 @@ class Task(Protocol):
         """What is due at the end of `epoch` (1-based), on all ranks; {} if nothing is."""
         ...
 
+    def score(self, metrics: dict[str, float]) -> float | None:
+        """What makes one checkpoint better than another, from what `evaluate` returned; None if it cannot tell."""
+        ...
+
 
 class ClipTask:
     """Contrastive pre-training: InfoNCE (`ClipLoss`), or pairwise sigmoids with `--siglip`.
@@ -132,6 +136,14 @@ class ClipTask:
                 data=self.zero_shot_data,
             )
         return metrics
+
+    def score(self, metrics: dict[str, float]) -> float | None:
+        """Zero-shot top-1 (ImageNet's first), else the mean R@1 of the two directions."""
+        retrieval = ("image_to_text_R@1", "text_to_image_R@1")
+        for names in (("imagenet-zeroshot-val-top1",), ("zeroshot-val-top1",), retrieval):
+            if all(name in metrics for name in names):
+                return sum(metrics[name] for name in names) / len(names)
+        return None
 
 
 def training_rrt(model: nn.Module) -> float:

@@ -1,15 +1,17 @@
 """The training loop. It knows batches, steps, epochs and state; what is learnt is the task's business.
 
-`Trainer.step` is one optimizer step. All that must survive a restart is in `Trainer.state_dict`.
+`Trainer.step` is one optimizer step; `Trainer.train_epoch` is the loop around it; all that must survive a restart is in
+`Trainer.state_dict`.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoint
+from .control import EXIT_INTERRUPTED, EXIT_NONFINITE, Control, Stopped
+from .cost import peak_flops, step_cost, summary
 from .data import TrainData
 from .distributed import Ranks
+from .ema import Ema
 from .errors import UserError
 from .log import RunLog, peak_memory_gb
-from .optim import create_schedule
+from .plan import Plan
 from .task import Batch, Task
 
 
@@ -63,59 +68,83 @@ class Trainer:
         self.input_dtype = open_clip.get_input_dtype(args.precision)
         self.scaler = torch.amp.GradScaler(ranks.device.type) if args.precision == "amp" else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema = None if args.ema_decay is None else Ema(model, args.ema_decay)
+        self.control = Control(ranks)
+        self.saver = checkpoint.Saver(
+            folder / "checkpoints" if folder is not None and ranks.is_main else None,
+            keep_last=args.keep_last,
+            every_minutes=args.save_every_n_minutes,
+        )
         self.show_progress = sys.stderr.isatty() if args.progress is None else args.progress
-        self.global_batch = args.batch_size * args.accum_freq * ranks.world_size
-        self.steps_per_epoch = data.num_batches // args.accum_freq
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"One optimizer step needs {args.accum_freq} batches but an epoch has {data.num_batches}; "
-                "lower --accum-freq or --batch-size."
-            )
-        self.schedule = create_schedule(optimizer, args, self.steps_per_epoch)  # step -> lr, sets it; or None
+        self.plan = Plan.of(args, data.num_batches, ranks.world_size)
+        self.schedule = self.plan.schedule(optimizer, args)
         self.epoch = 0  # epochs completed
-        self.steps = 0  # optimizer steps completed
+        self.epoch_steps = 0  # optimizer steps of the current epoch
+        self.steps = 0  # optimizer steps in all
+        self.samples = 0  # samples seen in all
+        self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
+        self.nonfinite_steps = 0
+        self.cost = step_cost(model, accumulate=args.accum_freq > 1)  # of a pair; None for towers it does not know
+        self.peak = peak_flops(ranks.device, args.precision)
+        self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}  # of training since this process began
+        self.losses: list[float] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.notes: list[str] = []  # to be logged when the run begins
 
     # ------------------------------------------------------------------ the loop
 
     def fit(self, run_log: RunLog) -> None:
-        """Trains from the current state to the last epoch, evaluating and saving on the way."""
+        """Trains from the current state to the end of the run, evaluating and saving on the way.
+
+        Raises:
+            Stopped: the run ended early and in order: a signal, or a non-finite loss with `--nonfinite stop`.
+            UserError: on all ranks, when the data of any rank turn out to be unusable.
+        """
         self.run_log = run_log
-        total = self.steps_per_epoch * self.args.epochs
-        if self.schedule is not None and self.args.warmup >= total > 0:
-            logging.warning(
-                f"Warm-up ({self.args.warmup} steps) is as long as the run ({total} steps), so the learning rate never "
-                "reaches --lr; lower --warmup."
-            )
-        while self.epoch < self.args.epochs:
-            self.train_epoch()
-            self.epoch += 1
-            last = self.epoch == self.args.epochs
-            self.evaluate(last)
-            self.save(last)
+        for note in self.notes:
+            logging.warning(note)
+        self.warn_of_long_warmup()
+        with self.control:
+            between_epochs = self.epoch > 0 and self.epoch_steps == 0
+            if between_epochs and not self.ranks.broadcast(run_log.has_evaluation(self.epoch)):
+                self.evaluate()  # the run ended between the last save and its evaluation
+            while not self.finished:
+                self.train_epoch()
+                self.epoch, self.epoch_steps = self.epoch + 1, 0
+                self.save_epoch()
+                self.evaluate()
+            self.save_what_failed()
+        self.summarise()
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.plan.epochs or self.samples >= self.plan.total_samples
 
     def train_epoch(self) -> None:
+        """The rest of the current epoch: fetch, agree, step, log, save."""
         self.runnable.train()
-        batches = self.data.epoch(self.epoch)
-        done = self.steps - self.epoch * self.steps_per_epoch
-        bar = tqdm(
-            total=self.steps_per_epoch, initial=done, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", unit="step",
-            leave=False, disable=not (self.show_progress and self.ranks.is_main),
-        )
+        left = self.plan.steps_left(self.epoch_steps, self.samples)
+        batches = iter(self.data.epoch(self.epoch) if left else ())
         meter = _Meter()
-        with bar:
-            for window in _windows(batches, self.args.accum_freq, self.steps_per_epoch - done, meter):
+        with self.progress_bar() as bar:
+            for i in range(left):
+                position = self.data.state_dict()  # a window that is fetched but not trained on is fetched again
+                window, error = self.fetch(batches, meter)
+                self.act_on_wishes(position, error)
                 losses, lr = self.step([self.to_device(batch) for batch in window])
                 meter.steps += 1
                 bar.update()
-                in_epoch = self.steps - self.epoch * self.steps_per_epoch
-                if (in_epoch - 1) % self.args.log_every_n_steps == 0 or in_epoch == self.steps_per_epoch:
-                    self.log_step(losses, lr, in_epoch, meter)
+                if (self.epoch_steps - 1) % self.args.log_every_n_steps == 0 or i == left - 1:
+                    self.log_step(losses, lr, meter)
+                if self.args.save_every_n_steps and self.steps % self.args.save_every_n_steps == 0:
+                    self.save_step(self.data.state_dict())
+        self.act_on_wishes(self.data.state_dict())
         self.report_skipped()
 
     def step(self, window: list[Batch]) -> tuple[dict[str, Tensor], float]:
         """One optimizer step on `window`, a list of `--accum-freq` micro-batches; returns its losses and lr."""
         if self.schedule is not None:
-            self.schedule(self.steps)
+            self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         if len(window) == 1:
@@ -127,15 +156,24 @@ class Trainer:
 
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.args.grad_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip_norm)
+        norm = self.clip_gradients()
         if self.scaler is not None:
+            finite = bool(torch.isfinite(losses["loss"]))  # an infinite gradient alone is the scaler's business
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.step()
+            finite = bool(torch.isfinite(norm))  # the same on all ranks, for gradients are averaged
+            if finite:
+                self.optimizer.step()
         self.task.after_step(self.model)
-        self.steps += 1
+        if self.ema is not None and finite:
+            self.ema.update(self.model)
+        self.nonfinite = None if finite else {
+            "step": self.steps, "rank": self.ranks.rank, "loss": losses["loss"].item(), "gradient_norm": norm.item(),
+            "keys": [key for batch in window for key in batch["key"]],
+        }
+        self.steps, self.epoch_steps = self.steps + 1, self.epoch_steps + 1
+        self.samples += self.plan.global_batch
         return losses, lr
 
     def accumulate(self, window: list[Batch]) -> dict[str, Tensor]:
@@ -180,6 +218,13 @@ class Trainer:
         _restore_random_state(self.ranks.device, after)
         return losses
 
+    def clip_gradients(self) -> Tensor:
+        """The norm of all gradients together, before they are clipped to --grad-clip-norm (if given)."""
+        if self.args.grad_clip_norm is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip_norm)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
@@ -190,16 +235,65 @@ class Trainer:
             "text": batch["text"].to(device=device, non_blocking=True),
         }
 
+    def fetch(self, batches: Iterator[Batch], meter: _Meter) -> tuple[list[Batch], UserError | None]:
+        """The next window, or what is wrong with this rank's data."""
+        begin = time.perf_counter()
+        try:
+            return [next(batches) for _ in range(self.args.accum_freq)], None
+        except UserError as error:
+            return [], error
+        finally:
+            meter.waited += time.perf_counter() - begin
+
+    # ------------------------------------------------------------------ between two steps
+
+    def act_on_wishes(self, position: dict[str, Any], error: UserError | None = None) -> None:
+        """Saves or stops when any rank wants to: on a signal, by the clock, after a non-finite step, on bad data.
+
+        Args:
+            position: the data position that goes with the current weights.
+            error: what went wrong with this rank's data.
+        """
+        wishes = self.control.agree(save=self.saver.due(), nonfinite=self.nonfinite is not None, error=error)
+        if wishes.nonfinite:
+            self.record_nonfinite()
+        stop = wishes.nonfinite and self.args.nonfinite == "stop"
+        if wishes.save or wishes.signal or stop:
+            self.save_step(position)
+        if stop:
+            raise Stopped(
+                f"The loss or gradient of step {self.steps - 1} was not finite, so it was not applied; the samples are "
+                "in nonfinite.jsonl, and --resume latest goes on after them (--nonfinite skip passes over such steps).",
+                EXIT_NONFINITE,
+            )
+        if wishes.signal:
+            raise Stopped(
+                f"Stopped by signal {wishes.signal} after step {self.steps}; --resume latest goes on exactly here.",
+                EXIT_INTERRUPTED,
+            )
+
+    def record_nonfinite(self) -> None:
+        self.nonfinite_steps += 1
+        records = [record for record in self.ranks.gather(self.nonfinite) if record is not None]
+        self.nonfinite = None
+        logging.error(f"Step {self.steps - 1} was not applied: its loss or gradient is not finite.")
+        if self.ranks.is_main and self.folder is not None:
+            with (self.folder / "nonfinite.jsonl").open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
     # ------------------------------------------------------------------ figures
 
-    def log_step(self, losses: dict[str, Tensor], lr: float, in_epoch: int, meter: _Meter) -> None:
+    def log_step(self, losses: dict[str, Tensor], lr: float, meter: _Meter) -> None:
         values = self.ranks.mean(losses)  # waits for the device, so the clock below is true
         steps, seconds, waited = meter.read()
-        rate = steps * self.global_batch / seconds
+        rate = steps * self.plan.global_batch / seconds
+        for name, value in (("seconds", seconds), ("waited", waited), ("samples", steps * self.plan.global_batch)):
+            self.totals[name] += value
+        self.losses = [*self.losses[:1], values["loss"]]
         row = {
             "step": self.steps - 1,
             "epoch": self.epoch,
-            "samples": self.steps * self.global_batch,
+            "samples": self.samples,
             **values,
             "lr": lr,
             "samples_per_second": rate,
@@ -209,50 +303,106 @@ class Trainer:
             **self.task.log(self.model),
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
+        if self.cost is not None:
+            row["tokens_per_second"] = self.cost.tokens * rate
+            row["tflops_per_second"] = self.cost.model * rate / 1e12
+            if self.peak is not None:
+                row["mfu"] = self.cost.model * rate / (self.peak * self.ranks.world_size)
         self.run_log.train(row)
-        left = (self.args.epochs * self.steps_per_epoch - self.steps) * seconds / steps
+        left = (self.plan.total_samples - self.samples) / rate
         extra = " ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in values.items() if k != "loss" and len(values) > 2)
         logging.info(
-            f"epoch {self.epoch + 1}/{self.args.epochs} step {in_epoch}/{self.steps_per_epoch} | "
+            f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch} | "
             f"loss {values['loss']:.4f} {extra}| {rate:.4g} samples/s, data wait {waited / seconds:.0%} | "
             f"lr {lr:.3g} | logit scale {row.get('logit_scale', math.nan):.2f} | RRT {row.get('rrt', 0):.1%} | "
-            f"peak memory {row['peak_memory_gb']:.2f} GB | {_hours(left)} left"
+            + (f"{row['tflops_per_second']:.3g} TFLOP/s | " if self.cost is not None else "")
+            + (f"MFU {row['mfu']:.1%} | " if "mfu" in row else "")
+            + f"peak memory {row['peak_memory_gb']:.2f} GB | {_hours(left)} left"
         )
 
     def report_skipped(self) -> None:
-        """What the data left out in this epoch, over all ranks."""
+        """What was left out in this epoch, over all ranks."""
         for rank, sentence in enumerate(self.ranks.gather(self.data.report().sentence())):
             if sentence:
                 logging.warning(f"Rank {rank}: {sentence}" if self.ranks.world_size > 1 else sentence)
+        if self.nonfinite_steps:
+            logging.warning(f"{self.nonfinite_steps} steps so far were not applied: not finite.")
 
-    def evaluate(self, last: bool) -> None:
-        metrics = self.task.evaluate(self.model, self.epoch, last)
+    def summarise(self) -> None:
+        """What the run, or what was left of it after a resume, came to."""
+        text = summary(
+            **self.totals,
+            losses=self.losses,
+            evaluations=self.evaluations,
+            cost=self.cost,
+            peak=None if self.peak is None else self.peak * self.ranks.world_size,
+            rrt=self.task.log(self.model).get("rrt", 0.0),
+            peak_memory_gb=max(self.ranks.gather(peak_memory_gb(self.ranks.device))),
+            folder=self.folder,
+        )
+        logging.info("Summary\n" + text)
+        if self.ranks.is_main and self.folder is not None:
+            (self.folder / "summary.txt").write_text(text + "\n")
+
+    def warn_of_long_warmup(self) -> None:
+        if self.schedule is not None and self.plan.warmup_steps >= self.plan.total_steps > 0:
+            logging.warning(
+                f"Warm-up ({self.plan.warmup_steps} steps) is as long as the run ({self.plan.total_steps} steps), so "
+                "the learning rate never reaches --lr; lower --warmup."
+            )
+
+    def progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.plan.steps_per_epoch, initial=self.epoch_steps, unit="step", leave=False,
+            desc=f"epoch {self.epoch + 1}/{self.plan.epochs}", disable=not (self.show_progress and self.ranks.is_main),
+        )  # fmt: skip
+
+    def evaluate(self) -> None:
+        """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
+        metrics = self.task.evaluate(self.model, self.epoch, self.finished)
+        if metrics and self.ema is not None:
+            with self.ema.applied(self.model):
+                averaged = self.task.evaluate(self.model, self.epoch, self.finished)
+            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
         if metrics:
             metrics = {"epoch": self.epoch, "step": self.steps, **metrics}
+            self.evaluations.append(metrics)
             self.run_log.evaluation(metrics, self.steps)
             logging.info(f"Evaluation after epoch {self.epoch}: " + describe(metrics))
+            if self.ranks.is_main:
+                self.saver.keep_best(self.epoch, self.task.score(metrics))
 
     # ------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors: all the rest of the run depends on. Call on all ranks."""
+    def state_dict(self, position: dict[str, Any]) -> dict[str, Any]:
+        """Plain types and tensors: all that the rest of the run depends on. Call on all ranks."""
         return {
             "epoch": self.epoch,
+            "epoch_steps": self.epoch_steps,
             "step": self.steps,
-            "steps_per_epoch": self.steps_per_epoch,
-            "samples": self.steps * self.global_batch,
+            "samples": self.samples,
             "name": self.args.name,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
-            "data": self.ranks.gather(self.data.state_dict()),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "plan": self.plan.state_dict(),
+            "data": self.ranks.gather(position if self.epoch_steps else {}),
             "random": self.ranks.gather(_random_state(self.ranks.device)),
+            "nonfinite_steps": self.nonfinite_steps,
             "config": self.config,
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str | Path) -> None:
-        """Continues from `state_dict`, from an OpenCLIP checkpoint (its epoch), or from bare weights (epoch 0)."""
+        """Continues from `state_dict`, from an OpenCLIP checkpoint (its epoch), or from bare weights (epoch 0).
+
+        Raises:
+            UserError: the state does not fit this run; what is loaded by then is not used.
+        """
         checkpoint.load_weights(self.model, state.get("state_dict", state), source)
+        if self.ema is not None:
+            self.ema = Ema(self.model, self.args.ema_decay)
         if "epoch" not in state:
             return
         try:
@@ -261,32 +411,66 @@ class Trainer:
             raise UserError(f"The optimizer state in {source} does not fit --opt {self.args.opt}: {error}") from error
         if self.scaler is not None and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state.get("ema"):
+            self.ema.load_state_dict(state["ema"], state["ema_updates"])
         self.epoch = state["epoch"]
-        self.steps = state.get("step", self.epoch * self.steps_per_epoch)
-        steps_per_epoch = state.get("steps_per_epoch", self.steps_per_epoch)  # an OpenCLIP checkpoint does not say
-        if steps_per_epoch != self.steps_per_epoch:
+        if "plan" not in state:  # OpenCLIP's: whole epochs
+            self.steps = self.epoch * self.plan.steps_per_epoch
+            self.samples = self.steps * self.plan.global_batch
+            return
+        self.steps, self.samples, self.epoch_steps = state["step"], state["samples"], state["epoch_steps"]
+        self.nonfinite_steps = state["nonfinite_steps"]
+        change = self.plan.change_from(state["plan"], mid_epoch=self.epoch_steps > 0)
+        if change and not self.args.allow_elastic:
             raise UserError(
-                f"An epoch had {steps_per_epoch} steps when {source} was written and has {self.steps_per_epoch} now, "
-                "so the schedule would jump; continue with the batch size, number of processes and data it had."
+                f"{source} was written with {change}; continue with what it had, or add --allow-elastic to go on by "
+                "samples seen (not bit for bit)."
             )
-        if len(state.get("data", ())) == self.ranks.world_size:
+        self.plan = self.plan.continued(state["plan"], self.args)
+        self.schedule = self.plan.schedule(self.optimizer, self.args)
+        workers = state["plan"]["workers"]
+        if not change and workers != self.plan.workers:
+            self.notes.append(
+                f"{self.plan.workers} loader workers instead of {workers}: the coming epochs have another sample order "
+                "than they would have had."
+            )
+        if change:
+            self.notes.append(f"Elastic resume: {source} was written with {change}; going on by samples seen.")
+            share = self.epoch_steps / state["plan"]["steps_per_epoch"]
+            self.epoch_steps = min(round(share * self.plan.steps_per_epoch), self.plan.steps_per_epoch)
+            self.data.skip_to(self.epoch, self.epoch_steps * self.args.accum_freq)
+            return
+        if self.epoch_steps:
             self.data.load_state_dict(state["data"][self.ranks.rank])
-        if len(state.get("random", ())) == self.ranks.world_size:
-            _restore_random_state(self.ranks.device, state["random"][self.ranks.rank])
+        _restore_random_state(self.ranks.device, state["random"][self.ranks.rank])
 
-    def save(self, last: bool) -> None:
+    def save_step(self, position: dict[str, Any]) -> None:
+        """`step_K.pt`, in the middle of an epoch. Call on all ranks."""
+        self.save(f"step_{self.steps}.pt", position)
+
+    def save_epoch(self) -> None:
         """After an epoch: `epoch_K.pt` every --save-frequency epochs and at the end, `epoch_latest.pt` if asked."""
         args = self.args
-        state = self.state_dict()
-        if self.folder is None or not self.ranks.is_main:
-            return
-        folder = self.folder / "checkpoints"
-        if last or (args.save_frequency > 0 and self.epoch % args.save_frequency == 0):
-            checkpoint.save(state, folder / f"epoch_{self.epoch}.pt")
-        if args.delete_previous_checkpoint:
-            (folder / f"epoch_{self.epoch - 1}.pt").unlink(missing_ok=True)
+        if self.finished or (args.save_frequency > 0 and self.epoch % args.save_frequency == 0):
+            self.save(f"epoch_{self.epoch}.pt", {})
         if args.save_most_recent:
-            checkpoint.save(state, folder / checkpoint.LATEST)
+            self.save(checkpoint.LATEST, {})
+        if args.delete_previous_checkpoint and self.ranks.is_main:
+            self.saver.delete(f"epoch_{self.epoch - 1}.pt")
+
+    def save_what_failed(self, attempts: int = 5) -> None:
+        """At the end of the run: the last checkpoint must be there, so a full disk gets a few more chances."""
+        for attempt in range(attempts):
+            if not self.ranks.broadcast(self.saver.failed):
+                return
+            time.sleep(2**attempt)
+            self.save_epoch()
+        raise UserError(f"The last checkpoint could not be written to {self.folder}; free space there and resume.")
+
+    def save(self, name: str, position: dict[str, Any]) -> None:
+        state = self.state_dict(position)
+        if self.ranks.is_main:
+            self.saver.save(state, name)
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -304,16 +488,6 @@ class _Meter:
         reading = self.steps, now - self.start, self.waited
         self.start, self.waited, self.steps = now, 0.0, 0
         return reading
-
-
-def _windows(batches: Iterable[Batch], size: int, count: int, meter: _Meter) -> Iterator[list[Batch]]:
-    """`count` lists of `size` consecutive batches."""
-    iterator = iter(batches)
-    for _ in range(count):
-        begin = time.perf_counter()
-        window = [next(iterator) for _ in range(size)]
-        meter.waited += time.perf_counter() - begin
-        yield window
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

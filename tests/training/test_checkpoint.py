@@ -92,3 +92,55 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(change, words):
         checkpoint.load_weights(model, state, "x.pt")
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+def save_all(saver, names):
+    for name in names:
+        kind, number = name.removesuffix(".pt").split("_")
+        epoch, steps = (int(number), 0) if kind == "epoch" else divmod(int(number), 10)
+        saver.save({"epoch": epoch, "epoch_steps": steps, "state_dict": {}}, name)
+
+
+def names(folder):
+    return {p.name for p in folder.glob("*.pt")}
+
+
+ALL = ["step_3.pt", "step_6.pt", "step_9.pt", "epoch_1.pt", "step_13.pt", "epoch_2.pt"]
+
+
+@pytest.mark.parametrize(
+    "keep_last, kept",
+    [
+        (None, {"step_9.pt", "step_13.pt", "epoch_1.pt", "epoch_2.pt"}),
+        (1, {"epoch_2.pt"}),
+        (2, {"epoch_2.pt", "step_13.pt"}),
+    ],
+)
+def test_the_newest_are_kept(tmp_path, keep_last, kept):
+    save_all(checkpoint.Saver(tmp_path, keep_last), ALL)
+    assert names(tmp_path) == kept
+    assert checkpoint.newest(tmp_path).name == "epoch_2.pt"
+
+
+def test_what_an_earlier_process_left_counts_too(tmp_path):
+    save_all(checkpoint.Saver(tmp_path, 2), ALL[:3])
+    (tmp_path / ".step_9.pt.1234.tmp").write_bytes(b"killed while saving")
+    save_all(checkpoint.Saver(tmp_path, 2), ALL[3:4])
+    assert {p.name for p in tmp_path.iterdir()} == {"step_9.pt", "epoch_1.pt"}
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    saver = checkpoint.Saver(tmp_path, keep_last=1)
+    for epoch, score in ((1, 0.3), (2, 0.5), (3, 0.4)):
+        save_all(saver, [f"epoch_{epoch}.pt"])
+        saver.keep_best(epoch, score)
+    assert names(tmp_path) == {"epoch_3.pt", "best.pt"}
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+    again = checkpoint.Saver(tmp_path, keep_last=1)  # the best so far is remembered
+    save_all(again, ["epoch_4.pt"])
+    again.keep_best(4, 0.45)
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
+    assert checkpoint.newest(tmp_path).name == "epoch_4.pt"

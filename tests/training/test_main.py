@@ -1,90 +1,28 @@
 """The command as a person runs it: a run on files, its folder, and what it says to bad input."""
 import csv
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from training.main import main
 
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 6, "width": 32, "head_width": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-    "token_reduction": {"method": "elip"},
-}
-WORDS = "red green blue gray dark light round square".split()
+from .runs import assert_equal_weights, command, register_models, weights, write_shards
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_model(tmp_path_factory):
-    """Registers `Tiny-ELIP` and `Tiny` for this module, also for child processes (by `local-dir:`)."""
-    folder = tmp_path_factory.mktemp("configs")
-    (folder / "Tiny-ELIP.json").write_text(json.dumps(MODEL))
-    (folder / "Tiny.json").write_text(json.dumps({k: v for k, v in MODEL.items() if k != "token_reduction"}))
-    open_clip.add_model_config(folder)
-    local = folder / "local"
-    local.mkdir()
-    (local / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
-    return local
-
-
-def picture(index: int) -> bytes:
-    pixels = np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((40, 40)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_shards(folder, shards=2, samples=16, broken=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for shard in range(shards):
-        name = f"{shard:05d}.tar"
-        with tarfile.open(folder / name, "w") as tar:
-            for i in range(samples):
-                index = shard * samples + i
-                image = b"no picture" if index in broken else picture(index)
-                caption = f"a {WORDS[index % 8]} {WORDS[index // 8 % 8]} thing".encode()
-                for extension, data in (("png", image), ("txt", caption)):
-                    info = tarfile.TarInfo(f"{index:06d}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        sizes[name] = samples
-    (folder / "sizes.json").write_text(json.dumps(sizes))
-    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+    return register_models(tmp_path_factory.mktemp("configs"))
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-def command(shards, logs, *more, name="run", model="Tiny-ELIP"):
-    return [
-        "--train-data", shards, "--dataset-type", "webdataset", "--batch-size", "8", "--workers", "1", "--warmup", "2",
-        "--epochs", "2", "--model", model, "--precision", "fp32", "--device", "cpu", "--log-every-n-steps", "1",
-        "--logs", str(logs), "--name", name, "--no-progress", *more,
-    ]  # fmt: skip
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def assert_equal_weights(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_a_run_and_what_it_leaves(shards, tmp_path):

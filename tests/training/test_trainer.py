@@ -1,5 +1,5 @@
 """One step is one step: whatever the number of processes or micro-batches it is spread over."""
-import copy
+import json
 import math
 
 import pytest
@@ -7,10 +7,12 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from training import checkpoint
+from training.control import EXIT_NONFINITE, Stopped
 from training.distributed import Ranks
 from training.errors import UserError
 from training.log import RunLog
-from training.optim import create_optimizer, parameter_groups
+from training.optim import create_optimizer
 from training.task import ClipTask
 from training.trainer import Trainer
 
@@ -186,8 +188,8 @@ def test_another_epoch_length_is_refused_on_resume(tmp_path):
     batches = [pairs(8, seed=i) for i in range(3)]
     trainer = make_trainer(run_args(), tiny_clip(), batches)
     trainer.fit(RunLog(None, enabled=False))
-    state = trainer.state_dict()
-    with pytest.raises(UserError, match="had 3 steps when x.pt was written and has 2 now"):
+    state = trainer.state_dict({})
+    with pytest.raises(UserError, match=r"x.pt was written with 3 steps in an epoch \(now 2\)"):
         make_trainer(run_args(), tiny_clip(), batches[:2]).load_state_dict(state, "x.pt")
 
 
@@ -196,23 +198,109 @@ def test_too_few_batches_for_one_window():
         make_trainer(run_args(accum_freq=4), tiny_clip(), [pairs(8)])
 
 
-def test_weight_decay_spares_gains_biases_and_the_logit_scale():
-    model = tiny_clip()
-    free, decayed = parameter_groups(model, 0.1)
-    assert free["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
-    assert any(p is model.logit_scale for p in free["params"])
-    assert any(p is model.visual.proj for p in decayed["params"])
-    assert all(p.ndim >= 2 for p in decayed["params"])
-    assert len(free["params"]) + len(decayed["params"]) == len(list(model.parameters()))
+# ---------------------------------------------------------------------- what is not finite, what cannot be written
 
 
-def test_optimizers():
+def poisoned(batch):
+    image = batch["image"].clone()
+    image[2] = float("nan")
+    return batch | {"image": image}
+
+
+def nonfinite_run(tmp_path, **changes):
+    """Three batches, the second one with a NaN."""
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    batches = [pairs(8, seed=0), poisoned(pairs(8, seed=1)), pairs(8, seed=2)]
     model = tiny_clip()
-    assert type(create_optimizer(model, run_args(opt="timm/lamb", beta1=None, beta2=None))).__name__ == "Lamb"
-    with pytest.raises(UserError, match="Unknown optimizer"):
-        create_optimizer(model, run_args(opt="sgdx"))
-    with pytest.raises(UserError, match="timm cannot create"):
-        create_optimizer(model, run_args(opt="timm/no-such-optimizer"))
-    frozen = copy.deepcopy(model).requires_grad_(False)
-    with pytest.raises(UserError, match="nothing to train"):
-        create_optimizer(frozen, run_args())
+    trainer = make_trainer(run_args(**changes), model, batches, folder=tmp_path)
+    return trainer, model, batches
+
+
+def test_a_non_finite_step_is_skipped_and_its_samples_recorded(tmp_path):
+    trainer, model, batches = nonfinite_run(tmp_path, nonfinite="skip")
+    trainer.fit(RunLog(None, enabled=False))
+    expected = tiny_clip()
+    reference = make_trainer(run_args(), expected, batches)
+    expected.train()
+    for batch in (batches[0], batches[2]):
+        reference.step([batch])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    (record,) = map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    assert record["step"] == 1 and record["keys"] == batches[1]["key"] and math.isnan(record["loss"])
+    assert (trainer.steps, trainer.nonfinite_steps) == (3, 1)
+
+
+def test_a_non_finite_step_stops_at_the_last_good_weights(tmp_path):
+    trainer, model, batches = nonfinite_run(tmp_path, nonfinite="stop")
+    with pytest.raises(Stopped, match="step 1 was not finite") as stopped:
+        trainer.fit(RunLog(None, enabled=False))
+    assert stopped.value.code == EXIT_NONFINITE
+    state = torch.load(checkpoint.newest(tmp_path / "checkpoints"), weights_only=True)
+    assert (state["step"], state["epoch_steps"]) == (2, 2)  # goes on after the bad batch
+    expected = tiny_clip()
+    reference = make_trainer(run_args(), expected, batches)
+    expected.train()
+    reference.step([batches[0]])
+    assert all(torch.equal(v, state["state_dict"][k]) for k, v in expected.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    saver = checkpoint.Saver(tmp_path)
+    assert saver.save({"epoch": 1, "state_dict": {"w": torch.zeros(2)}}, "epoch_1.pt")
+    assert not saver.save({"epoch": 2, "state_dict": {"w": torch.tensor([0.0, float("inf")])}}, "epoch_2.pt")
+    assert checkpoint.newest(tmp_path).name == "epoch_1.pt"
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch, caplog):
+    (tmp_path / "checkpoints").mkdir()
+    original, attempts = checkpoint.save, []
+
+    def failing(state, path):
+        attempts.append(path.name)
+        if len(attempts) in (2, 3):
+            raise OSError(28, "No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    monkeypatch.setattr("training.trainer.time.sleep", lambda seconds: None)
+    trainer = make_trainer(run_args(epochs=2), tiny_clip(), [pairs(8)], folder=tmp_path)
+    trainer.fit(RunLog(None, enabled=False))
+    assert attempts == ["epoch_1.pt", "epoch_2.pt", "epoch_2.pt", "epoch_2.pt"]
+    assert "No space left" in caplog.text
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "epoch_2.pt"
+
+
+def test_a_failed_save_is_tried_again_soon(tmp_path, monkeypatch):
+    saver = checkpoint.Saver(tmp_path, every_minutes=None)
+    state = {"epoch": 1, "state_dict": {}}
+    monkeypatch.setattr(checkpoint, "save", lambda state, path: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    assert not saver.due() and not saver.save(state, "epoch_1.pt") and saver.failed and not saver.due()
+    saver.saved_at -= saver.RETRY_SECONDS
+    assert saver.due()
+    monkeypatch.undo()
+    assert saver.save(state, "epoch_1.pt") and not saver.failed and not saver.due()
+
+
+# ---------------------------------------------------------------------- durations, averages
+
+
+def test_a_run_may_end_in_the_middle_of_an_epoch(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    batches = [pairs(8, seed=i) for i in range(3)]
+    trainer = make_trainer(run_args(duration="4steps", warmup="50%"), tiny_clip(), batches, folder=tmp_path)
+    assert (trainer.plan.epochs, trainer.plan.warmup_steps) == (2, 2)
+    trainer.fit(RunLog(None, enabled=False))
+    assert (trainer.steps, trainer.samples, trainer.epoch) == (4, 32, 2)
+    assert make_trainer(run_args(duration="48samples"), tiny_clip(), batches).plan.total_steps == 6
+    with pytest.raises(UserError, match="not a duration"):
+        make_trainer(run_args(duration="soon"), tiny_clip(), batches)
+
+
+def test_averaged_weights_are_kept_and_saved(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    model = tiny_clip()
+    trainer = make_trainer(run_args(ema_decay=0.5), model, [pairs(8, seed=i) for i in range(2)], folder=tmp_path)
+    trainer.fit(RunLog(None, enabled=False))
+    state = torch.load(tmp_path / "checkpoints" / "epoch_1.pt", weights_only=True)
+    assert state["ema"].keys() == state["state_dict"].keys() and state["ema_updates"] == 2
+    assert not torch.equal(state["ema"]["visual.proj"], state["state_dict"]["visual.proj"])

@@ -1,0 +1,111 @@
+"""An exponential moving average of a model's weights."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Ema:
+    """Averages of everything floating point in a model's state dict; what is not (counters) is kept as it is.
+
+    The values are those of torch's `AveragedModel` with `get_ema_multi_avg_fn`: the first update copies, each later one
+    moves the average by 1 - decay towards the model. That class is not used because it copies the module, which a
+    sharded model does not allow, and averages half-precision weights in half precision. Here the averages are float32
+    at least, on the model's device, sharded where the model is.
+
+    Args:
+        model: the bare model. Its present weights are the average until the first update.
+        decay: in [0, 1).
+        warmup: use min(decay, (1 + t) / (10 + t)) in update t (from 0), so that a young average forgets the start.
+
+    Attributes:
+        updates: number of updates so far (t); belongs into a checkpoint next to `state_dict`.
+
+    Raises:
+        ValueError: decay out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+        if not 0 <= decay < 1:
+            raise ValueError(f"The decay of the weight average must be at least 0 and below 1; got {decay!r}.")
+        self.decay, self.warmup = decay, warmup
+        self.updates = 0
+        self.weights = {name: _wide(value).clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes the model's present weights into the average; call it after each optimizer step."""
+        averages, currents = [], []
+        for name, value in model.state_dict().items():
+            average, current = _local(self.weights[name]), _local(value)
+            if self.updates == 0 or not average.is_floating_point():
+                average.copy_(current)
+            else:
+                averages.append(average)
+                currents.append(current.to(average.dtype))
+        if averages:
+            get_ema_multi_avg_fn(self.decay_now())(averages, currents, self.updates)
+        self.updates += 1
+
+    def decay_now(self) -> float:
+        """Decay of the next update."""
+        t = self.updates
+        return min(self.decay, (1 + t) / (10 + t)) if self.warmup else self.decay
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the context the model has the averaged weights; afterwards its own again, bit for bit."""
+        with torch.no_grad():
+            own = {name: _local(value).clone() for name, value in model.state_dict().items()}
+            _fill(model, self.weights)
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                _fill(model, own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, whole, under exactly the plain model's keys: a checkpoint's `state_dict` of its own.
+
+        Of a sharded model, all processes must call it.
+        """
+        return {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in self.weights.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, weights: Mapping[str, Tensor], updates: int) -> None:
+        """Continues from `state_dict`, whole on every process, and `updates`.
+
+        Raises:
+            ValueError: the weights are not this model's.
+        """
+        wrong = sorted(self.weights.keys() ^ weights.keys())
+        wrong = wrong or [name for name, value in self.weights.items() if value.shape != weights[name].shape]
+        if wrong:
+            raise ValueError(f"The weight average does not fit the model: {wrong[0]} differs; resume with its --model.")
+        for name, average in self.weights.items():
+            value = weights[name].to(average.device)
+            if hasattr(average, "to_local"):
+                from torch.distributed.tensor import distribute_tensor  # torch 2.5, older than sharding needs
+
+                value = distribute_tensor(value, average.device_mesh, average.placements, src_data_rank=None)
+            _local(average).copy_(_local(value))
+        self.updates = updates
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+
+
+def _local(value: Tensor) -> Tensor:
+    """This process's part of a tensor that `fully_shard` has distributed; any other tensor itself."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def _fill(model: nn.Module, source: Mapping[str, Tensor]) -> None:
+    # `state_dict` also makes a sharded model drop the whole weights that its last forward pass has left behind.
+    for name, value in model.state_dict().items():
+        _local(value).copy_(_local(source[name]))

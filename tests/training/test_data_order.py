@@ -5,7 +5,7 @@ import multiprocessing
 import pickle
 import random
 from collections import Counter
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy
 import open_clip
@@ -13,9 +13,11 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 
-from training.data import build_train_data, loader
+from training.data import build_train_data, loader, sources
 from training.data.randomness import stable_seed
-from training.data.sources import shuffled
+from training.data.report import DataReport
+from training.data.samples import END_OF_PASS, RawSample, Reader
+from training.data.sources import ShardSource, shuffled
 from training.errors import UserError
 
 from .data_helpers import (
@@ -181,6 +183,67 @@ def test_after_a_whole_epoch_everything_may_change(tmp_path):
     assert_same_batches(list(changed.epoch(2)), list(fresh.epoch(2)))
 
 
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({}, None),
+        ({"workers": 2}, "workers 1 (now 2)"),
+        ({"batch_size": 2, "seed": 3}, "batch_size 4 (now 2), seed 0 (now 3), batches per epoch 8 (now 16)"),
+    ],
+)
+def test_what_makes_the_data_differ_after_an_epoch_is_named(change, named, tmp_path, caplog):
+    pattern = write_shards(tmp_path, [8] * 4)
+    data = train_data(pattern)
+    list(data.epoch(1))
+    train_data(pattern, **change).load_state_dict(data.state_dict())
+    expected = f"From here on the data are not those of the uninterrupted run, read with {named}."
+    assert caplog.messages == ([expected] if named else [])
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("done", [0, 1, 5, 8])
+def test_skipping_by_count_is_exact_where_nothing_is_broken_or_changed(done, workers, tmp_path, decoded):
+    pattern = write_shards(tmp_path, [8] * 4)
+    data = train_data(pattern, workers=workers)
+    full = list(data.epoch(2))
+    skipped = train_data(pattern, workers=workers)
+    skipped.skip_to(2, done)
+    decoded.value = 0
+    rest = list(skipped.epoch(2))
+    assert_same_batches(rest, full[done:])
+    assert decoded.value == 4 * len(rest)
+    assert_same_batches(list(skipped.epoch(2)), full)  # the position was for once
+
+
+def test_an_epoch_goes_on_with_another_batch_size_and_more_ranks(tmp_path):
+    pattern = write_shards(tmp_path, [8] * 8)
+    data = train_data(pattern, workers=2)
+    begun = keys(islice(data.epoch(0), 8))  # of 16: half of the epoch
+    ranks = [train_data(pattern, batch_size=2, workers=3, rank=rank, world_size=2) for rank in range(2)]
+    rest = []
+    for rank in ranks:
+        assert rank.num_batches == 18  # 16, rounded up to batches for three workers
+        rank.skip_to(0, len(begun) // (2 * 2))
+        assert rank.state_dict()["positions"] == [2 * 3, 2 * 3, 2 * 2]
+        rest.append(keys(rank.epoch(0)))
+    assert [len(part) for part in rest] == [2 * (18 - 8)] * 2
+    resumed = train_data(pattern, batch_size=2, workers=3, rank=1, world_size=2)  # from there on it is exact again
+    ranks[1].skip_to(0, 8)
+    list(islice(ranks[1].epoch(0), 3))
+    resumed.load_state_dict(ranks[1].state_dict())
+    assert keys(resumed.epoch(0)) == rest[1][2 * 3 :]
+
+
+def test_skipping_ends_with_the_epoch_and_counts_from_0(tmp_path):
+    data = train_data(write_shards(tmp_path, [8]))
+    data.skip_to(3, 99)
+    assert list(data.epoch(3)) == []
+    assert len(list(data.epoch(4))) == 2
+    for epoch, batches in [(-1, 0), (0, -1)]:
+        with pytest.raises(ValueError, match="both count from 0"):
+            data.skip_to(epoch, batches)
+
+
 def test_workers_0_is_workers_1_in_this_process(tmp_path):
     pattern = write_shards(tmp_path, [8] * 4)
     here, there = train_data(pattern, workers=0), train_data(pattern, workers=1)
@@ -288,6 +351,46 @@ def test_shuffle_buffer():
     # The sample that is n-th to come out was among the first 10 + 2n or 20 + n read.
     assert all(value < min(10 + 2 * (n + 1), 20 + n + 1) for n, value in enumerate(out))
     assert list(shuffled([], random.Random(0))) == []
+
+
+def rank_correlation(first, second) -> float:
+    ranks = [numpy.argsort(numpy.argsort(numpy.asarray(values))) for values in (first, second)]
+    return float(numpy.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize("size, mixed", [(1000, True), (10, False)])
+def test_of_the_order_within_a_shard_nothing_is_left_if_several_fit_into_the_buffer(size, mixed):
+    shards, each = 40, 100
+    positions = numpy.argsort(list(shuffled(range(shards * each), random.Random(0), size, size // 5)))
+    by_shard = positions.reshape(shards, each)
+    correlation = numpy.mean([rank_correlation(range(each), places) for places in by_shard])
+    spread = numpy.median(by_shard.max(axis=1) - by_shard.min(axis=1))
+    if mixed:
+        assert abs(correlation) < 0.06 and spread > 2 * size
+    else:  # the measure would see it
+        assert correlation > 0.9 and spread < 2 * each
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_of_the_order_of_the_shards_nothing_is_left_in_an_epoch_or_between_epochs(resampled, monkeypatch):
+    shards, each = 300, 10
+
+    def read_shard(url, *_, **__):
+        return (RawSample(f"{url}-{n}", b"", "", url, n) for n in range(each))
+
+    monkeypatch.setattr(sources, "read_shard", read_shard)
+    weights = [1.0] * shards if resampled else None
+    source = ShardSource([str(shard) for shard in range(shards)], seed=0, weights=weights)
+    places = []
+    for epoch in range(4):
+        stream = source.train(epoch, Reader(0, 1, 0, 1), DataReport())
+        order = [int(sample.origin) for sample in takewhile(lambda sample: sample is not END_OF_PASS, stream)]
+        assert len(order) == shards * each
+        assert abs(rank_correlation(range(len(order)), order)) < 0.1
+        if not resampled:
+            places.append(numpy.argsort(numpy.argsort(order, kind="stable").reshape(shards, each).mean(axis=1)))
+    for first, second in zip(places, places[1:], strict=False):
+        assert abs(rank_correlation(first, second)) < 0.15
 
 
 def test_seeds_never_change():

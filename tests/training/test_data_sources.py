@@ -518,8 +518,8 @@ def test_nothing_usable_after_a_resume(tmp_path):
     data = train_data(pattern)
     batches = data.epoch(0)
     next(batches)
-    write_shard(tmp_path / "00000.tar", {"a": {"jpg": encode(0)}})
     resumed = train_data(pattern)
+    write_shard(tmp_path / "00000.tar", {"a": {"jpg": encode(0)}})
     resumed.load_state_dict(data.state_dict())
     with pytest.raises(UserError, match="not one usable sample"):
         list(resumed.epoch(0))

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from training.data.datasets import TrainData, ValData
-from training.data.shards import ShardSet, count_samples, expand_shards
+from training.data.shards import ShardSet, check_shards, expand_shards
+from training.data.sizes import HOW, count_samples
 from training.data.sources import CsvRows, RowSource, ShardSource, SyntheticRows
+from training.data.stalls import STALL_SECONDS
 from training.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ def build_train_data(
         num_batches=plan.num_batches,
         identity={"dataset_type": kind, **plan.identity},
         description="\n".join([f"Training data ({kind}):", *plan.lines, summary]),
+        stall_seconds=getattr(args, "stall_seconds", STALL_SECONDS),
     )
 
 
@@ -64,6 +67,7 @@ def build_val_data(
     kind = _dataset_type(args.val_data, args.dataset_type, "--val-data")
     if kind == "webdataset":
         sets = expand_shards(args.val_data, "--val-data")
+        check_shards(sets, "--val-data")
         source = ShardSource([url for shard_set in sets for url in shard_set.urls])
         num_samples = args.val_num_samples or _known_total(sets)
     else:
@@ -78,6 +82,7 @@ def build_val_data(
         rank=rank,
         world_size=world_size,
         num_samples=num_samples,
+        stall_seconds=getattr(args, "stall_seconds", STALL_SECONDS),
     )
 
 
@@ -103,35 +108,68 @@ class _Plan(NamedTuple):
 
 def _plan_shards(args: Namespace, world_size: int) -> _Plan:
     sets = expand_shards(args.train_data, "--train-data")
+    factors = _upsampling_factors(args.train_data_upsampling_factors, len(sets))
+    used = [(shard_set, factor) for shard_set, factor in zip(sets, factors, strict=True) if factor]
+    check_shards([shard_set for shard_set, _ in used], "--train-data")
     urls = [url for shard_set in sets for url in shard_set.urls]
     workers = max(1, args.workers)
+    readers = workers * world_size
     weights = None
     if args.dataset_resampled:
-        factors = _upsampling_factors(args.train_data_upsampling_factors, len(sets))
         weights = [factor for factor, shard_set in zip(factors, sets, strict=True) for _ in shard_set.urls]
-    elif len(urls) < workers * world_size:
+    elif len(urls) < readers:
         raise UserError(
             f"{_some(len(urls), 'shard')} in --train-data cannot be shared by {_some(workers, 'worker')} on each of "
-            f"{_some(world_size, 'rank')} ({workers * world_size:,} readers): use fewer --workers, add "
+            f"{_some(world_size, 'rank')} ({readers:,} readers): use fewer --workers, add "
             "--dataset-resampled, or make more shards."
         )
 
-    lines, wanted = _shard_counts(sets, args.train_num_samples)
+    counts, wanted = _shard_counts([shard_set for shard_set, _ in used], args.train_num_samples)
     # As in OpenCLIP: round up, first to whole global batches, then to equally many for each worker.
     num_batches = math.ceil(wanted / (args.batch_size * world_size))
     num_batches = math.ceil(num_batches / workers) * workers
-    more = num_batches * args.batch_size * world_size - wanted
-    lines.append(
-        "  shards are drawn with replacement"
-        if args.dataset_resampled
-        else f"  {more:,} more than that per epoch, repeated to give each worker equally many whole batches"
-    )
+    samples = num_batches * args.batch_size * world_size
+    lines = _source_lines(used, counts, samples if args.dataset_resampled else None)
+    unread = [shard_set for shard_set, factor in zip(sets, factors, strict=True) if not factor]
+    lines += [f"  {shard_set.pattern}: not read, its weight is 0" for shard_set in unread]
+    if args.train_num_samples is not None:
+        total = 0 if None in counts else sum(counts)
+        passes = f", {wanted / total:.2f} times the {total:,} that there are" if total else ""
+        lines.append(f"  {wanted:,} samples by --train-num-samples{passes}")
+    if args.dataset_resampled:
+        lines.append(f"  shards are drawn with replacement by {_some(readers, 'reader')}")
+    else:
+        fewest, rest = divmod(len(urls), readers)
+        each = f"{fewest:,} or {fewest + 1:,}" if rest else f"{fewest:,}"
+        lines += [
+            f"  {_some(len(urls), 'shard')} for {_some(readers, 'reader')}: {each} for each, dealt anew in each pass",
+            f"  {samples - wanted:,} more than that per epoch, repeated to give each worker equally many whole batches",
+        ]
     identity = {
         "sources": [shard_set.pattern for shard_set in sets],
         "resampled": bool(args.dataset_resampled),
         "upsampling factors": args.train_data_upsampling_factors,
     }
     return _Plan(ShardSource(urls, args.seed, weights), num_batches, identity, lines)
+
+
+def _source_lines(used: list[tuple[ShardSet, float]], counts: list[int | None], drawn: int | None) -> list[str]:
+    """What each source has and, if `drawn` samples per epoch are drawn with replacement, what it gives."""
+    # Odds are those of shards; where their sizes are unknown, they count as equally large.
+    sizes = [len(shard_set.urls) for shard_set, _ in used] if None in counts else counts
+    parts = [factor * size for (_, factor), size in zip(used, sizes, strict=True)]
+    lines = []
+    for (shard_set, _), count, part in zip(used, counts, parts, strict=True):
+        line = f"  {shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}"
+        if count is not None:
+            line += f", {_some(count, 'sample')}"
+        if drawn is not None:
+            share = part / (sum(parts) or 1)
+            line += f", {share:.1%} of what is drawn"
+            if count:
+                line += f": each sample {share * drawn / count:.2f} times per epoch"
+        lines.append(line)
+    return lines
 
 
 def _upsampling_factors(text: str | None, sources: int) -> list[float]:
@@ -151,26 +189,24 @@ def _upsampling_factors(text: str | None, sources: int) -> list[float]:
     return factors
 
 
-def _shard_counts(sets: list[ShardSet], given: int | None) -> tuple[list[str], int]:
-    """Lines of description, and the number of samples of an epoch before rounding."""
+def _shard_counts(sets: list[ShardSet], given: int | None) -> tuple[list[int | None], int]:
+    """The samples of each source (None if unknown), and those of an epoch before rounding."""
     if given is not None:
-        lines = [f"  {shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}" for shard_set in sets]
-        return [*lines, f"  {given:,} samples by --train-num-samples"], given
-    lines, unknown, total = [], [], 0
+        return [_known_total([shard_set]) for shard_set in sets], given
+    counts, unknown = [], []
     for shard_set in sets:
         count, missing = count_samples(shard_set)
+        counts.append(count)
         unknown += missing
-        total += count or 0
-        lines.append(f"  {shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}, {_some(count or 0, 'sample')}")
     if unknown:
-        raise UserError(f"How many samples there are is unknown for {', '.join(unknown)}: give --train-num-samples.")
-    if total == 0:
-        raise UserError("The sizes.json and __len__ files of --train-data say that there are no samples: correct them.")
-    return lines, total
+        raise UserError(f"How many samples there are is unknown for {', '.join(unknown)}: {HOW}.")
+    if sum(counts) == 0:
+        raise UserError("The sizes that are noted for --train-data say that there are no samples: correct them.")
+    return counts, sum(counts)
 
 
 def _known_total(sets: list[ShardSet]) -> int | None:
-    """Validation only wants to know it if it is easy to know."""
+    """For those who only want to know it if it is easy to know."""
     try:
         counts = [count_samples(shard_set)[0] for shard_set in sets]
     except UserError:

@@ -1,5 +1,6 @@
 """The data of a run: training batches whose position can be saved, and validation batches."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -9,7 +10,10 @@ import torch
 from training.data.loader import Batch, BatchStream, run
 from training.data.report import DataReport
 from training.data.sources import Source
+from training.data.stalls import STALL_SECONDS
 from training.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class TrainData:
@@ -17,6 +21,7 @@ class TrainData:
 
     num_batches: per epoch on each rank
     num_samples: per epoch on all ranks together
+    stall_seconds: how long to wait for a batch before the log tells whom the wait is for; 0 for never
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class TrainData:
         num_batches: int,
         identity: dict[str, Any],
         description: str,
+        stall_seconds: float = STALL_SECONDS,
     ):
         self.num_batches = num_batches
         self.num_samples = num_batches * batch_size * world_size
@@ -45,9 +51,11 @@ class TrainData:
             rank=rank,
             world_size=world_size,
         )
+        self._batch_size = batch_size
         self._workers = workers
         self._num_readers = max(1, workers)
         self._seed = seed
+        self._stall_seconds = stall_seconds
         self._description = description
         self._identity = {
             **identity,
@@ -95,7 +103,7 @@ class TrainData:
             quotas=[len(range(first, self.num_batches, readers)) for first in firsts],
             first_worker=done % readers,
         )
-        for batch, progress in run(stream, self._workers, self._report):
+        for batch, progress in run(stream, self._workers, self._report, self._stall_seconds):
             self._batches += 1
             self._positions[progress["worker"]] = progress["position"]
             del batch["index"]
@@ -115,27 +123,46 @@ class TrainData:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there: `epoch` of the saved epoch begins after its last batch.
 
+        Between epochs anything may have changed since; what makes the data differ is named in the log.
+
         Raises: UserError if the position lies within an epoch whose order would be another one now.
         """
         epoch, batches, saved = state["epoch"], state["batches"], state["identity"]
-        if batches == saved["batches per epoch"]:
-            self._go_to(epoch, self.num_batches)
-        elif batches == 0:
-            self._go_to(epoch)
-        else:
-            names = {**saved, **self._identity}
-            changed = [
-                f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
-                for name in names
-                if saved.get(name) != self._identity.get(name)
-            ]
+        changed = self._changed_since(saved)
+        at_the_end = batches == saved["batches per epoch"]
+        if at_the_end or batches == 0:
             if changed:
-                raise UserError(
-                    f"The checkpoint stops in the middle of epoch {epoch}, whose data were read with "
-                    f"{', '.join(changed)}: continue with the same values, or from the end of an epoch."
-                )
+                log.warning("From here on the data are not those of the uninterrupted run, read with %s.", changed)
+            self._go_to(epoch, self.num_batches if at_the_end else 0)
+        elif changed:
+            raise UserError(
+                f"The checkpoint stops in the middle of epoch {epoch}, whose data were read with "
+                f"{changed}: continue with the same values, or from the end of an epoch."
+            )
+        else:
             self._go_to(epoch, batches, list(state["positions"]))
         self._report.merge(state["skipped"], state["examples"])
+        self._loaded = True
+
+    def _changed_since(self, saved: dict[str, Any]) -> str:
+        return ", ".join(
+            f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
+            for name in {**saved, **self._identity}
+            if saved.get(name) != self._identity.get(name)
+        )
+
+    def skip_to(self, epoch: int, batches: int) -> None:
+        """Continue without a saved position: `epoch` of this epoch begins with its batch number `batches`.
+
+        For a run that goes on with another world size or batch size. It is by count, not exact: every worker passes
+        over as many raw samples as its part of so many batches has. Broken pictures among them were not in those
+        batches, and what was read by one reader is now another's, so some samples come again and others not at all.
+        """
+        if epoch < 0 or batches < 0:
+            raise ValueError(f"There is no batch {batches} of epoch {epoch}: both count from 0.")
+        batches = min(batches, self.num_batches)
+        made = [len(range(worker, batches, self._num_readers)) for worker in range(self._num_readers)]
+        self._go_to(epoch, batches, [count * self._batch_size for count in made])
         self._loaded = True
 
     def report(self) -> DataReport:
@@ -163,9 +190,11 @@ class ValData:
         rank: int,
         world_size: int,
         num_samples: int | None,
+        stall_seconds: float = STALL_SECONDS,
     ):
         self.num_samples = num_samples
         self._workers = workers
+        self._stall_seconds = stall_seconds
         self._stream = BatchStream(
             samples=source.validation,
             preprocess=preprocess,
@@ -180,7 +209,7 @@ class ValData:
 
     def __iter__(self) -> Iterator[Batch]:
         self._report.clear()
-        for batch, _ in run(self._stream, self._workers, self._report):
+        for batch, _ in run(self._stream, self._workers, self._report, self._stall_seconds):
             batch["index"] = torch.tensor(batch["index"])
             yield batch
 

@@ -1,8 +1,9 @@
 """From raw samples to batches, in DataLoader workers or in this process, at a position that can be saved."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from training.data.images import load_rgb
 from training.data.randomness import private_randomness, seed_globals, stable_seed
 from training.data.report import DataReport
 from training.data.samples import END_OF_PASS, RawSample, Reader
+from training.data.signals import held_back, outlive_signals
+from training.data.stalls import Board, StallWatch, Status
 from training.errors import UserError
 
 Batch = dict[str, Any]
@@ -59,6 +62,7 @@ class BatchStream(IterableDataset):
     positions: raw samples to skip, for each worker
     quotas: batches to make, for each worker; None makes all there are, the last one maybe smaller
     first_worker: whose turn it is; the DataLoader begins with its worker 0
+    board: where the workers say what they are reading
     """
 
     samples: Callable[[Reader, DataReport], Iterator[RawSample | None]]
@@ -71,6 +75,7 @@ class BatchStream(IterableDataset):
     positions: list[int]
     quotas: list[int] | None = None
     first_worker: int = 0
+    board: Board | None = None
 
     def __iter__(self) -> Iterator[tuple[Batch | None, dict[str, Any]]]:
         """Yield (batch, progress). progress: worker, its position after the batch, what was skipped for it.
@@ -81,7 +86,8 @@ class BatchStream(IterableDataset):
         num_workers = len(self.positions)
         worker = (self.first_worker + (info.id if info else 0)) % num_workers
         report = DataReport()
-        cursor = Cursor(self.samples(Reader(self.rank, self.world_size, worker, num_workers), report))
+        status = self.board.status(worker) if self.board is not None else Status()
+        cursor = Cursor(self.samples(Reader(self.rank, self.world_size, worker, num_workers, status), report))
 
         def progress() -> dict[str, Any]:
             told = {"skipped": report.skipped, "examples": report.examples}
@@ -89,10 +95,12 @@ class BatchStream(IterableDataset):
             return {"worker": worker, "position": cursor.position, **told}
 
         try:
+            status.skips(self.positions[worker])
             cursor.skip(self.positions[worker])
+            status.skips(0)
             report.clear()  # what the skipped part had to tell came with the saved position
             for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):
-                batch = self._make_batch(cursor, worker, report)
+                batch = self._make_batch(cursor, worker, report, status)
                 if batch is None:
                     break
                 yield batch, progress()
@@ -106,11 +114,14 @@ class BatchStream(IterableDataset):
             return
         if report.skipped:
             yield None, progress()
+        status.finishes()
 
-    def _make_batch(self, cursor: Cursor, worker: int, report: DataReport) -> Batch | None:
+    def _make_batch(self, cursor: Cursor, worker: int, report: DataReport, status: Status) -> Batch | None:
         images, samples = [], []
         with private_randomness():
             while len(images) < self.batch_size and (sample := cursor.next()) is not None:
+                if not isinstance(sample.image, bytes):
+                    status.starts(sample.key)
                 try:
                     image = load_rgb(sample.image)
                 except Exception as error:  # PIL raises nearly anything on damaged files
@@ -132,22 +143,49 @@ class BatchStream(IterableDataset):
         }
 
 
-def run(stream: BatchStream, workers: int, report: DataReport) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Run the stream in `workers` processes (0: in this one), and tell `report` what was skipped."""
+def run(
+    stream: BatchStream, workers: int, report: DataReport, stall_seconds: float
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Run the stream in `workers` processes (0: in this one), and tell `report` what was skipped.
+
+    Who has to wait for a batch longer than `stall_seconds` is told in the log what for.
+    """
+    board = Board(len(stream.positions))
+    last = (stream.first_worker - 1) % board.readers
+
+    def due() -> str:
+        if not workers:
+            return f"this process reads them itself and {board.describe(0)}"
+        # Workers take turns, but those that are through: their last batches are here.
+        for worker in ((last + turn) % board.readers for turn in range(1, board.readers + 1)):
+            if not board.finished(worker):
+                return f"worker {worker} is due, which {board.describe(worker)}"
+        return "all workers have made their last batch"
+
     loader = DataLoader(
-        stream,
+        replace(stream, board=board),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_signals,
+        # Not Python's default since 3.14: that would import torch again in each worker, every epoch.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # otherwise each iterator draws from the global one
     )
-    for batch, progress in loader:
+    # No name for the iterator: the traceback of an error would keep it, and its workers, alive.
+    for batch, progress in StallWatch(stream.rank, stall_seconds, due).watch(_start_workers(loader)):
         if "error" in progress:
             raise UserError(progress["error"])
+        last = progress["worker"]
         report.merge(progress["skipped"], progress["examples"])
         if batch is not None:
             yield batch, progress
+
+
+def _start_workers(loader: DataLoader) -> Iterator[tuple[Batch | None, dict[str, Any]]]:
+    with held_back():
+        return iter(loader)
 
 
 def _as_it_is(value: Any) -> Any:

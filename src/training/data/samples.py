@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from training.data.images import ImageLike
+from training.data.stalls import Status
 
 
 class RawSample(NamedTuple):
@@ -20,12 +21,16 @@ class RawSample(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """Who reads: worker `worker` of `num_workers` (at least one) on rank `rank` of `world_size`."""
+    """Who reads: worker `worker` of `num_workers` (at least one) on rank `rank` of `world_size`.
+
+    status: where it says what it is reading
+    """
 
     rank: int
     world_size: int
     worker: int
     num_workers: int
+    status: Status = Status()
 
 
 # Stands in an endless stream where everything that the reader can get has been yielded once more.

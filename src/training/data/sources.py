@@ -54,7 +54,7 @@ class ShardSource:
             else:
                 # A pass needs an end to find out that nothing is usable: long enough not to end on bad luck.
                 urls = rng.choices(self.urls, self.weights, k=max(MIN_DRAWS, len(self.urls)))
-            samples = itertools.chain.from_iterable(read_shard(url, report) for url in urls)
+            samples = itertools.chain.from_iterable(read_shard(url, report, status=reader.status) for url in urls)
             yield from shuffled(samples, rng)
             yield END_OF_PASS
 
@@ -74,7 +74,7 @@ class ShardSource:
             chosen = [number % count]
             part = (number // count, len(range(chosen[0], readers, count)))
         for shard in chosen:
-            for sample in read_shard(self.urls[shard], report, part):
+            for sample in read_shard(self.urls[shard], report, part, reader.status):
                 yield sample._replace(index=(shard << 32) + sample.index)
 
 

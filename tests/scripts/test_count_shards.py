@@ -1,0 +1,207 @@
+"""Counting shards from the command line: what is counted, what is written and printed, what is refused."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.data_helpers import train_data, truncate, write_damaged_shards, write_shards
+from training.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "count_shards.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("count_shards", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    path = sys.path.copy()
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+script = load_script()
+
+
+def sizes(folder) -> dict[str, int]:
+    return json.loads((Path(folder) / "sizes.json").read_text())
+
+
+def count(*arguments) -> int:
+    return script.main([*map(str, arguments), "--workers", "2"])
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Source -> its cells."""
+    return {
+        cells[0]: cells[1:] for cells in (line.split("  ") for line in text.splitlines()) for cells in [_full(cells)]
+    }
+
+
+def _full(cells: list[str]) -> list[str]:
+    return [cell.strip() for cell in cells if cell.strip()]
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Makes shards that were written some time ago."""
+
+    def make(name, amounts):
+        pattern = write_shards(tmp_path / name, amounts, info=False)
+        age(tmp_path / name)
+        return pattern
+
+    return make
+
+
+def age(folder: Path, seconds: float = 1000) -> None:
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - seconds,) * 2)
+
+
+def test_training_accepts_what_was_counted(old, tmp_path, capfd):
+    patterns = [old("a", [4, 8, 12]), old("b", [8])]
+    assert count(tmp_path / "a", patterns[1]) == 0
+    assert sizes(tmp_path / "a") == {"00000.tar": 4, "00001.tar": 8, "00002.tar": 12}
+    assert sizes(tmp_path / "b") == {"00000.tar": 8}
+    assert train_data("::".join(patterns)).num_samples == 32
+    rows = table(capfd.readouterr().out)
+    assert rows["source"] == ["shards", "read now", "samples", "broken shards", "unusable samples"]
+    assert rows[str(tmp_path / "a")] == ["3", "3", "24", "0", "0"]
+    assert rows["together"] == ["4", "4", "32", "0", "0"]
+
+
+def test_what_is_broken_or_unusable_is_told(tmp_path, capfd):
+    write_damaged_shards(tmp_path)
+    truncate(tmp_path / "00000.tar", keep=2)
+    (tmp_path / "00005.tar").write_bytes(b"")
+    assert count(tmp_path, "--force") == 0
+    text = capfd.readouterr().out
+    assert table(text)[str(tmp_path)] == ["6", "6", "20", "3", "1 x no caption, 1 x no image"]
+    assert sizes(tmp_path) == {
+        "00000.tar": 2, "00001.tar": 5, "00002.tar": 7, "00003.tar": 4, "00004.tar": 2, "00005.tar": 0
+    }  # fmt: skip
+    assert text.splitlines()[-3:] == [
+        f"{tmp_path}/00000.tar breaks off after 2 samples: unexpected end of data",
+        f"{tmp_path}/00003.tar breaks off after 4 samples: unexpected end of data",
+        f"{tmp_path}/00005.tar breaks off after 0 samples: empty file",
+    ]
+
+
+def test_verify_decodes(tmp_path, capfd):
+    write_damaged_shards(tmp_path)
+    (tmp_path / "sizes.json").unlink()
+    assert count(tmp_path) == 0 and sum(sizes(tmp_path).values()) == 32
+    assert count(tmp_path, "--verify") == 0 and sum(sizes(tmp_path).values()) == 29
+    assert "2 x unreadable image" in capfd.readouterr().out
+
+
+def test_only_what_has_changed_is_read_again(old, tmp_path, capfd):
+    old("a", [4, 8, 12])
+
+    def read_now() -> str:
+        capfd.readouterr()
+        assert count(tmp_path / "a") == 0
+        return table(capfd.readouterr().out)[str(tmp_path / "a")][1]
+
+    assert [read_now(), read_now()] == ["3", "0"]
+    old("new", [1, 2, 3])
+    (tmp_path / "new/00001.tar").replace(tmp_path / "a/00001.tar")
+    os.utime(tmp_path / "a/00001.tar")
+    assert read_now() == "1" and sizes(tmp_path / "a")["00001.tar"] == 2
+    wrong = sizes(tmp_path / "a") | {"00000.tar": 99, "elsewhere.tar": 7}
+    (tmp_path / "a/sizes.json").write_text(json.dumps(wrong))
+    assert read_now() == "0" and sizes(tmp_path / "a") == wrong
+    assert count(tmp_path / "a", "--force") == 0
+    assert sizes(tmp_path / "a") == wrong | {"00000.tar": 4}
+
+
+def test_sources_by_folder_pattern_and_file(old, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old("a", [1, 2])
+    (tmp_path / "a/notes.txt").touch()
+    both = [f"{tmp_path}/a/00000.tar", f"{tmp_path}/a/00001.tar"]
+    for names, label in [
+        (["a"], "a"),
+        (["a/"], "a"),
+        (["a/{00000..00001}.tar"], "a/{00000..00001}.tar"),
+        (["a/00000.tar", "a/00001.tar", "a/00000.tar"], "a"),
+        ([f"file:{tmp_path}/a/{{00000..00001}}.tar"], f"file:{tmp_path}/a/{{00000..00001}}.tar"),
+    ]:
+        assert script.find_sources(names) == {label: both}
+    assert script.find_sources(["a::a/{00000..00001}.tar"]) == {"a": both, "a/{00000..00001}.tar": both}
+    assert script.distinct(script.find_sources(["a::a/{00000..00001}.tar"])) == both
+
+
+def test_what_cannot_be_opened_is_named_and_not_noted(old, tmp_path, capfd, monkeypatch):
+    old("a", [1, 2])
+    (tmp_path / "a/00002.tar").symlink_to(tmp_path / "nowhere")
+    assert count(tmp_path / "a") == 0
+    text = capfd.readouterr().out
+    assert table(text)[str(tmp_path / "a")] == ["3", "2", "3", "1", "0"]
+    assert text.splitlines()[-1] == (
+        f"{tmp_path}/a/00002.tar cannot be opened and is not noted: No such file or directory"
+    )
+    assert sizes(tmp_path / "a") == {"00000.tar": 1, "00001.tar": 2}
+
+
+def test_what_an_interrupted_count_has_found_is_kept(old, tmp_path, capfd, monkeypatch):
+    old("a", [1, 2, 3])
+
+    def interrupted(tasks):
+        yield next(finished(tasks))
+        raise KeyboardInterrupt
+
+    finished = script.as_completed
+    monkeypatch.setattr(script, "as_completed", interrupted)
+    assert count(tmp_path / "a") == 130
+    assert len(sizes(tmp_path / "a")) == 1
+    assert capfd.readouterr().err.endswith("Interrupted: 2 shards are still to be counted.\n")
+    monkeypatch.undo()
+    assert count(tmp_path / "a") == 0
+    assert sizes(tmp_path / "a") == {"00000.tar": 1, "00001.tar": 2, "00002.tar": 3}
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["{folder}/empty"], "There are no .tar files in the folder {folder}/empty: name the one that holds"),
+        (["{folder}/nowhere"], "1 of the 1 shards of '{folder}/nowhere' in the arguments do not exist"),
+        (["{folder}/a/{{00000..00005}}.tar"], "4 of the 6 shards of '{folder}/a/{{00000..00005}}.tar'"),
+        (["{folder}/a/{{00000..00001.tar"], "The braces of"),
+        (["{folder}/a::"], "Source 2 of 2 in the arguments is empty"),
+        (["{folder}/{{a,empty}}"], "{folder}/a is a folder: name it by itself, or name the shards in it."),
+        (["s3://x/{{0..9}}.tar"], "s3://x/{{0..9}}.tar is not on this machine: count its shards where they are"),
+        (["pipe:cat {folder}/a/00000.tar"], "is not on this machine"),
+        (["{folder}/a", "--workers", "0"], "--workers is 0, but it must be at least 1."),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(arguments, problem, old, tmp_path, capfd):
+    old("a", [1, 2])
+    (tmp_path / "empty").mkdir()
+    assert script.main([argument.format(folder=tmp_path) for argument in arguments]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("count_shards.py: ") and captured.err.count("\n") == 1
+    assert problem.format(folder=tmp_path) in captured.err
+    assert captured.out == "" and not (tmp_path / "a/sizes.json").exists()
+
+
+def test_a_damaged_table_or_a_folder_without_permission_is_refused(old, tmp_path, capfd, monkeypatch):
+    old("a", [1])
+    (tmp_path / "a/sizes.json").write_text("{")
+    assert count(tmp_path / "a") == 2
+    assert "is not a table of shard names and sample counts" in capfd.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"sizes.json cannot be written in {tmp_path}/a"):
+        script.run([str(tmp_path / "a")], workers=1, force=False, verify=False)
+
+
+def test_without_arguments_it_says_how(capsys):
+    with pytest.raises(SystemExit) as exit:
+        script.main([])
+    assert exit.value.code == 2
+    assert "PATTERN_OR_FOLDER" in capsys.readouterr().err

@@ -4,9 +4,10 @@
     python scripts/chaos.py --kills 100 --seed 1
 
 A small run on pictures of noise (CPU, seconds) saves a checkpoint after every optimizer step, so that many of the
-kills (SIGKILL, to the whole process group, loader workers too) strike while one is being written. After each kill the
-same command is started again with `--resume latest`. Printed: kills survived and lost, and whether the final weights are
-bit-equal to those of a run that nobody disturbed. The exit code is 0 only if they are, and nothing was lost.
+kills (SIGKILL, to the whole process group, loader workers too) strike while one is being written. After each kill
+the same command is started again with `--resume latest`. Printed: kills survived and lost, and whether the final
+weights are bit-equal to those of a run that nobody disturbed. The exit code is 0 only if they are, and nothing was
+lost.
 """
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .sharding import load_full_state_dict
 
 LATEST = "epoch_latest.pt"  # OpenCLIP's name, written with --save-most-recent
 BEST = "best.pt"
@@ -189,7 +190,12 @@ class Saver:
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict strictly; `module.` prefixes of DDP are understood.
+    """Loads a state dict strictly (see `fitting_weights`)."""
+    load_full_state_dict(model, None, fitting_weights(model, state_dict, source), None)
+
+
+def fitting_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The state dict under the model's own names: `module.` prefixes of DDP are understood.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape; the sentence names the first.
@@ -206,7 +212,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | 
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise UserError(f"The checkpoint {source} does not fit this model: {problems[0]}{more}; check --model.")
-    model.load_state_dict(state_dict)
+    return state_dict
 
 
 def _shape(value: Any) -> str:

@@ -85,11 +85,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         zero_shot_data = load_zero_shot_data(args)
         teacher = build_teacher(args, ranks.device)
         task = ClipTask(args, ranks, tokenizer, preprocess_val, val_data, zero_shot_data, teacher)
-        optimizer = None if train_data is None else create_optimizer(model, args)
+        check_memory(model, args, ranks)
     runnable = model if train_data is None else wrap(model, args, ranks)
     with ranks.agree():
         trainer = None
         if train_data is not None:
+            optimizer = create_optimizer(model, args)
             trainer = Trainer(args, ranks, model, runnable, task, train_data, optimizer, folder, config)
         if resume is not None:
             state = checkpoint.load(resume)
@@ -97,9 +98,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 trainer.load_state_dict(state, resume)
             else:
                 checkpoint.load_weights(model, state.get("state_dict", state), resume)
-
-    with ranks.agree():
-        check_memory(model, args, ranks)
 
     with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
         if ranks.is_main and folder is not None:
@@ -145,7 +143,8 @@ def check_memory(model, args, ranks: Ranks) -> None:
     """Refuses a run that cannot fit the GPU, before its first step; what fits by this lower bound may still not."""
     if ranks.device.type != "cuda" or (args.train_data is None and args.dataset_type != "synthetic"):
         return
-    needed = memory_estimate(model, args, world_size=ranks.world_size, ema=args.ema_decay is not None)
+    ema = args.ema_decay is not None
+    needed = memory_estimate(model, args, world_size=ranks.world_size, ema=ema, sharded=args.fsdp)
     available = torch.cuda.get_device_properties(ranks.device).total_memory
     if needed is not None and needed.total > available:
         raise UserError(

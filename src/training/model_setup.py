@@ -5,6 +5,7 @@ import argparse
 import difflib
 import logging
 import math
+import pickle
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import open_clip_elip  # noqa: F401  (registers the models)
 from .distributed import Ranks
 from .errors import UserError
 from .params import reduction_overrides
+from .sharding import shard
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Callable, Callable, Callable]:
@@ -34,7 +36,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     if reduction is not None:
         model_kwargs["token_reduction"] = reduction
     size = args.force_image_size
-    with creating(args.model):
+    with creating(args.model, args.pretrained):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             args.model,
             args.pretrained,
@@ -110,7 +112,7 @@ def build_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module |
     if args.distill_model is None:
         return None
     check_model_name(args.distill_model)
-    with creating(args.distill_model):
+    with creating(args.distill_model, args.distill_pretrained):
         teacher, _, _ = open_clip.create_model_and_transforms(
             args.distill_model, args.distill_pretrained, device=device, precision=args.precision,
             output_dict=True, cache_dir=args.cache_dir,
@@ -119,8 +121,9 @@ def build_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module |
 
 
 @contextmanager
-def creating(name: str):
+def creating(name: str, weights: str | None = None):
     """Turns what open_clip raises while it builds a model into one sentence, and keeps its chatter out of the log."""
+    weights = weights or "what --pretrained names"
     root = logging.getLogger()
     level = root.level
     if level > logging.DEBUG:
@@ -138,21 +141,25 @@ def creating(name: str):
             key, there, here = sizes[0]
             more = f" (and {len(sizes) - 1} more differences)" if len(sizes) > 1 else ""
             raise UserError(
-                f"The pretrained weights do not fit {name}: {key} is [{there}] there and [{here}] in the model{more}; "
+                f"{weights} does not fit {name}: {key} is [{there}] there and [{here}] in the model{more}; "
                 "check --model and --pretrained."
             ) from error
         first = " ".join(text.split())[:300] or type(error).__name__
-        raise UserError(f"The model {name} cannot be created, or its weights not loaded: {first}") from error
+        if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError, KeyError)):
+            raise UserError(f"{weights} cannot be read as weights for {name} ({type(error).__name__}).") from error
+        raise UserError(f"The model {name} cannot be created, or {weights} not loaded: {first}") from error
     finally:
         root.setLevel(level)
 
 
 def wrap(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
-    """The model as it is run: synchronised batch norm, DDP, compilation."""
+    """The model as it is run: synchronised batch norm, DDP or sharding (in place), compilation."""
     runnable = model
-    if ranks.world_size > 1:
-        if args.use_bn_sync:
-            runnable = nn.SyncBatchNorm.convert_sync_batchnorm(runnable)
+    if ranks.world_size > 1 and args.use_bn_sync:
+        runnable = nn.SyncBatchNorm.convert_sync_batchnorm(runnable)
+    if args.fsdp:
+        runnable = shard(runnable, ranks, args.precision)
+    elif ranks.world_size > 1:
         runnable = DistributedDataParallel(
             runnable,
             device_ids=None if ranks.device.type == "cpu" else [ranks.device],

@@ -565,6 +565,7 @@ def _add_distributed(parser: _Parser) -> None:
         action="store_true",
     )
     add("--use-bn-sync", "Compute BatchNorm statistics over all processes.", **_OFF)
+    add("--fsdp", "Split weights, gradients and optimizer states over the processes (FSDP2), for large towers.", **_OFF)
     add("--ddp-static-graph", "Tell DistributedDataParallel that the graph never changes.", **_OFF)
 
 

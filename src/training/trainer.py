@@ -20,7 +20,6 @@ import open_clip
 import torch
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoint
@@ -32,6 +31,15 @@ from .ema import Ema
 from .errors import UserError
 from .log import RunLog, peak_memory_gb
 from .plan import Plan
+from .sharding import (
+    clip_grad_norm,
+    full_state_dict,
+    gathered,
+    is_sharded,
+    load_full_state_dict,
+    no_sync,
+    unscale,
+)
 from .task import Batch, Task
 
 
@@ -155,7 +163,7 @@ class Trainer:
             losses = self.accumulate(window)
 
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            unscale(self.scaler, self.optimizer)
         norm = self.clip_gradients()
         if self.scaler is not None:
             finite = bool(torch.isfinite(losses["loss"]))  # an infinite gradient alone is the scaler's business
@@ -202,8 +210,7 @@ class Trainer:
         for i, (batch, random_state) in enumerate(zip(window, random_states, strict=True)):
             last = i == len(window) - 1
             _restore_random_state(self.ranks.device, random_state)
-            wrapped = isinstance(self.runnable, DistributedDataParallel) or hasattr(self.runnable, "no_sync")
-            with self.runnable.no_sync() if wrapped and not last else nullcontext():
+            with nullcontext() if last else no_sync(self.runnable):
                 with self.autocast():
                     features = self.task.features(self.runnable, batch)
                 outputs, gradients = [], []
@@ -220,8 +227,8 @@ class Trainer:
 
     def clip_gradients(self) -> Tensor:
         """The norm of all gradients together, before they are clipped to --grad-clip-norm (if given)."""
-        if self.args.grad_clip_norm is not None:
-            return nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip_norm)
+        if self.args.grad_clip_norm is not None or is_sharded(self.model):
+            return clip_grad_norm(self.parameters, self.args.grad_clip_norm or math.inf)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
@@ -254,7 +261,12 @@ class Trainer:
             position: the data position that goes with the current weights.
             error: what went wrong with this rank's data.
         """
-        wishes = self.control.agree(save=self.saver.due(), nonfinite=self.nonfinite is not None, error=error)
+        try:
+            wishes = self.control.agree(save=self.saver.due(), nonfinite=self.nonfinite is not None, error=error)
+        except UserError:
+            if self.steps:
+                self.save_step(position)  # once the data are mended, the run goes on here
+            raise
         if wishes.nonfinite:
             self.record_nonfinite()
         stop = wishes.nonfinite and self.args.nonfinite == "stop"
@@ -359,9 +371,10 @@ class Trainer:
 
     def evaluate(self) -> None:
         """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
-        metrics = self.task.evaluate(self.model, self.epoch, self.finished)
+        with gathered(self.model):
+            metrics = self.task.evaluate(self.model, self.epoch, self.finished)
         if metrics and self.ema is not None:
-            with self.ema.applied(self.model):
+            with self.ema.applied(self.model), gathered(self.model):
                 averaged = self.task.evaluate(self.model, self.epoch, self.finished)
             metrics |= {f"ema/{name}": value for name, value in averaged.items()}
         if metrics:
@@ -375,15 +388,16 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def state_dict(self, position: dict[str, Any]) -> dict[str, Any]:
-        """Plain types and tensors: all that the rest of the run depends on. Call on all ranks."""
+        """Plain types and tensors: all that the rest of the run depends on. Call on all ranks; rank 0's is complete."""
+        weights, optimizer = full_state_dict(self.model, self.optimizer)
         return {
             "epoch": self.epoch,
             "epoch_steps": self.epoch_steps,
             "step": self.steps,
             "samples": self.samples,
             "name": self.args.name,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "state_dict": weights,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "ema_updates": self.ema.updates if self.ema is not None else 0,
@@ -400,15 +414,17 @@ class Trainer:
         Raises:
             UserError: the state does not fit this run; what is loaded by then is not used.
         """
-        checkpoint.load_weights(self.model, state.get("state_dict", state), source)
-        if self.ema is not None:
-            self.ema = Ema(self.model, self.args.ema_decay)
-        if "epoch" not in state:
-            return
+        weights = checkpoint.fitting_weights(self.model, state.get("state_dict", state), source)
+        whole = "epoch" in state
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            optimizer = self.optimizer if whole else None
+            load_full_state_dict(self.model, optimizer, weights, state["optimizer"] if whole else None)
         except (KeyError, ValueError) as error:
             raise UserError(f"The optimizer state in {source} does not fit --opt {self.args.opt}: {error}") from error
+        if self.ema is not None:
+            self.ema = Ema(self.model, self.args.ema_decay)
+        if not whole:
+            return
         if self.scaler is not None and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None and state.get("ema"):

@@ -487,16 +487,11 @@ def _load_model(args: argparse.Namespace, ranks: Ranks) -> tuple[nn.Module, Call
             raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
         if not Path(args.pretrained).is_file() and not open_clip.is_pretrained_cfg(name, args.pretrained):
             raise UserError(f"--pretrained {args.pretrained} is neither a file nor a name of weights for {args.model}.")
-    try:
-        with creating(args.model):
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                args.model, args.pretrained, precision=args.precision, device=ranks.device, require_pretrained=True
-            )
-            return model, open_clip.get_tokenizer(args.model), preprocess
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        raise UserError(f"{args.pretrained or args.model} cannot be read as weights for {args.model}.") from error
+    with creating(args.model, args.pretrained):
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            args.model, args.pretrained, precision=args.precision, device=ranks.device, require_pretrained=True
+        )
+        return model, open_clip.get_tokenizer(args.model), preprocess
 
 
 def _table(args: argparse.Namespace, result: dict[str, float]) -> str:

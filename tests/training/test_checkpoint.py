@@ -144,3 +144,16 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     again.keep_best(4, 0.45)
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
     assert checkpoint.newest(tmp_path).name == "epoch_4.pt"
+
+
+def test_the_clock_asks_for_a_checkpoint(tmp_path):
+    assert not checkpoint.Saver(tmp_path, every_minutes=None).due()
+    saver = checkpoint.Saver(tmp_path, every_minutes=5)
+    assert not saver.due()
+    saver.saved_at -= 5 * 60
+    assert saver.due()
+    save_all(saver, ["step_3.pt"])
+    assert not saver.due()
+    elsewhere = checkpoint.Saver(None, every_minutes=5)  # another rank: only the main one looks at the clock
+    elsewhere.saved_at -= 5 * 60
+    assert not elsewhere.due()

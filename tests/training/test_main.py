@@ -180,6 +180,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(case, shards, tmp_path, ca
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_folder_that_cannot_be_written(shards, tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    refuse(capsys, command(shards, tmp_path / "logs"), "Cannot write to the folder", "choose another --logs")
+
+
 def test_an_existing_run_is_never_overwritten(shards, tmp_path, capsys):
     assert main(command(shards, tmp_path, "--epochs", "1")) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
@@ -191,7 +196,7 @@ def test_a_checkpoint_of_another_shape(shards, tmp_path, capsys):
     assert main(command(shards, tmp_path, "--epochs", "1", name="small")) == 0
     small = str(tmp_path / "small" / "checkpoints" / "epoch_1.pt")
     refuse(capsys, command(shards, tmp_path, "--resume", small, model="ViT-Ti-8-64-ELIP"), "does not fit", "192")
-    refuse(capsys, command(shards, tmp_path, "--pretrained", small, model="ViT-Ti-8-64-ELIP"), "weights not loaded")
+    refuse(capsys, command(shards, tmp_path, "--pretrained", small, model="ViT-Ti-8-64-ELIP"), "not loaded")
 
 
 def test_two_processes_end_alike(tiny_model, shards, tmp_path):

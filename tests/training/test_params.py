@@ -17,10 +17,14 @@ SYNTHETIC = ["--dataset-type", "synthetic"]  # the shortest command line that ha
 REFUSED = {"horovod", "use_bnb_linear", "torchscript", "trace"}
 COCA_WEIGHTS = {"coca_caption_loss_weight", "coca_contrastive_loss_weight"}
 CHANGED = {"local_loss": True, "gather_with_grad": True}
-NEW = {
-    "token_reduction", "stage_depths", "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth",
-    "zeroshot_data", "progress",
-}  # fmt: skip
+NEW_DEFAULTS = dict.fromkeys(
+    [
+        "token_reduction", "stage_depths", "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth",
+        "zeroshot_data", "progress", "duration", "layer_decay", "ema_decay", "save_every_n_steps",
+        "save_every_n_minutes", "keep_last",
+    ]
+) | {"nonfinite": "stop", "allow_elastic": False, "fsdp": False, "stall_seconds": 60.0}  # fmt: skip
+NEW = set(NEW_DEFAULTS)
 
 # Each OpenCLIP option that is carried over, with a value that is not its default.
 FULL_COMMAND = [
@@ -94,7 +98,7 @@ def test_defaults_are_openclips_but_for_the_listed_ones(model, optimizer):
     theirs, ours = vars(openclip.parse_args(argv)), vars(parse_args(argv))
     expected = {name: value for name, value in theirs.items() if name not in REFUSED} | CHANGED
     assert {name: value for name, value in ours.items() if name not in NEW} == expected
-    assert {name: ours[name] for name in NEW} == dict.fromkeys(NEW)
+    assert {name: ours[name] for name in NEW} == NEW_DEFAULTS
 
 
 def test_default_model_is_openclips():
@@ -257,7 +261,11 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--epochs", "-1"], "--epochs must be a whole number of at least 0, not '-1'."),
         (["--workers", "-1"], "--workers must be a whole number of at least 0, not '-1'."),
         (["--accum-freq", "0"], "--accum-freq must be a whole number of at least 1, not '0'."),
-        (["--warmup", "-5"], "--warmup must be a whole number of at least 0, not '-5'."),
+        (["--warmup", "-5"], "--warmup must be a length like 500, 2ep, 1e6samples or 5%, not '-5'."),
+        (["--duration", "2weeks"], "--duration must be a length like 500, 2ep, 1e6samples or 5%, not '2weeks'."),
+        (["--duration", "5%"], "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %."),
+        (["--nonfinite", "ignore"], "--nonfinite must be one of stop, skip, not 'ignore'."),
+        (["--keep-last", "0"], "--keep-last must be a whole number of at least 1, not '0'."),
         (["--log-every-n-steps", "0"], "--log-every-n-steps must be a whole number of at least 1, not '0'."),
         (["--seed", "4294967296"], "--seed must be a whole number from 0 to 2**32 - 1, not '4294967296'."),
         (["--lr", "0"], "--lr must be a number above 0, not '0'."),

@@ -161,7 +161,8 @@ def test_two_processes_stop_together_and_resume_exactly(tiny_model, shards, tmp_
         argv = command(shards, tmp_path, "--batch-size", "4", "--resume", "latest", name=name)
         argv[argv.index("--model") + 1] = f"local-dir:{tiny_model}"
         entry = [str(tmp_path / "stop_one_rank.py"), str(stop_at or 0)]
-        return subprocess.run([*launch, "--", *entry, *argv], env=environment, capture_output=True, text=True, timeout=300)
+        words = [*launch, "--", *entry, *argv]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
 
     # Only rank 1 gets the signal; both must stop after the same step.
     (tmp_path / "stop_one_rank.py").write_text(

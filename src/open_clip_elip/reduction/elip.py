@@ -69,17 +69,14 @@ class Elip(nn.Module):
     def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None) -> Tensor:
         """Scores (B, N) of the N patch tokens of `x` (B, 1+N, D) by the stage's own `layers` (Eq. 1 and 2)."""
         scored = layers[: self.config.scoring_depth] if self.config.scoring_depth else layers
+        read = _cls_attention_of_sharded if hasattr(scored[-1], "unshard") else cls_attention
         y = self.fuse(x, guidance)
-        for block in scored[:-1]:
-            y = block(y)
-        last = scored[-1]
-        if not hasattr(last, "unshard"):
-            return cls_attention(last, y)
-        last.unshard()  # torch's `fully_shard` leaves a block its weights only during its own forward
-        try:
-            return cls_attention(last, y)
-        finally:
-            last.reshard()
+        # Turns autocast's cache of weights off, which is one for all devices. From it the main path would take weights
+        # that were cast here, without a gradient.
+        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"), cache_enabled=False):
+            for block in scored[:-1]:
+                y = block(y)
+            return read(scored[-1], y)
 
     def fuse(self, x: Tensor, guidance: Tensor | None) -> Tensor:
         """A copy of `x` whose `[CLS]` is lam * `[CLS]` + (1 - lam) * guidance (Eq. 1)."""
@@ -109,6 +106,16 @@ class Elip(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items())
+
+
+@torch.compiler.disable  # as are the hooks that do the same around the block's own forward
+def _cls_attention_of_sharded(block: nn.Module, y: Tensor) -> Tensor:
+    """`cls_attention` of a block that torch's `fully_shard` leaves its weights only during its own forward."""
+    block.unshard()
+    try:
+        return cls_attention(block, y)
+    finally:
+        block.reshard()
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""Fully sharded data parallelism (FSDP2): weights, gradients and optimizer states are split over the processes.
+
+A sharded model trains as under DistributedDataParallel: the same autocast, gradients averaged over the processes, the
+same checkpoints. Only what touches weights as a whole goes through this module; each function also takes a model that
+is not sharded, so that the trainer need not ask.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from .distributed import Ranks
+from .errors import UserError
+
+try:
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, distribute_tensor
+except ImportError:  # before torch 2.6
+    FSDPModule = DTensor = ()  # nothing is an instance of it
+
+NEEDS_TORCH = "2.8"
+_AVAILABLE = hasattr(FSDPModule, "set_reshard_after_forward")  # the youngest of what is used here
+
+
+def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
+    """Shards `model` in place, each layer of its towers by itself, the rest together; one process changes nothing.
+
+    All processes start from rank 0's weights. Parameters are replaced, so the optimizer is created afterwards.
+    There is no mixed-precision policy: autocast alone decides what is computed in half precision, as under DDP, and
+    weights and gradients travel in the weights' own format. Parameters of one element, such as the logit scale, stay
+    whole on every process, and their gradient is averaged as it arrives.
+
+    Args:
+        model: on the device, its final parameters locked or not; not wrapped or compiled.
+        precision: the flag, for what is said to the user.
+
+    Raises:
+        UserError: torch is too old, or the model's batch norm or number formats do not go with sharding.
+    """
+    if ranks.world_size == 1:
+        return model
+    if not _AVAILABLE:
+        raise UserError(f"--fsdp needs torch {NEEDS_TORCH} or newer and this is {torch.__version__}; leave out --fsdp.")
+    if any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise UserError("With --fsdp the processes' batch norm statistics would differ; add --use-bn-sync.")
+    stacks = list(_stacks(model))
+    _check_formats(model, stacks, precision)
+    for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
+        dist.broadcast(tensor.detach(), src=0)
+
+    scalars = {p for p in model.parameters() if p.numel() == 1}
+    for p in scalars:
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(_average_gradient)
+    options = {"mesh": init_device_mesh(ranks.device.type, (ranks.world_size,)), "ignored_params": scalars}
+    for stack in stacks:
+        for layer in stack:
+            fully_shard(layer, **options)
+    fully_shard(model, **options)
+    # By default the backward pass fetches ahead in the order of all forward calls so far. These include ELIP's scoring
+    # passes, and evaluations, which need not run the same calls on every process; so the order is told.
+    model.set_modules_to_backward_prefetch([stack[-1] for stack in stacks] or [model])
+    for stack in stacks:
+        for layer, earlier in zip(stack, [model, *stack], strict=False):
+            layer.set_modules_to_backward_prefetch([earlier])
+    if dist.get_backend() == "gloo":  # in torch 2.8 it adds up where it is asked for the mean
+        for module in _sharded_modules(model):
+            module.set_force_sum_reduction_for_comms(True)
+    _settle_root(model)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(_bare(model), FSDPModule)
+
+
+def no_sync(model: nn.Module):
+    """Context in which backward passes add up gradients on each process, to be averaged by the first one after it.
+
+    Args:
+        model: as it is run: DDP, sharded, compiled or bare.
+    """
+    model = _bare(model)
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _no_sync(model) if isinstance(model, FSDPModule) else nullcontext()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """Context in which every process holds all weights whole, for evaluation; a collective call.
+
+    Any method of the model can be called there, and not equally often on all processes, which sharded layers require.
+    Nothing may be trained or loaded in it.
+    """
+    root = _bare(model)
+    modules = _sharded_modules(root)
+    for module in modules:
+        module.reshard()  # what a forward pass has left whole may be out of date
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield model
+    finally:
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(module is not root, recurse=False)
+
+
+def unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """`scaler.unscale_(optimizer)`; an infinite gradient on one process counts on all. A collective call if sharded."""
+    groups = optimizer.param_groups
+    # torch takes the layout of all gradients from the first one, which must not be a whole one then.
+    parameters = sorted((p for group in groups for p in group["params"]), key=lambda p: not isinstance(p, DTensor))
+    optimizer.param_groups = [{"params": parameters}]
+    try:
+        scaler.unscale_(optimizer)
+    finally:
+        optimizer.param_groups = groups
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales all gradients down to a total norm of `max_norm` if theirs is larger; returns the norm they had, ().
+
+    The norm is that of the whole gradient, the same on every process; a collective call for a sharded model.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dicts of model and optimizer as if nothing were sharded, on rank 0 on the CPU; a collective call.
+
+    Other ranks of a sharded model get two empty ones. Of a model that is not sharded, the state dicts as they are.
+    """
+    states = model.state_dict(), optimizer.state_dict()
+    if not is_sharded(model):
+        return states
+    model_state, optimizer_state = (_gather(dict(state), keep=dist.get_rank() == 0) for state in states)
+    return (model_state, optimizer_state) if dist.get_rank() == 0 else ({}, {})
+
+
+def load_full_state_dict(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    model_state: dict[str, Any],
+    optimizer_state: dict[str, Any] | None,
+) -> None:
+    """Loads what `full_state_dict` gave, of a sharded model or another; each process passes it whole.
+
+    Args:
+        optimizer: of `model` as it is now; None loads the weights only.
+
+    Raises:
+        RuntimeError: the weights do not fit, as `nn.Module.load_state_dict`.
+        ValueError: the optimizer state does not fit, as `torch.optim.Optimizer.load_state_dict`.
+    """
+    own = model.state_dict()
+    model.load_state_dict({name: _shard_like(own.get(name), value) for name, value in model_state.items()})
+    if optimizer is None:
+        return
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    indices = (i for group in optimizer_state["param_groups"] for i in group["params"])
+    owner = dict(zip(indices, parameters, strict=False))  # other numbers are refused by load_state_dict below
+    state = {
+        i: {key: _shard_like(owner.get(i), value) for key, value in values.items()}
+        for i, values in optimizer_state["state"].items()
+    }
+    optimizer.load_state_dict({**optimizer_state, "state": state})
+
+
+def _stacks(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """The outermost sequences of layers of one kind: a transformer's blocks, the stages of a ResNet."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if len(module) > 1 and len({type(layer) for layer in module}) == 1 and any(True for _ in module.parameters()):
+            yield list(module)
+            return
+    for child in module.children():
+        yield from _stacks(child)
+
+
+def _check_formats(model: nn.Module, stacks: list[list[nn.Module]], precision: str) -> None:
+    """Gradients that travel together must have one number format."""
+    layers = [list(layer.parameters()) for stack in stacks for layer in stack]
+    in_layers = {p for layer in layers for p in layer}
+    rest = [p for p in model.parameters() if p not in in_layers and p.numel() > 1]
+    if any(len({p.dtype for p in group if p.requires_grad}) > 1 for group in [*layers, rest]):
+        raise UserError(
+            f"--fsdp cannot split layers whose weights differ in number format, as with --precision {precision}; "
+            "use --precision amp_bf16 or pure_bf16."
+        )
+
+
+def _average_gradient(p: nn.Parameter) -> None:
+    dist.all_reduce(p.grad)
+    p.grad /= dist.get_world_size()
+
+
+def _settle_root(model: nn.Module) -> None:
+    """Makes `model` the root now. Else the first module that runs becomes it, a layer in an evaluation for instance."""
+    model.settle_root = lambda: None
+    register_fsdp_forward_method(model, "settle_root")
+    model.settle_root()
+    del model.settle_root
+    model.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # out of torch.compile
+
+
+@contextmanager
+def _no_sync(model: nn.Module) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def _gather(value: Any, keep: bool) -> Any:
+    """Copies tensors, whole, to the CPU, at any depth of dicts and lists; without `keep` each is dropped at once."""
+    if isinstance(value, dict):
+        return {k: _gather(v, keep) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_gather(v, keep) for v in value]
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", copy=True) if keep else None
+
+
+def _shard_like(own: Any, value: Any) -> Any:
+    """This process's part of `value` if it is a tensor that belongs to the sharded tensor `own`, else itself."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    part = distribute_tensor(value.detach(), own.device_mesh, own.placements, src_data_rank=None)
+    return part.clone()  # a part that shares the whole's memory would keep all of it alive

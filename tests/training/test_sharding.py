@@ -1,0 +1,413 @@
+"""A sharded model trains, evaluates and is saved as if it were whole. Two processes do all of the training below."""
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from open_clip_elip import without_token_reduction
+from training import checkpoint, sharding
+from training.distributed import Ranks
+from training.errors import UserError
+from training.evaluate import evaluation_mode
+from training.optim import create_optimizer
+from training.task import ClipTask
+from training.trainer import Trainer
+
+from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
+
+CPU = torch.device("cpu")
+BATCHES = [pairs(16, seed=i) for i in range(3)]
+CLIP_NORM = 0.5  # below the norm of every gradient here
+CASES = {  # name: (text first, gradient checkpointing, micro-batches)
+    "plain": (False, False, 1),
+    "text first": (True, False, 1),
+    "text first, checkpointing": (True, True, 1),
+    "text first, accumulation": (True, False, 2),
+    "plain, checkpointing, accumulation": (False, True, 2),
+}
+
+
+def build(text_first=True, checkpointing=False, seed=0, dtype=torch.float64) -> nn.Module:
+    model = tiny_clip(seed=seed, dtype=dtype)
+    model = model if text_first else without_token_reduction(model)
+    model.set_grad_checkpointing(checkpointing)
+    return model.train()
+
+
+def make_trainer(model, micro_batches=1, ranks=None, runnable=None, precision="fp32", norm=CLIP_NORM) -> Trainer:
+    ranks = ranks or Ranks(CPU)
+    args = run_args(
+        accum_freq=micro_batches, batch_size=16 // micro_batches // ranks.world_size, grad_clip_norm=norm,
+        precision=precision,
+    )
+    task = ClipTask(args, ranks, tokenizer=None, preprocess=None)
+    data = MemoryData([{"text": ()}] * micro_batches)  # the tests call `step` with batches of their own
+    optimizer = create_optimizer(model, args)
+    return Trainer(args, ranks, model, runnable or model, task, data, optimizer, folder=None, config={})
+
+
+def window(batch: dict, count: int, ranks: Ranks) -> list[dict]:
+    """This rank's part of `batch`, in micro-batches: the j-th of all ranks is the j-th slice of the batch."""
+    parts = micro_batches(batch, count)
+    return parts if ranks.world_size == 1 else [micro_batches(part, ranks.world_size)[ranks.rank] for part in parts]
+
+
+def train(trainer: Trainer, batches: list[dict]) -> list[float]:
+    """Loss of each step, over all processes."""
+    losses = []
+    dtype = trainer.parameters[-1].dtype
+    for batch in batches:
+        batch = {**batch, "image": batch["image"].to(dtype)}
+        found, _ = trainer.step(window(batch, trainer.args.accum_freq, trainer.ranks))
+        losses.append(sum(trainer.ranks.gather(found["loss"].item())) / trainer.ranks.world_size)
+    return losses
+
+
+def gradients(model: nn.Module) -> dict:
+    """Whole, on every process."""
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in found.items()}
+
+
+def state(trainer: Trainer) -> dict:
+    model_state, optimizer_state = sharding.full_state_dict(trainer.model, trainer.optimizer)
+    return {"state_dict": model_state, "optimizer": optimizer_state}
+
+
+def load(trainer: Trainer, saved: dict) -> None:
+    sharding.load_full_state_dict(trainer.model, trainer.optimizer, saved["state_dict"], saved["optimizer"])
+
+
+# ---------------------------------------------------------------- what the two processes do
+
+
+def _two_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks(CPU, rank, rank, 2)
+    found = {}
+    for name, (text_first, checkpointing, count) in CASES.items():
+        trainer = make_trainer(sharding.shard(build(text_first, checkpointing), ranks, "fp32"), count, ranks)
+        losses = train(trainer, BATCHES[:2])
+        found[name] = {"losses": losses, "gradients": gradients(trainer.model), **state(trainer)}
+    for job in (_resume, _keep_ddps_numbers, _start_from_rank_0, _add_up, _evaluate, _clip, _clamp, _overflow, _lock):
+        found[job.__name__] = job(ranks, folder)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _resume(ranks, folder):
+    """Trains on from a checkpoint of one process, writes one, and trains on from that."""
+    one_process = checkpoint.load(f"{folder}/one_process.pt")
+    trainer = make_trainer(sharding.shard(build(seed=5), ranks, "fp32"), ranks=ranks)
+    load(trainer, one_process)
+    loaded = state(trainer)
+    train(trainer, BATCHES[2:])
+    after_one_process = state(trainer)
+
+    trainer = make_trainer(sharding.shard(build(), ranks, "fp32"), ranks=ranks)
+    train(trainer, BATCHES[:2])
+    saved = state(trainer)
+    if ranks.is_main:
+        torch.save(saved, f"{folder}/sharded.pt")
+    ranks.barrier()
+    train(trainer, BATCHES[2:])
+    straight = state(trainer)
+    trainer = make_trainer(sharding.shard(build(seed=5), ranks, "fp32"), ranks=ranks)
+    load(trainer, checkpoint.load(f"{folder}/sharded.pt"))
+    train(trainer, BATCHES[2:])
+
+    weights_only = sharding.shard(build(seed=5), ranks, "fp32")
+    sharding.load_full_state_dict(weights_only, None, one_process["state_dict"], None)
+    return {
+        "loaded": loaded, "after one process": after_one_process, "straight": straight, "resumed": state(trainer),
+        "weights only": state(make_trainer(weights_only, ranks=ranks))["state_dict"],
+    }
+
+
+def _keep_ddps_numbers(ranks, folder):
+    """Losses of two steps and gradients of the first, sharded and under DDP, by precision."""
+    found = {}
+    for precision, dtype in {"fp32": torch.float32, "amp_bf16": torch.float32, "pure_bf16": torch.bfloat16}.items():
+        found[precision] = []
+        for sharded in (True, False):
+            model = build(dtype=dtype)
+            runnable = sharding.shard(model, ranks, precision) if sharded else DistributedDataParallel(model)
+            trainer = make_trainer(model, ranks=ranks, runnable=runnable, precision=precision, norm=None)
+            losses = train(trainer, BATCHES[:1])
+            first = gradients(model)
+            found[precision].append((losses + train(trainer, BATCHES[1:2]), first))
+    return found
+
+
+def _start_from_rank_0(ranks, folder):
+    model = sharding.shard(build(seed=ranks.rank), ranks, "fp32")
+    return state(make_trainer(model, ranks=ranks))["state_dict"]
+
+
+def _add_up(ranks, folder):
+    """Gradients of two backward passes, the first without synchronisation, and with it."""
+    found = []
+    for context in (sharding.no_sync, lambda model: sharding.no_sync(build())):
+        model = sharding.shard(build(), ranks, "fp32")
+        first, second = (window(batch, 1, ranks)[0] for batch in BATCHES[:2])
+        with context(model):
+            _sum_of_squares(model, first).backward()
+            whole_here = model.visual.proj.grad is None
+        _sum_of_squares(model, second).backward()
+        found.append((whole_here, gradients(model)))
+    return found
+
+
+def _sum_of_squares(model, batch):
+    out = model(batch["image"], batch["text"])
+    return (out["image_features"][:, :4] * out["text_features"][:, 4:8] * out["logit_scale"]).square().sum()
+
+
+def _evaluate(ranks, folder):
+    """Evaluates before and between steps, on rank 0 only."""
+    trainer = make_trainer(sharding.shard(build(), ranks, "fp32"), ranks=ranks)
+    features = []
+    for batch in BATCHES[:2]:
+        with sharding.gathered(trainer.model) as model, evaluation_mode(model) as encoder:
+            if ranks.is_main:
+                features.append((encoder.encode_image(batch["image"]), encoder.encode_text(batch["text"])))
+        train(trainer, [batch])
+    return {"features": features, **state(trainer)}
+
+
+def _clip(ranks, folder):
+    """Gradient norm and clipped gradients."""
+    model = sharding.shard(build(), ranks, "fp32")
+    _sum_of_squares(model, window(BATCHES[0], 1, ranks)[0]).backward()
+    parameters = list(model.parameters())
+    norm = sharding.clip_grad_norm(parameters, 1e9)
+    unclipped = gradients(model)
+    sharding.clip_grad_norm(parameters, norm.item() / 2)
+    return {"norm": norm, "unclipped": unclipped, "clipped": gradients(model)}
+
+
+def _clamp(ranks, folder):
+    model = sharding.shard(build(), ranks, "fp32")
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)
+    train(make_trainer(model, ranks=ranks), BATCHES[:1])
+    return model.logit_scale.detach()
+
+
+def _overflow(ranks, folder):
+    """Weights and loss scale before and after a step in which one gradient of rank 1's part is infinite."""
+    model = sharding.shard(build(), ranks, "amp")
+    trainer, scaler = make_trainer(model, ranks=ranks), torch.amp.GradScaler("cpu")
+    before, scale = state(trainer)["state_dict"], scaler.get_scale()
+    scaler.scale(_sum_of_squares(model, window(BATCHES[0], 1, ranks)[0])).backward()
+    unscaled = {name: g / scale for name, g in gradients(model).items()}
+    sharding.unscale(scaler, trainer.optimizer)
+    found = gradients(model)
+    if ranks.rank == 1:
+        model.visual.proj.grad.to_local()[0, 0] = math.inf
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))  # sets it up
+    sharding.unscale(scaler, trainer.optimizer)
+    scaler.step(trainer.optimizer)
+    scaler.update()
+    return {
+        "gradients": (found, unscaled), "scales": (scale, scaler.get_scale()),
+        "weights": (before, state(trainer)["state_dict"]),
+    }
+
+
+def _lock(ranks, folder):
+    """Weights after a step with part of the image tower locked."""
+    model = build()
+    model.lock_image_tower(unlocked_groups=3)
+    trainer = make_trainer(sharding.shard(model, ranks, "fp32"), ranks=ranks)
+    train(trainer, BATCHES[:1])
+    return state(trainer)
+
+
+# ---------------------------------------------------------------- and how it compares
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharding")
+    trainer = make_trainer(build())
+    train(trainer, BATCHES[:2])
+    torch.save(state(trainer), folder / "one_process.pt")
+    mp.spawn(_two_processes, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """Results of rank 0; what both ranks have is in `both`."""
+    return torch.load(folder / "0.pt")
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_equals_one_process(both, case):
+    text_first, checkpointing, count = CASES[case]
+    trainer = make_trainer(build(text_first, checkpointing), count)
+    losses = train(trainer, BATCHES[:2])
+    for result in both:
+        assert result[case]["losses"] == pytest.approx(losses, rel=1e-10)
+        assert_close(result[case]["gradients"], gradients(trainer.model))
+    assert_close(both[0][case]["state_dict"], trainer.model.state_dict())
+    assert_close(both[0][case]["optimizer"], trainer.optimizer.state_dict())
+
+
+def test_only_rank_0_gets_the_state(both):
+    assert both[0]["plain"]["state_dict"] and both[0]["plain"]["optimizer"]
+    assert both[1]["plain"]["state_dict"] == both[1]["plain"]["optimizer"] == {}
+
+
+def test_a_sharded_run_goes_on_in_one_process(found, folder):
+    saved = checkpoint.load(folder / "sharded.pt")
+    trainer = make_trainer(build(seed=5))
+    assert list(saved["state_dict"]) == list(trainer.model.state_dict())
+    trainer.model.load_state_dict(saved["state_dict"], strict=True)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    assert_equal(state(trainer), saved)
+    train(trainer, BATCHES[2:])
+    assert_close(state(trainer), found["_resume"]["straight"])
+
+
+def test_a_run_of_one_process_goes_on_sharded(found, folder):
+    saved = checkpoint.load(folder / "one_process.pt")
+    assert_equal(found["_resume"]["loaded"], saved)
+    assert_equal(found["_resume"]["weights only"], saved["state_dict"])
+    trainer = make_trainer(build(seed=5))
+    load(trainer, saved)
+    assert_equal(state(trainer), saved)
+    train(trainer, BATCHES[2:])
+    assert_close(found["_resume"]["after one process"], state(trainer))
+
+
+def test_a_sharded_run_goes_on_sharded_bit_for_bit(found):
+    assert_equal(found["_resume"]["resumed"], found["_resume"]["straight"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "pure_bf16"])
+def test_numbers_are_those_of_ddp(found, precision):
+    (losses, first), (expected_losses, expected) = found["_keep_ddps_numbers"][precision]
+    assert losses[0] == expected_losses[0]
+    assert_equal(first, expected)
+    assert losses[1] == pytest.approx(expected_losses[1], rel=1e-2 if precision == "pure_bf16" else 1e-4)
+
+
+def test_all_processes_start_from_the_weights_of_rank_0(found):
+    assert_equal(found["_start_from_rank_0"], dict(build(seed=0).state_dict()))
+
+
+def test_gradients_add_up_without_synchronisation(both):
+    model = build()
+    for batch in BATCHES[:2]:
+        _sum_of_squares(model, batch).backward()
+    expected = {name: g / 2 for name, g in gradients(model).items()}  # the mean of two processes' sums
+    for result in both:
+        (waits, without_sync), (does_not, with_sync) = result["_add_up"]
+        assert waits and not does_not
+        assert_close(without_sync, expected)
+        assert_close(with_sync, expected)
+
+
+def test_evaluation_on_one_process_alone_changes_nothing(found):
+    trainer = make_trainer(build())
+    for batch, (image, text) in zip(BATCHES[:2], found["_evaluate"]["features"], strict=True):
+        with evaluation_mode(trainer.model) as encoder:
+            assert_close(image, encoder.encode_image(batch["image"]).clone())
+            assert_close(text, encoder.encode_text(batch["text"]).clone())
+        train(trainer, [batch])
+    assert_close(found["_evaluate"]["state_dict"], state(trainer)["state_dict"])
+
+
+def test_clipping_is_by_the_norm_of_the_whole_gradient(both):
+    model = build()
+    _sum_of_squares(model, BATCHES[0]).backward()
+    expected = {name: g / 2 for name, g in gradients(model).items()}
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    for result in both:
+        assert_close(result["_clip"]["norm"], norm)
+        assert_close(result["_clip"]["unclipped"], expected)
+        assert_close(result["_clip"]["clipped"], {name: g / 2 for name, g in expected.items()})
+
+
+def test_clipping_of_a_whole_model():
+    model = build()
+    _sum_of_squares(model, BATCHES[0]).backward()
+    before = gradients(model)
+    norm = sharding.clip_grad_norm(model.parameters(), 1e-3)
+    assert_close(norm, torch.stack([g.norm() for g in before.values()]).norm())
+    assert_close(gradients(model), {name: g * 1e-3 / (norm + 1e-6) for name, g in before.items()})
+
+
+def test_the_logit_scale_is_clamped_on_every_process(both):
+    for result in both:
+        assert result["_clamp"].shape == () and result["_clamp"].item() == pytest.approx(math.log(100))
+
+
+def test_an_overflow_on_one_process_skips_the_step_on_all(both):
+    for result in both:
+        assert_equal(*result["_overflow"]["gradients"])
+        before, after = result["_overflow"]["scales"]
+        assert after == before / 2
+    assert_equal(*both[0]["_overflow"]["weights"])
+
+
+def test_locked_layers_stay_as_they_are(found):
+    model = build()
+    model.lock_image_tower(unlocked_groups=3)
+    trainer = make_trainer(model)
+    train(trainer, BATCHES[:1])
+    assert_close(found["_lock"], state(trainer))
+    start = build().state_dict()
+    assert torch.equal(found["_lock"]["state_dict"]["visual.conv1.weight"], start["visual.conv1.weight"])
+
+
+def test_one_process_shards_nothing():
+    model = build()
+    assert sharding.shard(model, Ranks(CPU), "fp32") is model
+    assert not sharding.is_sharded(model)
+    with sharding.gathered(model) as same, sharding.no_sync(model):
+        assert same is model
+
+
+TWO = Ranks(CPU, 0, 0, 2)
+
+
+def test_old_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "_AVAILABLE", False)
+    with pytest.raises(UserError, match=r"--fsdp needs torch 2\.8 or newer"):
+        sharding.shard(build(), TWO, "fp32")
+
+
+def test_batch_norm_statistics_that_would_differ_are_refused():
+    model = build()
+    model.visual.ln_post = nn.BatchNorm1d(32)
+    with pytest.raises(UserError, match="add --use-bn-sync"):
+        sharding.shard(model, TWO, "fp32")
+
+
+def test_mixed_weights_are_refused():
+    model = build()
+    model.visual.transformer.resblocks[0].mlp.bfloat16()
+    with pytest.raises(UserError, match="--precision bf16; use --precision amp_bf16 or pure_bf16"):
+        sharding.shard(model, TWO, "bf16")

@@ -24,14 +24,21 @@ class _Console(logging.StreamHandler):
 
 
 def setup_logging(level: int, file: Path | None, console: bool) -> None:
-    """Root logger to the console and/or a file; earlier handlers are replaced, so calling it again is safe."""
+    """Root logger to the console and/or a file; earlier handlers are replaced, so calling it again is safe.
+
+    Without a console (all ranks but the main one), warnings of the data still go to stderr: which worker of which rank
+    is stuck is known to that rank alone.
+    """
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    handlers: list[logging.Handler] = [_Console()] if console else []
+    handlers: list[logging.Handler] = [_Console()]
+    if not console:
+        handlers[0].setLevel(logging.WARNING)
+        handlers[0].addFilter(lambda record: record.name.startswith("training.data"))
     if file is not None:
         handlers.append(logging.FileHandler(file))
-    for handler in handlers or [logging.NullHandler()]:
+    for handler in handlers:
         handler.setFormatter(logging.Formatter(FORMAT, DATE))
         root.addHandler(handler)
     root.setLevel(level)

@@ -338,9 +338,9 @@ def _add_data(parser: _Parser) -> None:
     add("--workers", "Processes that load data, for each training process.", default=4, type=_COUNT)
     add(
         "--stall-seconds",
-        "Say which worker and shard is waited for when a batch takes longer than this.",
+        "Say which worker and shard is waited for when a batch takes longer than this; 0: never.",
         default=60.0,
-        type=_POSITIVE,
+        type=_NOT_NEGATIVE,
     )
     add("--seed", "Seed of everything that is drawn at random.", default=0, type=_SEED)
 

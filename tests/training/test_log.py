@@ -64,6 +64,12 @@ def test_logging_goes_to_file_and_console(tmp_path, capsys):
         logging.info("hello")
         assert capsys.readouterr().err.count("hello") == 1
         assert (tmp_path / "out.log").read_text().count("hello") == 1
+        setup_logging(logging.INFO, None, console=False)  # another rank than the main one
+        logging.warning("said once, by the main rank")
+        logging.getLogger("training.data.stalls").info("nothing to worry about")
+        logging.getLogger("training.data.stalls").warning("rank 3 waits")
+        shown = capsys.readouterr().err
+        assert "rank 3 waits" in shown and "said once" not in shown and "nothing to worry" not in shown
     finally:
         for handler in list(root.handlers):
             root.removeHandler(handler)

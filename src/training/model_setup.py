@@ -123,7 +123,6 @@ def build_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module |
 @contextmanager
 def creating(name: str, weights: str | None = None):
     """Turns what open_clip raises while it builds a model into one sentence, and keeps its chatter out of the log."""
-    weights = weights or "what --pretrained names"
     root = logging.getLogger()
     level = root.level
     if level > logging.DEBUG:
@@ -133,7 +132,7 @@ def creating(name: str, weights: str | None = None):
     except UserError:
         raise
     except Exception as error:  # from AssertionError to UnpicklingError, according to what is wrong with the file
-        text = str(error)
+        text, source = str(error), weights or name
         sizes = re.findall(
             r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?is torch\.Size\(\[(.*?)\]\)", text
         )
@@ -141,13 +140,14 @@ def creating(name: str, weights: str | None = None):
             key, there, here = sizes[0]
             more = f" (and {len(sizes) - 1} more differences)" if len(sizes) > 1 else ""
             raise UserError(
-                f"{weights} does not fit {name}: {key} is [{there}] there and [{here}] in the model{more}; "
+                f"{source} does not fit {name}: {key} is [{there}] there and [{here}] in the model{more}; "
                 "check --model and --pretrained."
             ) from error
         first = " ".join(text.split())[:300] or type(error).__name__
         if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError, KeyError)):
-            raise UserError(f"{weights} cannot be read as weights for {name} ({type(error).__name__}).") from error
-        raise UserError(f"The model {name} cannot be created, or {weights} not loaded: {first}") from error
+            raise UserError(f"{source} cannot be read as weights for {name} ({type(error).__name__}).") from error
+        unloaded = f", or {weights} not loaded" if weights else ""
+        raise UserError(f"The model {name} cannot be created{unloaded}: {first}") from error
     finally:
         root.setLevel(level)
 

@@ -27,6 +27,7 @@ from .log import RunLog, setup_logging
 from .model_setup import build_model, build_teacher, wrap
 from .optim import create_optimizer
 from .params import parse_args, resolved_config
+from .sharding import check_optimizer
 from .task import ClipTask, training_rrt
 from .trainer import Trainer, describe
 from .zero_shot import load_zero_shot_data
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         trainer = None
         if train_data is not None:
             optimizer = create_optimizer(model, args)
+            check_optimizer(optimizer, args.opt)
             trainer = Trainer(args, ranks, model, runnable, task, train_data, optimizer, folder, config)
         if resume is not None:
             state = checkpoint.load(resume)

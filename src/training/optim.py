@@ -107,7 +107,7 @@ def _timm_optimizer(model_or_groups: nn.Module | list[dict], args: argparse.Name
     options = {k: v for k, v in options.items() if v is not None}
     try:
         return create_optimizer_v2(model_or_groups, args.opt[len("timm/"):], **options)
-    except (AssertionError, ValueError, TypeError) as error:
+    except (AssertionError, IndexError, ValueError, TypeError) as error:
         raise UserError(f"timm cannot create the optimizer {args.opt!r} with these settings: {error}") from error
 
 

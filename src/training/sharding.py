@@ -6,6 +6,8 @@ is not sharded, so that the trainer need not ask.
 """
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,7 +29,7 @@ except ImportError:  # before torch 2.6
     FSDPModule = DTensor = ()  # nothing is an instance of it
 
 NEEDS_TORCH = "2.8"
-_AVAILABLE = hasattr(FSDPModule, "set_reshard_after_forward")  # the youngest of what is used here
+AVAILABLE = hasattr(FSDPModule, "set_reshard_after_forward")  # the youngest of what is used here
 
 
 def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
@@ -47,7 +49,7 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
     """
     if ranks.world_size == 1:
         return model
-    if not _AVAILABLE:
+    if not AVAILABLE:
         raise UserError(f"--fsdp needs torch {NEEDS_TORCH} or newer and this is {torch.__version__}; leave out --fsdp.")
     if any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UserError("With --fsdp the processes' batch norm statistics would differ; add --use-bn-sync.")
@@ -76,6 +78,35 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
             module.set_force_sum_reduction_for_comms(True)
     _settle_root(model)
     return model
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Tries two steps on copies of a few parameters, for not every optimizer works on parts of a tensor.
+
+    A collective call if the parameters are sharded; else there is nothing to try.
+
+    Args:
+        name: what the user calls the optimizer.
+
+    Raises:
+        UserError: it does not work, or it keeps a state that could not be resumed.
+    """
+    if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+        return
+    trial = copy.copy(optimizer)
+    trial.state = defaultdict(dict)
+    trial.param_groups = [
+        {**group, "params": [_copy_with_gradient(p) for p in {p.ndim: p for p in group["params"]}.values()]}
+        for group in optimizer.param_groups
+    ]
+    try:
+        trial.step()
+        trial.step()
+    except Exception as error:  # of any kind, from the depths of torch
+        raise UserError(f"--opt {name} does not work on split weights; use adamw, or leave out --fsdp.") from error
+    kept = ((p, v) for p, values in trial.state.items() for v in values.values() if isinstance(v, Tensor))
+    if any(value.ndim > 0 and value.shape != p.shape for p, value in kept):
+        raise UserError(f"--opt {name} keeps a state that cannot be split; use adamw, or leave out --fsdp.")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -132,8 +163,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     The norm is that of the whole gradient, the same on every process; a collective call for a sharded model.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = nn.utils.get_total_norm(gradients).full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -202,6 +238,12 @@ def _check_formats(model: nn.Module, stacks: list[list[nn.Module]], precision: s
 def _average_gradient(p: nn.Parameter) -> None:
     dist.all_reduce(p.grad)
     p.grad /= dist.get_world_size()
+
+
+def _copy_with_gradient(p: nn.Parameter) -> nn.Parameter:
+    twin = nn.Parameter(p.detach().clone())
+    twin.grad = twin.detach().clone()
+    return twin
 
 
 def _settle_root(model: nn.Module) -> None:

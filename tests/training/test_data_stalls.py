@@ -84,7 +84,8 @@ def test_the_worker_that_is_due_and_its_shard_are_named(build, gate, tmp_path):
         f"{re.escape(slow)} for {SECONDS}."
     )
     assert re.fullmatch(expected, gate.heard())
-    assert re.fullmatch(f"Rank 0: data flow again after {SECONDS}.", gate.messages[-1])
+    # Not always the last message: on a busy machine the workers' end is waited for as well.
+    assert any(re.fullmatch(f"Rank 0: data flow again after {SECONDS}.", message) for message in gate.messages)
 
 
 def test_without_workers_too_and_how_far_it_has_come(gate, tmp_path):
@@ -315,7 +316,7 @@ def test_the_own_signals_are_held_back_only_meanwhile():
     signal.signal(signal.SIGINT, lambda *_: caught.append("SIGINT"))
     try:
         with held_back():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # another thread would take it from the process
             assert caught == []
         assert caught == ["SIGINT"]
     finally:

@@ -1,5 +1,7 @@
 """A sharded model trains, evaluates and is saved as if it were whole. Two processes do all of the training below."""
 import math
+from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from open_clip_elip import without_token_reduction
 from training import checkpoint, sharding
 from training.distributed import Ranks
+from training.ema import Ema
 from training.errors import UserError
 from training.evaluate import evaluation_mode
 from training.optim import create_optimizer
@@ -86,14 +89,17 @@ def load(trainer: Trainer, saved: dict) -> None:
 
 def _two_processes(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
     ranks = Ranks(CPU, rank, rank, 2)
     found = {}
     for name, (text_first, checkpointing, count) in CASES.items():
         trainer = make_trainer(sharding.shard(build(text_first, checkpointing), ranks, "fp32"), count, ranks)
         losses = train(trainer, BATCHES[:2])
         found[name] = {"losses": losses, "gradients": gradients(trainer.model), **state(trainer)}
-    for job in (_resume, _keep_ddps_numbers, _start_from_rank_0, _add_up, _evaluate, _clip, _clamp, _overflow, _lock):
+    for job in (_resume, _keep_ddps_numbers, _start_from_rank_0, _add_up, _evaluate, _clip, _clamp, _overflow, _lock,
+                _check_optimizers):
         found[job.__name__] = job(ranks, folder)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -130,7 +136,7 @@ def _resume(ranks, folder):
 
 
 def _keep_ddps_numbers(ranks, folder):
-    """Losses of two steps and gradients of the first, sharded and under DDP, by precision."""
+    """Loss and gradients, sharded and under DDP, by precision."""
     found = {}
     for precision, dtype in {"fp32": torch.float32, "amp_bf16": torch.float32, "pure_bf16": torch.bfloat16}.items():
         found[precision] = []
@@ -138,9 +144,7 @@ def _keep_ddps_numbers(ranks, folder):
             model = build(dtype=dtype)
             runnable = sharding.shard(model, ranks, precision) if sharded else DistributedDataParallel(model)
             trainer = make_trainer(model, ranks=ranks, runnable=runnable, precision=precision, norm=None)
-            losses = train(trainer, BATCHES[:1])
-            first = gradients(model)
-            found[precision].append((losses + train(trainer, BATCHES[1:2]), first))
+            found[precision].append((train(trainer, BATCHES[:1]), gradients(model)))
     return found
 
 
@@ -169,15 +173,23 @@ def _sum_of_squares(model, batch):
 
 
 def _evaluate(ranks, folder):
-    """Evaluates before and between steps, on rank 0 only."""
+    """Evaluates weights and averaged weights before and between steps, on rank 0 only."""
     trainer = make_trainer(sharding.shard(build(), ranks, "fp32"), ranks=ranks)
+    return {"features": _train_and_encode(trainer, encode=ranks.is_main), **state(trainer)}
+
+
+def _train_and_encode(trainer, encode):
+    ema = Ema(trainer.model, decay=0.5)
     features = []
     for batch in BATCHES[:2]:
-        with sharding.gathered(trainer.model) as model, evaluation_mode(model) as encoder:
-            if ranks.is_main:
-                features.append((encoder.encode_image(batch["image"]), encoder.encode_text(batch["text"])))
+        for weights in (nullcontext(), ema.applied(trainer.model)):
+            with weights, sharding.gathered(trainer.model) as model, evaluation_mode(model) as encoder:
+                if encode:
+                    found = encoder.encode_image(batch["image"]), encoder.encode_text(batch["text"])
+                    features.append([f.clone() for f in found])
         train(trainer, [batch])
-    return {"features": features, **state(trainer)}
+        ema.update(trainer.model)
+    return features
 
 
 def _clip(ranks, folder):
@@ -230,11 +242,45 @@ def _lock(ranks, folder):
     return state(trainer)
 
 
+class Mixing(torch.optim.SGD):
+    """Adds a whole tensor to each parameter, which a part of a parameter does not allow."""
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p += torch.zeros(p.shape, dtype=p.dtype)
+
+
+class ByRow(torch.optim.SGD):
+    """Keeps one number for each row of a parameter."""
+
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["rows"] = torch.zeros(p.shape[:1])
+
+
+def _check_optimizers(ranks, folder):
+    """What is said of three optimizers, and whether the model of the first is as it was."""
+    said = []
+    model = sharding.shard(build(), ranks, "fp32")
+    trainer = make_trainer(model, ranks=ranks)
+    before = state(trainer)
+    for optimizer in (trainer.optimizer, Mixing(model.parameters(), lr=1), ByRow(model.parameters(), lr=1)):
+        try:
+            said.append(sharding.check_optimizer(optimizer, "x"))
+        except UserError as error:
+            said.append(str(error))
+    return {"said": said, "before": before, "after": state(trainer)}
+
+
 # ---------------------------------------------------------------- and how it compares
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    if not sharding.AVAILABLE:
+        pytest.skip("this torch has no FSDP2 as it is used here")
     folder = tmp_path_factory.mktemp("sharding")
     trainer = make_trainer(build())
     train(trainer, BATCHES[:2])
@@ -307,10 +353,9 @@ def test_a_sharded_run_goes_on_sharded_bit_for_bit(found):
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "pure_bf16"])
 def test_numbers_are_those_of_ddp(found, precision):
-    (losses, first), (expected_losses, expected) = found["_keep_ddps_numbers"][precision]
-    assert losses[0] == expected_losses[0]
-    assert_equal(first, expected)
-    assert losses[1] == pytest.approx(expected_losses[1], rel=1e-2 if precision == "pure_bf16" else 1e-4)
+    (losses, found_gradients), (expected_losses, expected_gradients) = found["_keep_ddps_numbers"][precision]
+    assert losses == expected_losses
+    assert_equal(found_gradients, expected_gradients)
 
 
 def test_all_processes_start_from_the_weights_of_rank_0(found):
@@ -331,12 +376,8 @@ def test_gradients_add_up_without_synchronisation(both):
 
 def test_evaluation_on_one_process_alone_changes_nothing(found):
     trainer = make_trainer(build())
-    for batch, (image, text) in zip(BATCHES[:2], found["_evaluate"]["features"], strict=True):
-        with evaluation_mode(trainer.model) as encoder:
-            assert_close(image, encoder.encode_image(batch["image"]).clone())
-            assert_close(text, encoder.encode_text(batch["text"]).clone())
-        train(trainer, [batch])
-    assert_close(found["_evaluate"]["state_dict"], state(trainer)["state_dict"])
+    assert_close(found["_evaluate"]["features"], _train_and_encode(trainer, encode=True))
+    assert_close(found["_evaluate"]["state_dict"], dict(trainer.model.state_dict()))
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient(both):
@@ -382,31 +423,43 @@ def test_locked_layers_stay_as_they_are(found):
     assert torch.equal(found["_lock"]["state_dict"]["visual.conv1.weight"], start["visual.conv1.weight"])
 
 
+def test_optimizers_that_do_not_work_on_parts_are_refused(both):
+    for result in both:
+        works, mixing, by_row = result["_check_optimizers"]["said"]
+        assert works is None
+        assert mixing == "--opt x does not work on split weights; use adamw, or leave out --fsdp."
+        assert by_row == "--opt x keeps a state that cannot be split; use adamw, or leave out --fsdp."
+    assert_equal(both[0]["_check_optimizers"]["after"], both[0]["_check_optimizers"]["before"])
+
+
 def test_one_process_shards_nothing():
     model = build()
     assert sharding.shard(model, Ranks(CPU), "fp32") is model
     assert not sharding.is_sharded(model)
     with sharding.gathered(model) as same, sharding.no_sync(model):
         assert same is model
+    sharding.check_optimizer(ByRow(model.parameters(), lr=1), "x")
 
 
 TWO = Ranks(CPU, 0, 0, 2)
 
 
 def test_old_torch_is_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "_AVAILABLE", False)
+    monkeypatch.setattr(sharding, "AVAILABLE", False)
     with pytest.raises(UserError, match=r"--fsdp needs torch 2\.8 or newer"):
         sharding.shard(build(), TWO, "fp32")
 
 
-def test_batch_norm_statistics_that_would_differ_are_refused():
+def test_batch_norm_statistics_that_would_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "AVAILABLE", True)
     model = build()
     model.visual.ln_post = nn.BatchNorm1d(32)
     with pytest.raises(UserError, match="add --use-bn-sync"):
         sharding.shard(model, TWO, "fp32")
 
 
-def test_mixed_weights_are_refused():
+def test_mixed_weights_are_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "AVAILABLE", True)
     model = build()
     model.visual.transformer.resblocks[0].mlp.bfloat16()
     with pytest.raises(UserError, match="--precision bf16; use --precision amp_bf16 or pure_bf16"):

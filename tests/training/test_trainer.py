@@ -7,6 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from open_clip_elip import with_token_reduction
 from training import checkpoint
 from training.control import EXIT_NONFINITE, Stopped
 from training.distributed import Ranks
@@ -153,6 +154,20 @@ def test_the_logit_scale_is_clamped_to_100():
     model.train()
     trainer.step([batch])
     assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_under_autocast_scored_layers_are_trained_too():
+    """Autocast keeps the half-precision copy of a weight; one made in the scoring pass, without gradient, must not be
+    used in the main path (torch up to 2.8 did so). Stages of two layers: in one-layer stages no block is run to score.
+    """
+    model = tiny_clip(dtype=torch.float32)
+    reduced = with_token_reduction(model, depths=(2, 2, 2), keep_ratio=(1.0, 0.6, 0.3))
+    batch = pairs(8, dtype=torch.float32)
+    trainer = make_trainer(run_args(precision="amp_bf16"), reduced, [batch])
+    reduced.train()
+    trainer.step([batch])
+    for name, p in reduced.visual.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_gradient_clipping_bounds_the_update():

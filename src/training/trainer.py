@@ -126,7 +126,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.plan.epochs or self.samples >= self.plan.total_samples
+        # After the last step, the epoch it belongs to has still to be closed: saved and evaluated.
+        return self.epoch >= self.plan.epochs or (self.samples >= self.plan.total_samples and not self.epoch_steps)
 
     def train_epoch(self) -> None:
         """The rest of the current epoch: fetch, agree, step, log, save."""

@@ -57,7 +57,7 @@ SETTINGS = {
     "one worker": (["--workers", "1"], [3]),
     "in the main process": (["--workers", "0"], [11]),
     "three workers": (["--workers", "3"], [2, 10]),
-    "last step of an epoch": (["--workers", "1"], [8]),
+    "last step of an epoch and of the run": (["--workers", "1"], [8, 16]),
     "accumulation": (["--workers", "2", "--batch-size", "4", "--accum-freq", "2"], [5]),
     "resampled": (["--workers", "2", "--dataset-resampled", "--train-data-upsampling-factors", "1::3"], [4, 13]),
     "averages, clipping, dropout, amp": (

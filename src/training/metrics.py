@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,6 @@ def _full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@_full_float32()
 def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, chunk: int = 1024) -> Tensor:
     """Rank of each query's target among all gallery items, best first.
 
@@ -34,15 +33,63 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, chunk: int =
     count against the model: the rank is the number of *other* items that are not clearly less similar than the target.
     So an encoder that maps everything to one point (or to NaN) has the worst rank everywhere, not the best.
     """
+    return _ranks(query, gallery, lambda start, stop: (None, target[start:stop]), chunk)
+
+
+def best_ranks(
+    query: Tensor,
+    gallery: Tensor,
+    query_labels: tuple[Tensor, Tensor],
+    gallery_labels: tuple[Tensor, Tensor],
+    chunk: int = 1024,
+) -> Tensor:
+    """Rank of the best right item for each query, where several items may be right.
+
+    query: (N, D), gallery: (M, D). An item is right for a query if they share a label. Labels are given as pairs of
+    int64 tensors (rows, labels) of equal length, each pair once; every query needs a right item, and no item may
+    share two labels with a query. Returns (N,) int64, 0-based: the number of *wrong* items that are not clearly less
+    similar than the best right one, so right items never count against each other. Ties, rounding and memory are as
+    in `retrieval_ranks`; a right item that is NaN is never the best one, a wrong one counts against the model.
+    """
+    order = query_labels[0].argsort()
+    query_row, query_label = query_labels[0][order], query_labels[1][order]
+    order = gallery_labels[1].argsort()
+    item, item_label = gallery_labels[0][order], gallery_labels[1][order]
+    first = torch.searchsorted(item_label, query_label)
+    count = torch.searchsorted(item_label, query_label, right=True) - first
+
+    def right(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        part = slice(*torch.searchsorted(query_row, query_row.new_tensor([start, stop])).tolist())
+        n = count[part]
+        row = torch.repeat_interleave(query_row[part] - start, n)
+        within = torch.arange(len(row), device=row.device) - torch.repeat_interleave(n.cumsum(0) - n, n)
+        return row, item[torch.repeat_interleave(first[part], n) + within]
+
+    return _ranks(query, gallery, right, chunk)
+
+
+@_full_float32()
+def _ranks(
+    query: Tensor, gallery: Tensor, right: Callable[[int, int], tuple[Tensor | None, Tensor]], chunk: int
+) -> Tensor:
+    """See `best_ranks`. `right(start, stop)`: the right items of these queries, as query (None: one each) and item."""
     gallery = gallery.float()
-    tolerance = _TIE_STEPS * torch.finfo(torch.float32).eps * gallery.norm(dim=1).amax()
+    longest = gallery.norm(dim=1).nan_to_num(0).amax()
+    tolerance = _TIE_STEPS * torch.finfo(torch.float32).eps * longest
     ranks = []
-    for part, part_target in zip(query.split(chunk), target.split(chunk), strict=True):
-        part = part.float()
+    for start in range(0, len(query), chunk):
+        part = query[start : start + chunk].float()
+        row, item = right(start, start + len(part))
+        if row is None:
+            row = torch.arange(len(part), device=part.device)
         similarity = part @ gallery.T
-        bar = similarity.gather(1, part_target[:, None]) - tolerance * part.norm(dim=1, keepdim=True)
+        own = similarity[row, item]
+        best = own.new_full((len(part),), -torch.inf)
+        best = best.scatter_reduce(0, row, own.nan_to_num(-torch.inf, torch.inf, -torch.inf), "amax")
+        bar = best - tolerance * part.norm(dim=1)
         # "not less" instead of "at least": a NaN is beaten by everything.
-        ranks.append((~(similarity < bar)).sum(dim=1) - 1)
+        not_less = (~(similarity < bar[:, None])).sum(dim=1)
+        ranks.append(not_less.scatter_add(0, row, -(~(own < bar[row])).long()))
     return torch.cat(ranks)
 
 
@@ -53,17 +100,51 @@ def retrieval_metrics(image_features: Tensor, text_features: Tensor, chunk: int 
     rounded down) and `R@1`, `R@5`, `R@10` as fractions.
     """
     pairs = torch.arange(len(image_features), device=image_features.device)
-    metrics = {}
-    for name, query, gallery in (
-        ("image_to_text", image_features, text_features),
-        ("text_to_image", text_features, image_features),
-    ):
-        ranks = retrieval_ranks(query, gallery, pairs, chunk).sort().values
-        middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]
-        metrics[f"{name}_mean_rank"] = ranks.double().cpu().mean().item() + 1
-        metrics[f"{name}_median_rank"] = float(middle.item() // 2 + 1)
-        for k in (1, 5, 10):
-            metrics[f"{name}_R@{k}"] = (ranks < k).sum().item() / len(ranks)
+    return {
+        **_rank_metrics("image_to_text", retrieval_ranks(image_features, text_features, pairs, chunk)),
+        **_rank_metrics("text_to_image", retrieval_ranks(text_features, image_features, pairs, chunk)),
+    }
+
+
+def caption_retrieval_metrics(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of: Tensor,
+    same_text: Tensor | None = None,
+    chunk: int = 1024,
+) -> dict[str, float]:
+    """Retrieval in both directions with several captions an image, as it is reported on COCO and Flickr30K.
+
+    image_features: (N, D), text_features: (M, D), image_of: (M,) int64 row of the image that each caption belongs to;
+    every image has at least one. An image's rank is that of the best of its captions, and its other captions do not
+    count against that one; a caption's rank is that of its image.
+    same_text: (M,) int64, equal for captions with the same text. If given, a caption is right for every image that has
+    one with this text.
+
+    Keys as in `retrieval_metrics`, all of ranks over the N images and the M captions.
+    """
+    images = torch.arange(len(image_features), device=image_of.device)
+    captions = torch.arange(len(text_features), device=image_of.device)
+    if same_text is None:
+        image_labels, text_labels = (images, images), (captions, image_of)
+    else:
+        image_labels = tuple(torch.stack([image_of, same_text]).unique(dim=1))
+        text_labels = (captions, same_text)
+    return {
+        **_rank_metrics("image_to_text", best_ranks(image_features, text_features, image_labels, text_labels, chunk)),
+        **_rank_metrics("text_to_image", best_ranks(text_features, image_features, text_labels, image_labels, chunk)),
+    }
+
+
+def _rank_metrics(name: str, ranks: Tensor) -> dict[str, float]:
+    ranks = ranks.sort().values
+    middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]
+    metrics = {
+        f"{name}_mean_rank": ranks.double().cpu().mean().item() + 1,
+        f"{name}_median_rank": float(middle.item() // 2 + 1),
+    }
+    for k in (1, 5, 10):
+        metrics[f"{name}_R@{k}"] = (ranks < k).sum().item() / len(ranks)
     return metrics
 
 
@@ -98,7 +179,12 @@ def contrastive_loss(
 
 
 def topk_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """Number of samples whose target is among the k highest logits, for each k of `ks`.
+    """Number of samples whose target is among the k highest logits, for each k of `ks`; see `topk_hits`."""
+    return dict(zip(ks, map(float, topk_hits(logits, target, ks).sum(dim=0)), strict=True))
+
+
+def topk_hits(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
+    """Whether each sample's target is among the k highest logits: (N, len(ks)) bool.
 
     logits: (N, C), target: (N,). With k > C every sample counts. Ties go to the lower class index, as with `argmax`:
     a classifier that gives every class the same logit scores at chance, and class names that occur twice (ImageNet has
@@ -107,7 +193,7 @@ def topk_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) ->
     own = logits.gather(1, target[:, None])
     lower_index = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
     rank = (~(logits <= own) | ((logits == own) & lower_index)).sum(dim=1)
-    return {k: float(((rank < k) & ~own[:, 0].isnan()).sum()) for k in ks}
+    return (rank[:, None] < torch.tensor(ks, device=rank.device)) & ~own.isnan()
 
 
 def predictions(logits: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .data import ValData
 from .distributed import Ranks
 from .evaluate import evaluate_pairs
-from .zero_shot import LabelledImages, run_zero_shot_suite
+from .evaluation.pictures import LabelledImages
+from .zero_shot import run_zero_shot_suite
 
 Batch = dict[str, Any]
 
@@ -114,7 +115,7 @@ class ClipTask:
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
         args, metrics = self.args, {}
-        if self.val_data is not None and _due(epoch, args.val_frequency, last):
+        if self.val_data is not None and is_due(epoch, args.val_frequency, last):
             metrics |= evaluate_pairs(
                 model,
                 self.val_data,
@@ -124,15 +125,13 @@ class ClipTask:
                 siglip=args.siglip,
                 world_size=self.ranks.world_size,
             )
-        if self.zero_shot_data and _due(epoch, args.zeroshot_frequency, last):
+        if self.zero_shot_data and is_due(epoch, args.zeroshot_frequency, last):
             metrics |= run_zero_shot_suite(
                 model,
                 self.tokenizer,
                 self.preprocess,
                 args,
-                device=self.ranks.device,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
+                ranks=self.ranks,
                 data=self.zero_shot_data,
             )
         return metrics
@@ -151,5 +150,6 @@ def training_rrt(model: nn.Module) -> float:
     return model.rrt() if hasattr(model, "rrt") else 0.0
 
 
-def _due(epoch: int, frequency: int, last: bool) -> bool:
+def is_due(epoch: int, frequency: int, last: bool) -> bool:
+    """Whether what comes every `frequency` epochs, and after the last, comes after this one; 0: never."""
     return frequency > 0 and (last or epoch % frequency == 0)

@@ -1,0 +1,1 @@
+"""What the evaluation commands share: labelled images and captions, encoding them on all processes, results on disk."""

@@ -1,0 +1,162 @@
+"""Rows of feature matrices and their classes, read in chunks: from the device, or from files that do not fit there."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Numbers in the widest intermediate result of a chunk; with 1000 classes a chunk has 16,777 rows, 64 MiB of logits.
+CHUNK_NUMBERS = 2**24
+
+
+class Part(NamedTuple):
+    """Some rows of one matrix.
+
+    features: (M, D) of any floating type, in memory or mapped from a file. labels: (M,) int64 on the CPU.
+    rows: (n,) int64 on the CPU, increasing: the rows of the matrix that are meant.
+    """
+
+    features: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Labelled rows of one or more matrices, one matrix after the other.
+
+    Each use of a row copies it to `device` and converts it to float32 (float64 stays), so a matrix may be larger than
+    the memory. The chunks do not depend on where the matrices are: results are the same to the last bit.
+
+    Attributes:
+        num_classes: labels are below it.
+        device: where the rows are worked on.
+        shift, scale: (D,) on the device; a row x is given as (x - shift) / scale. None: as it is.
+    """
+
+    parts: Sequence[Part]
+    num_classes: int
+    device: torch.device
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(len(part.rows) for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        return self.parts[0].features.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parts[0].features.dtype, torch.float32)
+
+    @property
+    def labels(self) -> Tensor:
+        """(len,) int64 on the CPU."""
+        return torch.cat([part.labels[part.rows] for part in self.parts])
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows in order: features (b, D) and labels (b,), on the device."""
+        size = chunk_rows(self.width, self.num_classes)
+        places = [(part, start) for part in self.parts for start in range(0, len(part.rows), size)]
+        return self._on_device(places, lambda place: _increasing(*place, size))
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of these numbers (0 is the first row of the first part), in this order, as in `chunks`."""
+        return self._on_device(order.split(batch_size), self._gather)
+
+    def standardized(self) -> FeatureRows:
+        """The same rows with mean 0 and variance 1 in each column; a constant column becomes 0.
+
+        Mean and variance are summed in float64, over two passes.
+        """
+        plain = replace(self, shift=None, scale=None)
+        mean = sum(x.double().sum(dim=0) for x, _ in plain.chunks()) / len(self)
+        variance = sum((x.double() - mean).square().sum(dim=0) for x, _ in plain.chunks()) / len(self)
+        # What rounding leaves of a constant column must not be blown up.
+        constant = variance.sqrt() <= 1e-6 * mean.abs()
+        scale = variance.sqrt().masked_fill(constant, 1)
+        return replace(self, shift=mean.to(self.dtype), scale=scale.to(self.dtype))
+
+    def _gather(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self.parts) == 1:
+            part, rows = self.parts[0], self.parts[0].rows[numbers]
+            return part.features[rows.to(part.features.device)], part.labels[rows]
+        first = self.parts[0].features
+        features = torch.empty(len(numbers), self.width, dtype=first.dtype, device=first.device)
+        labels, start = torch.empty_like(numbers), 0
+        for part in self.parts:
+            mine = ((numbers >= start) & (numbers < start + len(part.rows))).nonzero()[:, 0]
+            rows = part.rows[numbers[mine] - start]
+            features[mine.to(first.device)] = part.features[rows.to(first.device)]
+            labels[mine] = part.labels[rows]
+            start += len(part.rows)
+        return features, labels
+
+    def _on_device(self, places: Iterable, load: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+        elsewhere = any(part.features.device != self.device for part in self.parts)
+        pin = elsewhere and self.device.type == "cuda"
+
+        def fetch(place: object) -> tuple[Tensor, Tensor]:
+            features, labels = load(place)
+            return (features.pin_memory(), labels.pin_memory()) if pin else (features, labels)
+
+        # Reading from a file goes on while the chunk before is worked on.
+        for features, labels in _ahead(fetch, places) if elsewhere else map(fetch, places):
+            x = features.to(self.device, non_blocking=True).to(self.dtype)
+            if self.shift is not None:
+                x = (x - self.shift) / self.scale
+            yield x, labels.to(self.device, non_blocking=True)
+
+
+class MemoryNeed(NamedTuple):
+    """Bytes on the device. `work` is needed in any case, `features` only if these are kept there."""
+
+    features: int
+    work: int
+
+
+def memory_need(rows: int, width: int, num_classes: int, dtype: torch.dtype, history: int) -> MemoryNeed:
+    """What L-BFGS takes for a (rows, width) matrix of `dtype`.
+
+    `work`: `history` pairs of steps and gradient differences and ten vectors of the same size (weights, gradients and
+    the line search), all float32 of num_classes x (width + 1); and a chunk: the rows as they are stored, twice, in
+    float32, and two matrices (chunk, num_classes).
+    """
+    chunk = min(rows, chunk_rows(width, num_classes))
+    vectors = (2 * history + 10) * num_classes * (width + 1) * 4
+    return MemoryNeed(
+        features=rows * width * dtype.itemsize,
+        work=vectors + chunk * (2 * width * dtype.itemsize + 4 * width + 2 * 4 * num_classes),
+    )
+
+
+def chunk_rows(width: int, num_classes: int) -> int:
+    return max(1, CHUNK_NUMBERS // max(width, num_classes))
+
+
+def _increasing(part: Part, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Without a copy where the rows lie side by side."""
+    rows = part.rows[start : start + size]
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first == len(rows) - 1:
+        return part.features[first : last + 1], part.labels[first : last + 1]
+    return part.features[rows.to(part.features.device)], part.labels[rows]
+
+
+def _ahead(function: Callable, arguments: Iterable) -> Iterator:
+    """`function` of each, computed by a thread one ahead of the one that is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for argument in arguments:
+            following = pool.submit(function, argument)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

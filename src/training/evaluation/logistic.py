@@ -1,0 +1,214 @@
+"""Multinomial logistic regression on feature rows: L-BFGS over all rows, or SGD and AdamW over batches."""
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..metrics import predictions
+from .feature_rows import FeatureRows
+
+log = logging.getLogger(__name__)
+
+Solver = Literal["lbfgs", "sgd", "adamw"]
+LBFGS_BLOCK = 10  # iterations between two looks at how much the objective still falls
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How a classifier is fitted.
+
+    Attributes:
+        solver: `lbfgs` minimises the objective of `fit`. The others take batches: `sgd` as SLIP has it (momentum 0.9,
+            learning rate 0.1 over the cosine), `adamw` as CLIP_benchmark (learning rate 0.1 over the cosine).
+        iterations, tolerance, history: of L-BFGS. It ends when no entry of the gradient is larger than `tolerance`
+            times the largest one at zero weights, as a fraction of the objective at either point; when ten iterations
+            lower the objective by less than `tolerance` / 10 of itself; or after `iterations` (1000 in CLIP).
+        epochs, batch_size, lr, seed: of the others.
+    """
+
+    solver: Solver = "lbfgs"
+    iterations: int = 1000
+    tolerance: float = 1e-6
+    history: int = 10
+    epochs: int = 20
+    batch_size: int = 512
+    lr: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """weight: (C, D), bias: (C,), on the device. iterations: how many it took; converged: they were not too few."""
+
+    weight: Tensor
+    bias: Tensor
+    iterations: int = 0
+    converged: bool = True
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, C)"""
+        return torch.addmm(self.bias, x, self.weight.T)
+
+
+def fit(rows: FeatureRows, regularisation: float, settings: SolverSettings) -> LinearClassifier:
+    """A linear classifier for the classes of `rows`, for features as they are before `rows.shift` and `rows.scale`.
+
+    With `lbfgs`, `regularisation` is the C of scikit-learn's LogisticRegression, and the objective is its
+
+        C * sum_i -log softmax(W x_i + b)[y_i] + 0.5 * ||W||^2
+
+    with the bias b left out of the penalty; CLIP's sweep is over this number. (With two classes scikit-learn keeps one
+    weight vector, the difference of the two here: its C is then half of this one.) Weights start at zero.
+    With the others `regularisation` is the weight decay: SGD adds it to the gradient of the mean loss of a batch,
+    AdamW shrinks the weights by lr times it in each step. The bias is left alone.
+
+    The same to the last bit wherever the rows are kept. A fit that diverges gives weights that are not finite.
+    """
+    with full_float32():
+        if settings.solver == "lbfgs":
+            theta, iterations, converged = _lbfgs(Objective(rows, regularisation), settings)
+        else:
+            theta, iterations, converged = *_stochastic(rows, regularisation, settings), True
+    weight, bias = _split(theta, rows.num_classes, rows.width)
+    if rows.shift is not None:
+        weight = weight / rows.scale
+        bias = bias - weight @ rows.shift
+    return LinearClassifier(weight, bias, iterations, converged)
+
+
+class Objective:
+    """f(W, b) = sum_i -log softmax(W x_i + b)[y_i] + ||W||^2 / (2 C), and its gradient.
+
+    This is the objective of `fit` divided by C. Only a chunk of the logits exists at a time; the loss is summed in
+    float64, the gradient in the type of the rows (float32).
+    """
+
+    def __init__(self, rows: FeatureRows, regularisation: float):
+        self.rows, self.penalty = rows, 1 / regularisation
+        self.size = rows.num_classes * (rows.width + 1)
+        self.evaluations = 0
+
+    def zeros(self) -> Tensor:
+        """(num_classes * (width + 1),): W row by row, then b."""
+        return torch.zeros(self.size, dtype=self.rows.dtype, device=self.rows.device)
+
+    @torch.no_grad()
+    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
+        self.evaluations += 1
+        grad = torch.zeros_like(theta)
+        weight, bias = _split(theta, self.rows.num_classes, self.rows.width)
+        weight_grad, bias_grad = _split(grad, self.rows.num_classes, self.rows.width)
+        loss = torch.zeros((), dtype=torch.float64, device=theta.device)
+        for x, y in self.rows.chunks():
+            logits = torch.addmm(bias, x, weight.T)
+            own = y[:, None]
+            # Everything relative to the right class, which is summed apart: nothing cancels where it is almost certain.
+            logits -= logits.gather(1, own)
+            highest = logits.amax(dim=1, keepdim=True)
+            residual = logits.sub_(highest).exp_().scatter_(1, own, 0)
+            others = residual.sum(dim=1, keepdim=True)
+            loss += (highest + torch.log1p(others + torch.expm1(-highest))).sum(dtype=torch.float64)
+            residual.scatter_(1, own, -others).div_(others + torch.exp(-highest))
+            weight_grad.addmm_(residual.T, x)
+            bias_grad += residual.sum(dim=0)
+        loss += self.penalty / 2 * weight.double().square().sum()
+        weight_grad.add_(weight, alpha=self.penalty)
+        return loss.item(), grad
+
+
+def all_logits(classifier: LinearClassifier, rows: FeatureRows) -> Tensor:
+    """(len(rows), C) on the CPU."""
+    with full_float32():
+        return torch.cat([classifier.logits(x).cpu() for x, _ in rows.chunks()])
+
+
+def held_out_score(classifier: LinearClassifier, rows: FeatureRows) -> tuple[float, float]:
+    """Top-1 as a fraction, and the mean cross entropy (infinite for a classifier that is not finite)."""
+    hits, loss = 0, 0.0
+    with full_float32():
+        for x, y in rows.chunks():
+            logits = classifier.logits(x)
+            hits += int((predictions(logits) == y).sum())
+            loss += F.cross_entropy(logits, y, reduction="none").sum(dtype=torch.float64).item()
+    return hits / len(rows), loss / len(rows) if math.isfinite(loss) else math.inf
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products in true float32: with TF32, gradients near the optimum are mostly rounding."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _split(theta: Tensor, num_classes: int, width: int) -> tuple[Tensor, Tensor]:
+    return theta[: num_classes * width].view(num_classes, width), theta[num_classes * width :]
+
+
+def _lbfgs(objective: Objective, settings: SolverSettings) -> tuple[Tensor, int, bool]:
+    theta = objective.zeros().requires_grad_()
+    loss, theta.grad = objective(theta)
+    relative = settings.tolerance * theta.grad.abs().max().item() / loss
+    # The optimizer's own stops compare sizes of steps and losses with constants, which mean another thing on each data
+    # set; it is run for a few iterations at a time without them.
+    optimizer = torch.optim.LBFGS(
+        [theta],
+        max_iter=LBFGS_BLOCK,
+        max_eval=3 * LBFGS_BLOCK,
+        tolerance_grad=0,
+        tolerance_change=0,
+        history_size=settings.history,
+        line_search_fn="strong_wolfe",
+    )
+    last = theta.detach().clone(), loss, theta.grad
+
+    def closure() -> float:
+        nonlocal last
+        if not torch.equal(theta, last[0]):  # each block begins where the one before ended
+            last = theta.detach().clone(), *objective(theta)
+        theta.grad = last[2]
+        return last[1]
+
+    iterations, converged = 0, False
+    while iterations < settings.iterations and not converged:
+        before = loss
+        optimizer.param_groups[0]["max_iter"] = min(LBFGS_BLOCK, settings.iterations - iterations)
+        optimizer.step(closure)
+        iterations = optimizer.state[theta].get("n_iter", 0)
+        loss = closure()
+        small = theta.grad.abs().max().item() <= relative * loss
+        slow = before - loss <= settings.tolerance / 10 * abs(loss)
+        converged = small or slow or not math.isfinite(loss)
+        log.debug(f"L-BFGS: {iterations} iterations, {objective.evaluations} evaluations, objective {loss:.6g}")
+    return theta.detach(), iterations, converged
+
+
+def _stochastic(rows: FeatureRows, weight_decay: float, settings: SolverSettings) -> tuple[Tensor, int]:
+    weight = torch.zeros(rows.num_classes, rows.width, dtype=rows.dtype, device=rows.device, requires_grad=True)
+    bias = torch.zeros_like(weight[:, 0]).requires_grad_()
+    groups = [{"params": [weight], "weight_decay": weight_decay}, {"params": [bias], "weight_decay": 0.0}]
+    if settings.solver == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for _ in range(settings.epochs):
+        for x, y in rows.batches(torch.randperm(len(rows), generator=generator), settings.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(torch.addmm(bias, x, weight.T), y).backward()
+            optimizer.step()
+            schedule.step()
+    return torch.cat([weight.detach().flatten(), bias.detach()]), steps

@@ -1,0 +1,104 @@
+"""What a classifier scores on a data set, also one with only some of the classes that it was trained for."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..metrics import mean_per_class_recall, predictions, topk_accuracy
+from .pictures import LabelledImages
+
+IMAGENET_CLASSES = 1000
+METRICS = ("top1", "top5", "mean_per_class_recall", "num_samples")  # of `score`
+
+
+def class_scores(logits: Tensor, data: LabelledImages) -> Tensor:
+    """The scores of the classes of `data` from those of a classifier for its classes, or for ImageNet's 1000.
+
+    With ImageNet's, only the classes that `data.imagenet_classes` names compete; one that covers several of ImageNet's
+    has the highest of their scores. This is how ImageNet models are evaluated on ImageNet-R, -A and ObjectNet
+    (Hendrycks et al. 2021; Barbu et al. 2019).
+
+    Args:
+        logits: (N, C).
+
+    Returns:
+        (N, len(data.classnames)).
+
+    Raises:
+        UserError: C is neither number of classes.
+    """
+    groups = data.imagenet_classes
+    if groups is not None and logits.shape[1] == IMAGENET_CLASSES:
+        if all(len(group) == 1 for group in groups):
+            return logits[:, [group[0] for group in groups]]
+        return torch.stack([logits[:, list(group)].amax(dim=1) for group in groups], dim=1)
+    if logits.shape[1] != len(data.classnames):
+        raise UserError(
+            f"A classifier for {logits.shape[1]} classes cannot be evaluated on {data.name or 'this data set'}, which "
+            f"has {len(data.classnames)}; train it on data with the same classes (or on ImageNet)."
+        )
+    return logits
+
+
+def score(logits: Tensor, data: LabelledImages, index: Tensor) -> dict[str, float]:
+    """`top1`, `top5`, `mean_per_class_recall` (fractions) and `num_samples`.
+
+    Top-5 of fewer than five classes is 1.
+
+    Args:
+        logits: (N, C), those of `class_scores`.
+        index: (N,) int64, the places in `data` of the samples.
+
+    Raises:
+        UserError: there is no sample, or C does not fit.
+    """
+    if not len(index):
+        raise UserError(f"Not one image of {data.name or 'the data set'} can be read; check its path.")
+    scores, labels = class_scores(logits, data).cpu(), data.labels[index.cpu()]
+    hits = topk_accuracy(scores, labels)
+    return {
+        "top1": hits[1] / len(index),
+        "top5": hits[5] / len(index),
+        "mean_per_class_recall": mean_per_class_recall(predictions(scores), labels, scores.shape[1]),
+        "num_samples": len(index),
+    }
+
+
+def check_classes(trained: LabelledImages, data: LabelledImages) -> None:
+    """A classifier trained on `trained` can be evaluated on `data`: the same classes, or some of ImageNet's.
+
+    Raises:
+        UserError: it cannot; the sentence says how many classes differ and which is the first.
+    """
+    ours, theirs = list(trained.classnames), list(data.classnames)
+    if ours == theirs or (data.imagenet_classes is not None and is_imagenet(trained)):
+        return
+    if len(ours) != len(theirs):
+        more = "" if data.imagenet_classes is None else ", which are some of ImageNet's"
+        raise UserError(
+            f"{_name(data)} has {len(theirs)} classes{more}, but the classifier is for the {len(ours)} of "
+            f"{_name(trained)}; evaluate on data with the same classes."
+        )
+    different = [i for i in range(len(ours)) if ours[i] != theirs[i]]
+    first = different[0]
+    raise UserError(
+        f"{len(different)} of the {len(ours)} classes of {_name(data)} and {_name(trained)} differ (class {first} is "
+        f"{theirs[first]!r} in the one and {ours[first]!r} in the other); evaluate on data with the same classes."
+    )
+
+
+def is_imagenet(data: LabelledImages) -> bool:
+    """Whether the classes are ImageNet's 1000, in its order."""
+    groups: Sequence[Sequence[int]] | None = data.imagenet_classes
+    if groups is not None:
+        return [list(group) for group in groups] == [[i] for i in range(IMAGENET_CLASSES)]
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return list(data.classnames) == list(IMAGENET_CLASSNAMES)
+
+
+def _name(data: LabelledImages) -> str:
+    return f"{data.name} ({data.split})" if data.name else "the data set"

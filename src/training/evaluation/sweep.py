@@ -1,0 +1,129 @@
+"""Choosing a regularisation on held-out rows, and which rows are held out; processes share the candidates."""
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+STEPS_PER_DECADE = 8
+_COARSE = 2 * STEPS_PER_DECADE  # two decades
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A value of the regularisation, and what a classifier with it scores on the held-out rows.
+
+    top1: fraction. loss: mean cross entropy. iterations: what the fit took.
+    """
+
+    regularisation: float
+    top1: float
+    loss: float
+    iterations: int
+
+
+def sweep(
+    attempt: Callable[[float], Trial], decades: tuple[int, int], ranks: Ranks
+) -> tuple[Trial, list[Trial]]:
+    """The best value and all trials, in ascending order of their values; the same on every process.
+
+    First every second power of ten from 10^decades[0] to 10^decades[1]; then the two values half as far around the
+    best so far, again and again, down to 8 steps a decade (Radford et al. 2021, appendix A.3, who have -6 and 6).
+    The higher top-1 wins, then the lower loss, then the lower value. The candidates of a level are dealt to the
+    processes, and no fit uses another one's result, so the outcome does not depend on how many there are.
+
+    Args:
+        attempt: fits and evaluates one value.
+        ranks: see `patient`. A collective call.
+    """
+    low, high = (STEPS_PER_DECADE * decade for decade in decades)
+    trials: dict[int, Trial] = {}  # by exponent, in steps
+    step, wanted = _COARSE, list(range(low, high + 1, _COARSE))
+    while True:
+        mine = wanted[ranks.rank :: ranks.world_size]
+        for done in ranks.gather([(exponent, attempt(10 ** (exponent / STEPS_PER_DECADE))) for exponent in mine]):
+            trials |= dict(done)
+        for exponent in sorted(wanted):
+            trial = trials[exponent]
+            log.info(
+                f"regularisation {trial.regularisation:.3g}: {trial.top1:.2%} top-1 held out, loss {trial.loss:.4f}, "
+                f"{trial.iterations} iterations"
+            )
+        best = max(trials, key=lambda exponent: (trials[exponent].top1, -trials[exponent].loss, -exponent))
+        if step == 1:
+            break
+        step //= 2
+        wanted = [exponent for exponent in (best - step, best + step) if low <= exponent <= high]
+    if best in (low, high):
+        log.warning(f"The best regularisation, {trials[best].regularisation:.0e}, is at the end of the range.")
+    return trials[best], [trials[exponent] for exponent in sorted(trials)]
+
+
+@dataclass(frozen=True)
+class _PatientRanks(Ranks):
+    group: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+def patient(ranks: Ranks) -> Ranks:
+    """The same processes, but `gather` and `broadcast` go over the CPU and wait for as long as it takes.
+
+    Fits of different regularisations take unequally long, for hours on much data; the usual groups give up after 10
+    or 30 minutes. A collective call.
+    """
+    if ranks.world_size == 1:
+        return ranks
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    return _PatientRanks(ranks.device, ranks.rank, ranks.local_rank, ranks.world_size, group)
+
+
+def stratified_sample(labels: Tensor, count: int, seed: int, leave: int = 0) -> Tensor:
+    """About `count` rows, ascending, drawn at random so that each class keeps its share.
+
+    Every class is among them if `count` allows it; at least `leave` rows of each class are left. (If that leaves fewer
+    than `count`, these.)
+
+    Args:
+        labels: (N,) int64.
+
+    Returns:
+        (n,) int64.
+    """
+    counts = torch.bincount(labels)
+    most = (counts - leave).clamp(min=0)
+    count = min(count, int(most.sum()))
+    share = most.double() * count / max(1, int(most.sum()))
+    quota = share.floor().long()
+    if count >= int((most > 0).sum()):
+        quota = torch.maximum(quota, most.clamp(max=1))
+    generator = torch.Generator().manual_seed(seed)
+    ties = torch.randperm(len(counts), generator=generator)
+    while (missing := count - int(quota.sum())) != 0:
+        sign = 1 if missing > 0 else -1
+        possible = (quota < most) if missing > 0 else (quota > 1)
+        wish = (sign * (share - quota)).masked_fill(~possible, -torch.inf)[ties]
+        chosen = ties[wish.argsort(descending=True, stable=True)[: min(abs(missing), int(possible.sum()))]]
+        quota[chosen] += sign
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    number = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]  # within the class
+    return by_class[number < quota[labels[by_class]]].sort().values

@@ -32,7 +32,7 @@ class Images(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes when pictures are added, removed or renamed. Cheap: names and places, or pixels that are in memory."""
+        """Changes when pictures are added, removed or renamed. Cheap: of names and places, or of pixels in memory."""
         ...
 
     def subset(self, rows: Tensor) -> Images:

@@ -56,6 +56,9 @@ class RunLog:
         report_to: any of "tensorboard" and "wandb" ("csv" is always written).
         step: rows of train.csv from this step on are dropped: they were written after the checkpoint that is resumed.
         wandb_options: project, name, notes, config ... for `wandb.init`.
+
+    Attributes:
+        last_evaluation: the newest figures of an evaluation of this run, those of the resumed run included; {}: none.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class RunLog:
         self.folder = folder if enabled else None
         self.columns: list[str] | None = None
         self.tensorboard = self.wandb = None
+        self.last_evaluation: dict[str, float] = {}
         if not enabled:
             return
         if self.folder is not None:
             self._keep_rows_before(step)
+            self.last_evaluation = next(reversed(self._results()), {})
             if "tensorboard" in report_to:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -96,6 +101,7 @@ class RunLog:
 
     def evaluation(self, metrics: dict[str, float], step: int) -> None:
         """Figures of one evaluation; `metrics` has `epoch`."""
+        self.last_evaluation = metrics
         if self.folder is not None:
             with (self.folder / "checkpoints" / "results.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")

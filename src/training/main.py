@@ -13,33 +13,75 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import checkpoint, remote, run_folder
 from .control import Stopped
 from .cost import memory_estimate
-from .data import build_train_data, build_val_data
+from .data import TrainData, build_train_data, build_val_data
 from .distributed import Ranks, init_ranks, launch_rank, seed_everything
+from .ema import Ema
 from .errors import EXIT_USER_ERROR, UserError
 from .log import RunLog, setup_logging
 from .model_setup import build_model, build_teacher, wrap
 from .optim import create_optimizer
-from .params import parse_args, resolved_config
+from .params import PRETRAINING, Command, parse_args, resolved_config
 from .sharding import check_optimizer
-from .task import ClipTask, training_rrt
-from .trainer import Trainer, describe
+from .task import ClipTask, Task, training_rrt
+from .trainer import Trainer, describe, evaluate
 from .zero_shot import load_zero_shot_data
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is put together from.
+
+    Attributes:
+        model: bare, on the device.
+        task: what is learnt, and what is evaluated.
+        train_data: None only evaluates.
+        finish: what is left to do once the run is over, on all ranks: called with the model, the averages of its
+            weights (None: there are none), the metrics of the final weights ({}: they were not evaluated) and the
+            run's folder (None: there is none).
+    """
+
+    model: nn.Module
+    task: Task
+    train_data: TrainData | None
+    finish: Callable[[nn.Module, Ema | None, dict[str, float], Path | None], None] | None = None
+
+
+# From the flags, this process and the checkpoint that is continued (if any). Draws random numbers from `--seed` for the
+# model and leaves each rank with its own. Called on all ranks; a `UserError` is raised on all of them.
+Build = Callable[[argparse.Namespace, Ranks, str | None], Parts]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one training (or, without training data, one evaluation) and returns the exit code."""
+    return command_line(PRETRAINING, lambda args, ranks: run(args, ranks, PRETRAINING, pretraining), argv)
+
+
+def command_line(
+    command: Command, work: Callable[[argparse.Namespace, Ranks], None], argv: list[str] | None = None
+) -> int:
+    """Reads the options, starts the process group and works; what ends in order is told in one sentence.
+
+    Args:
+        argv: words of the command line; None takes the program's.
+
+    Returns:
+        The exit code.
+    """
     setup_logging(logging.INFO, None, console=launch_rank() == 0)
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(sys.argv[1:] if argv is None else argv, command)
         ranks = init_ranks(args.device, args.dist_backend, args.dist_url, args.no_set_device_rank)
-        run(args, ranks)
+        work(args, ranks)
     except Stopped as stopped:
         logging.warning(str(stopped))
         return stopped.code
@@ -53,29 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Puts the parts together, checks them on all ranks before anything is written, and trains."""
-    # open_clip's loss calls it; nothing a person who trains can change.
-    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
-    if ranks.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-
-    args.name = ranks.broadcast(args.name or run_folder.default_name(args))
-    folder = None if args.logs.lower() == "none" else Path(args.logs) / args.name
-    target = None if args.remote_sync is None or folder is None else f"{args.remote_sync.rstrip('/')}/{args.name}"
-    config = resolved_config(args)
-    with ranks.agree():
-        resume = None
-        if ranks.is_main:
-            run_folder.check_unused(folder, args)
-            if target is not None and args.resume == "latest":
-                remote.fetch_newest(target, folder)
-            elif target is not None:
-                remote.check_unused(target)
-            resume = run_folder.find_resume(args, folder)
-    resume = ranks.broadcast(resume)
-
+def pretraining(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Parts:
+    """Contrastive training on image-text pairs."""
     with ranks.agree():
         seed_everything(args.seed)
         model, preprocess_train, preprocess_val, tokenizer = build_model(args, ranks.device)
@@ -87,9 +108,42 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         teacher = build_teacher(args, ranks.device)
         task = ClipTask(args, ranks, tokenizer, preprocess_val, val_data, zero_shot_data, teacher)
         check_memory(model, args, ranks)
+    return Parts(model, task, train_data)
+
+
+def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) -> None:
+    """Puts the parts together, checks them on all ranks before anything is written, and trains.
+
+    Args:
+        command: the one that `args` were read for.
+        build: makes model, data and task.
+    """
+    # open_clip's loss calls it; nothing a person who trains can change.
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
+    if ranks.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+    args.name = ranks.broadcast(args.name or run_folder.default_name(args))
+    folder = None if args.logs.lower() == "none" else Path(args.logs) / args.name
+    target = None if args.remote_sync is None or folder is None else f"{args.remote_sync.rstrip('/')}/{args.name}"
+    config = resolved_config(args, command)
+    with ranks.agree():
+        resume = None
+        if ranks.is_main:
+            run_folder.check_unused(folder, args)
+            if target is not None and args.resume == "latest":
+                remote.fetch_newest(target, folder)
+            elif target is not None:
+                remote.check_unused(target)
+            resume = run_folder.find_resume(args, folder)
+    resume = ranks.broadcast(resume)
+
+    parts = build(args, ranks, resume)
+    model, task, train_data = parts.model, parts.task, parts.train_data
     runnable = model if train_data is None else wrap(model, args, ranks)
     with ranks.agree():
-        trainer = None
+        trainer = averages = None
         if train_data is not None:
             optimizer = create_optimizer(model, args)
             check_optimizer(optimizer, args.opt)
@@ -100,6 +154,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 trainer.load_state_dict(state, resume)
             else:
                 checkpoint.load_weights(model, state.get("state_dict", state), resume)
+                if args.ema_decay is not None and state.get("ema"):
+                    averages = Ema(model, args.ema_decay)
+                    averages.load_state_dict(state["ema"], state["ema_updates"])
 
     with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
         if ranks.is_main and folder is not None:
@@ -129,10 +186,15 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         if trainer is not None:
             logging.info(train_data.describe())
             trainer.fit(run_log)
+            averages, metrics = trainer.ema, ranks.broadcast(run_log.last_evaluation)
+            if metrics.get("epoch") != trainer.epoch:
+                metrics = {}  # of older weights
         else:
-            metrics = {"epoch": 0, **task.evaluate(model, 0, last=True)}
+            metrics = {"epoch": 0, **evaluate(task, model, averages, 0, last=True)}
             run_log.evaluation(metrics, 0)
             logging.info("Evaluation: " + describe(metrics))
+        if parts.finish is not None:
+            parts.finish(model, averages, metrics, folder)
     finally:
         run_log.close()
         if sync is not None:

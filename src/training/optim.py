@@ -46,15 +46,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 def distances_from_head(model: nn.Module) -> dict[str, int]:
     """Layers between each parameter and the head of its tower, by parameter name.
 
-    0 for what comes after the last block (final normalisation, projection) and for the logit scale and bias, 1 for the
-    last block, L for the first of L, L + 1 for the embeddings.
+    0 for what comes after the last block (final normalisation, projection), for the logit scale and bias, and for what
+    is in no tower (a classifier's head); 1 for the last block, L for the first of L, L + 1 for the embeddings.
 
     Raises:
         UserError: a tower is not one of OpenCLIP's own transformers.
     """
-    text = getattr(model, "text", model)  # open_clip.CLIP holds the parts of its text tower itself
+    # open_clip.CLIP holds the parts of its text tower itself; a model for images alone has none.
+    text = getattr(model, "text", model if hasattr(model, "transformer") else None)
     for tower in (model.visual, text):
-        if tower is not model and not isinstance(tower, (VisionTransformer, TextTransformer)):
+        if tower not in (model, None) and not isinstance(tower, (VisionTransformer, TextTransformer)):
             raise UserError(
                 f"--layer-decay needs OpenCLIP's own transformers, but this model has a {type(tower).__name__}; "
                 "leave it out."
@@ -62,6 +63,9 @@ def distances_from_head(model: nn.Module) -> dict[str, int]:
     distances = {}
     for name, _ in model.named_parameters():
         tower = model.visual if name.startswith("visual.") else text
+        if tower is None:
+            distances[name] = 0
+            continue
         layers = len(tower.transformer.resblocks)
         block = re.search(r"\bresblocks\.(\d+)\.", name)
         if block is not None:

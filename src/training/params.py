@@ -1,9 +1,11 @@
 """The trainer's options: OpenCLIP's flags with their names, meanings and defaults, and this project's own.
 
+A `Command` says which of them a command takes; other commands than pre-training take most of them and add their own.
 `parse_args` reads a command line, and YAML files named with `--config`, into one namespace. Every setting of a file
 goes through the same parser as a flag, so both are checked alike and a flag wins over a file. docs/flags.md lists
 what differs from OpenCLIP, and why.
 """
+from __future__ import annotations
 
 import argparse
 import ast
@@ -12,7 +14,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,7 @@ SOURCE_SEPARATOR = "::"
 _PATHS = {
     "train_data", "val_data", "imagenet_val", "imagenet_v2", "zeroshot_data",
     "cache_dir", "logs", "resume", "pretrained", "distill_pretrained", "remote_sync",
+    "data", "test_data", "also", "results",
 }  # fmt: skip
 # Settings whose several values make one string on the command line, and may be a list in a config file.
 _JOINED = {
@@ -47,17 +50,39 @@ _REDUCTION_OPTIONS = {
 }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The options of one command.
+
+    Attributes:
+        usage, description: for the help page.
+        sections: each adds a titled group of options to a parser, in the order of the help page.
+        complete: checks what one option alone cannot tell (UserError), and fills in what depends on other options.
+        refused: flags of the sections that this command does not take, and why. The namespace has their defaults.
+        defaults: by flag, where the default is not the section's.
+    """
+
+    usage: str
+    description: str
+    sections: tuple[Callable[[Parser], None], ...]
+    complete: Callable[[argparse.Namespace], None]
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse_args(argv: list[str], command: Command | None = None) -> argparse.Namespace:
     """Options of one run, complete and checked; nothing is read but the config files.
 
     Args:
         argv: the words of the command line, without the program's name.
+        command: whose options; without it, pre-training's.
 
     Raises:
         UserError: an unknown option, a value out of range, options that exclude each other, a bad config file.
         SystemExit: after `--help`.
     """
-    parser = _build_parser()
+    command = command or PRETRAINING
+    parser = _build_parser(command)
     # Alone first: the command line's own mistakes are then never blamed on a config file.
     files = parser.parse_words(argv, argparse.Namespace()).config or []
     settings: dict[str, _Setting] = {}
@@ -73,8 +98,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.parse_words(argv, args)
     del args.config
 
-    _check(args)
-    _fill_optimizer_defaults(args)
+    command.complete(args)
     return args
 
 
@@ -84,13 +108,14 @@ def reduction_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {option: value for option, value in given.items() if value is not None}
 
 
-def resolved_config(args: argparse.Namespace) -> dict[str, Any]:
+def resolved_config(args: argparse.Namespace, command: Command | None = None) -> dict[str, Any]:
     """All options of a run as plain types (None, bool, int, float, str, list, dict).
 
     Written as YAML and given to `--config`, it makes `parse_args` return the same namespace. Attributes that are no
     options (what a program adds to the namespace for itself) are left out.
     """
-    return {dest: _plain(dest, getattr(args, dest)) for dest in _build_parser().options}
+    options = _build_parser(command or PRETRAINING).options
+    return {dest: _plain(dest, getattr(args, dest)) for dest in options}
 
 
 # --- the parser ---
@@ -121,7 +146,7 @@ class _KeyValues(argparse.Action):
 
 
 class _Refused(argparse.Action):
-    """A flag of OpenCLIP that is recognised only to say why it is not carried over."""
+    """A flag that is recognised only to say why it is not carried over."""
 
     def __init__(self, option_strings: list[str], dest: str, reason: str, default: Any = argparse.SUPPRESS):
         super().__init__(option_strings, dest, nargs="?", default=default, help=argparse.SUPPRESS)
@@ -131,7 +156,7 @@ class _Refused(argparse.Action):
         raise UserError(f"{self.option_strings[0]} {self.reason}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose every complaint is a `UserError`.
 
     Attributes:
@@ -139,14 +164,15 @@ class _Parser(argparse.ArgumentParser):
         refused: the same for the flags that are not carried over.
     """
 
-    def __init__(self):
+    def __init__(self, command: Command):
         super().__init__(
-            usage="torchrun --nproc_per_node N -m training.main [options]\n       python -m training.main [options]",
-            description="Train a CLIP model, with ELIP token reduction or without, or evaluate one (no --train-data).",
+            usage=command.usage,
+            description=command.description,
             epilog="docs/flags.md lists the differences from OpenCLIP's trainer.",
             # A shortened flag could change its meaning whenever a new flag is added.
             allow_abbrev=False,
         )
+        self.command = command
         self.options: dict[str, argparse.Action] = {}
         self.refused: dict[str, argparse.Action] = {}
 
@@ -155,9 +181,13 @@ class _Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(flag: str, help: str, default: Any = None, **kwargs: Any) -> None:
+            default = self.command.defaults.get(flag, default)
+            if flag in self.command.refused:
+                self.refuse(flag, self.command.refused[flag], default=default)
+                return
             if default is True:
                 help += " Default: on."
-            elif default not in (None, "", {}) and default is not False:
+            elif default not in (None, "", {}, []) and default is not False:
                 help += f" Default: {default!r}." if isinstance(default, str) else f" Default: {default}."
             if isinstance(kwargs.get("type"), _Number):
                 kwargs["metavar"] = kwargs["type"].metavar
@@ -215,21 +245,21 @@ class _Number:
         return value
 
 
-_COUNT = _Number(int, lambda v: v >= 0, "a whole number of at least 0")
-_POSITIVE_COUNT = _Number(int, lambda v: v >= 1, "a whole number of at least 1")
+COUNT = _Number(int, lambda v: v >= 0, "a whole number of at least 0")
+POSITIVE_COUNT = _Number(int, lambda v: v >= 1, "a whole number of at least 1")
 _SEED = _Number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
 _ANY = _Number(float, lambda v: True, "a number")
-_NOT_NEGATIVE = _Number(float, lambda v: v >= 0, "a number of at least 0")
-_POSITIVE = _Number(float, lambda v: v > 0, "a number above 0")
-_FRACTION = _Number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-_FRACTION_BELOW_1 = _Number(float, lambda v: 0 <= v < 1, "a number from 0 to 1, below 1")
-_FRACTION_ABOVE_0 = _Number(float, lambda v: 0 < v <= 1, "a number from 0 to 1, above 0")
+NOT_NEGATIVE = _Number(float, lambda v: v >= 0, "a number of at least 0")
+POSITIVE = _Number(float, lambda v: v > 0, "a number above 0")
+FRACTION = _Number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+FRACTION_BELOW_1 = _Number(float, lambda v: 0 <= v < 1, "a number from 0 to 1, below 1")
+FRACTION_ABOVE_0 = _Number(float, lambda v: 0 < v <= 1, "a number from 0 to 1, above 0")
 
 # Keyword arguments of an option that is off unless it is given.
-_OFF = {"default": False, "action": _Switch}
+OFF = {"default": False, "action": _Switch}
 
 
-def _one_of(*names: str) -> dict[str, Any]:
+def one_of(*names: str) -> dict[str, Any]:
     """Keyword arguments for an option with a few possible values."""
 
     def convert(text: str) -> str:
@@ -280,8 +310,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 # --- the options ---
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser()
+def _build_parser(command: Command) -> Parser:
+    parser = Parser(command)
     parser.add_argument_group("configuration").add_argument(
         "--config",
         metavar="FILE.yaml",
@@ -289,22 +319,13 @@ def _build_parser() -> _Parser:
         help="Read options from a YAML file, under the same names as the flags. Flags win over the file; of several "
         "--config, later ones win.",
     )
-    _add_data(parser)
-    _add_evaluation(parser)
-    _add_model(parser)
-    _add_token_reduction(parser)
-    _add_images(parser)
-    _add_loss(parser)
-    _add_optimization(parser)
-    _add_speed_and_memory(parser)
-    _add_distributed(parser)
-    _add_checkpoints(parser)
-    _add_logging(parser)
+    for section in command.sections:
+        section(parser)
     _refuse(parser)
     return parser
 
 
-def _add_data(parser: _Parser) -> None:
+def _add_data(parser: Parser) -> None:
     add = parser.section("training data")
     add(
         "--train-data",
@@ -322,38 +343,38 @@ def _add_data(parser: _Parser) -> None:
         "--train-num-samples",
         "Training samples in one epoch. Needed for shards whose sizes are not noted beside them (sizes.json or "
         "__len__), and to set the epoch's length with --dataset-resampled.",
-        type=_POSITIVE_COUNT,
+        type=POSITIVE_COUNT,
     )
     add(
         "--dataset-type",
         "Format of the data; auto tells it from the file names. synthetic makes up its pairs and needs no "
         "--train-data.",
         default="auto",
-        **_one_of("webdataset", "csv", "synthetic", "auto"),
+        **one_of("webdataset", "csv", "synthetic", "auto"),
     )
-    add("--dataset-resampled", "Draw shards with replacement instead of reading each once an epoch.", **_OFF)
+    add("--dataset-resampled", "Draw shards with replacement instead of reading each once an epoch.", **OFF)
     add("--csv-separator", "What separates the columns of a CSV file.", default="\t", metavar="TEXT")
     add("--csv-img-key", "Name of the CSV column with the image files.", default="filepath", metavar="COLUMN")
     add("--csv-caption-key", "Name of the CSV column with the captions.", default="title", metavar="COLUMN")
-    add("--workers", "Processes that load data, for each training process.", default=4, type=_COUNT)
+    add("--workers", "Processes that load data, for each training process.", default=4, type=COUNT)
     add(
         "--stall-seconds",
         "Say which worker and shard is waited for when a batch takes longer than this; 0: never.",
         default=60.0,
-        type=_NOT_NEGATIVE,
+        type=NOT_NEGATIVE,
     )
     add("--seed", "Seed of everything that is drawn at random.", default=0, type=_SEED)
 
 
-def _add_evaluation(parser: _Parser) -> None:
+def _add_evaluation(parser: Parser) -> None:
     add = parser.section("evaluation")
     add(
         "--val-data",
         "Image-caption pairs, in the formats of --train-data, for the validation loss and retrieval.",
         metavar="SHARDS|FILE.csv",
     )
-    add("--val-num-samples", "Samples in --val-data, where that is not noted beside its shards.", type=_POSITIVE_COUNT)
-    add("--val-frequency", "Validate every N epochs and after the last; 0: never.", default=1, type=_COUNT)
+    add("--val-num-samples", "Samples in --val-data, where that is not noted beside its shards.", type=POSITIVE_COUNT)
+    add("--val-frequency", "Validate every N epochs and after the last; 0: never.", default=1, type=COUNT)
     add(
         "--zeroshot-data",
         "Labelled images for zero-shot classification: shards, or a folder with one sub-folder of images a class; "
@@ -366,11 +387,11 @@ def _add_evaluation(parser: _Parser) -> None:
         "--zeroshot-frequency",
         "Classify zero-shot every N epochs and after the last; 0: never.",
         default=2,
-        type=_COUNT,
+        type=COUNT,
     )
 
 
-def _add_model(parser: _Parser) -> None:
+def _add_model(parser: Parser) -> None:
     add = parser.section("model")
     add(
         "--model",
@@ -379,74 +400,74 @@ def _add_model(parser: _Parser) -> None:
         metavar="NAME",
     )
     add("--pretrained", "Weights to start from: a tag that OpenCLIP knows, or a file.", default="", metavar="TAG|FILE")
-    add("--pretrained-image", "Start the image tower from ImageNet weights, where timm has them.", **_OFF)
+    add("--pretrained-image", "Start the image tower from ImageNet weights, where timm has them.", **OFF)
     add("--cache-dir", "Where downloaded weights and tokenizers are kept.", metavar="DIR")
-    add("--force-context-length", "Text length in tokens, instead of the model's.", type=_POSITIVE_COUNT)
+    add("--force-context-length", "Text length in tokens, instead of the model's.", type=POSITIVE_COUNT)
     add(
         "--force-image-size",
         "Image size in pixels (one number, or height and width), instead of the model's.",
-        type=_POSITIVE_COUNT,
+        type=POSITIVE_COUNT,
         nargs="+",
     )
-    add("--force-quick-gelu", "Use the QuickGELU activation, as OpenAI's weights need.", **_OFF)
+    add("--force-quick-gelu", "Use the QuickGELU activation, as OpenAI's weights need.", **OFF)
     add(
         "--force-patch-dropout",
         "Share of patches dropped at random in training, instead of the model's; 0 for a last stretch at full length.",
-        type=_FRACTION_BELOW_1,
+        type=FRACTION_BELOW_1,
     )
-    add("--force-custom-text", "Build the text tower as a module of its own (CustomTextCLIP).", **_OFF)
-    add("--lock-image", "Do not train the image tower.", **_OFF)
-    add("--lock-image-unlocked-groups", "With --lock-image: train its last N groups of layers.", default=0, type=_COUNT)
-    add("--lock-image-freeze-bn-stats", "With --lock-image: keep the BatchNorm statistics of locked layers.", **_OFF)
-    add("--lock-text", "Do not train the text tower.", **_OFF)
-    add("--lock-text-unlocked-layers", "With --lock-text: train its last N groups of layers.", default=0, type=_COUNT)
-    add("--lock-text-freeze-layer-norm", "With --lock-text: lock the LayerNorms of locked layers too.", **_OFF)
+    add("--force-custom-text", "Build the text tower as a module of its own (CustomTextCLIP).", **OFF)
+    add("--lock-image", "Do not train the image tower.", **OFF)
+    add("--lock-image-unlocked-groups", "With --lock-image: train its last N groups of layers.", default=0, type=COUNT)
+    add("--lock-image-freeze-bn-stats", "With --lock-image: keep the BatchNorm statistics of locked layers.", **OFF)
+    add("--lock-text", "Do not train the text tower.", **OFF)
+    add("--lock-text-unlocked-layers", "With --lock-text: train its last N groups of layers.", default=0, type=COUNT)
+    add("--lock-text-freeze-layer-norm", "With --lock-text: lock the LayerNorms of locked layers too.", **OFF)
 
 
-def _add_token_reduction(parser: _Parser) -> None:
+def _add_token_reduction(parser: Parser) -> None:
     add = parser.section("token reduction (what is not given is as in the model's config)")
-    add("--token-reduction", "Turn token reduction on or off for this model.", **_one_of("elip", "none"))
-    add("--stage-depths", "Layers in each stage, first to last.", type=_POSITIVE_COUNT, nargs="+")
+    add("--token-reduction", "Turn token reduction on or off for this model.", **one_of("elip", "none"))
+    add("--stage-depths", "Layers in each stage, first to last.", type=POSITIVE_COUNT, nargs="+")
     add(
         "--keep-ratio",
         "Share of the image's patches that each stage keeps, counted from the patches at the start.",
-        type=_FRACTION_ABOVE_0,
+        type=FRACTION_ABOVE_0,
         nargs="+",
     )
     add(
         "--keep-count",
         "Number of patches that each stage keeps; instead of --keep-ratio.",
-        type=_POSITIVE_COUNT,
+        type=POSITIVE_COUNT,
         nargs="+",
     )
     add(
         "--lam",
         "Weight of the image against the text when tokens are scored: 1 image only, 0 text only.",
-        type=_FRACTION,
+        type=FRACTION,
     )
     add("--merge", "Merge the dropped tokens into one instead of leaving them out.", action=_Switch)
     add(
         "--text-scale",
         "Rescale the text feature to the norm of the token that it is fused with (match), or leave it (none).",
-        **_one_of("match", "none"),
+        **one_of("match", "none"),
     )
     add(
         "--scoring-depth",
         "Score with the N-th layer of a stage instead of its last: cheaper, and an approximation.",
-        type=_POSITIVE_COUNT,
+        type=POSITIVE_COUNT,
     )
 
 
-def _add_images(parser: _Parser) -> None:
+def _add_images(parser: Parser) -> None:
     add = parser.section("image preprocessing (what is not given is as in the model's config)")
     add("--image-mean", "Mean that is subtracted, one or three numbers.", type=_ANY, nargs="+")
-    add("--image-std", "Deviation that is divided by, one or three numbers.", type=_POSITIVE, nargs="+")
-    add("--image-interpolation", "How images are resized.", **_one_of("bicubic", "bilinear", "random"))
+    add("--image-std", "Deviation that is divided by, one or three numbers.", type=POSITIVE, nargs="+")
+    add("--image-interpolation", "How images are resized.", **one_of("bicubic", "bilinear", "random"))
     add(
         "--image-resize-mode",
         "In evaluation, what is brought to the model's image size: the shortest side (then cropped), the longest "
         "(then padded), or both (squashed).",
-        **_one_of("shortest", "longest", "squash"),
+        **one_of("shortest", "longest", "squash"),
     )
     add(
         "--aug-cfg",
@@ -458,13 +479,13 @@ def _add_images(parser: _Parser) -> None:
     )
 
 
-def _add_loss(parser: _Parser) -> None:
+def _add_loss(parser: Parser) -> None:
     add = parser.section("loss")
-    add("--siglip", "Train with SigLIP's pairwise sigmoid loss.", **_OFF)
+    add("--siglip", "Train with SigLIP's pairwise sigmoid loss.", **OFF)
     add(
         "--loss-dist-impl",
         "How SigLIP's loss exchanges features between processes. Without it: bidir.",
-        **_one_of("bidir", "shift", "reduce", "gather"),
+        **one_of("bidir", "shift", "reduce", "gather"),
     )
     add(
         "--local-loss",
@@ -478,21 +499,21 @@ def _add_loss(parser: _Parser) -> None:
     add("--distill-pretrained", "Weights of the teacher: a tag or a file.", metavar="TAG|FILE")
 
 
-def _add_optimization(parser: _Parser) -> None:
+def _add_optimization(parser: Parser) -> None:
     add = parser.section("optimisation")
-    add("--epochs", "Epochs in all.", default=32, type=_COUNT)
+    add("--epochs", "Epochs in all.", default=32, type=COUNT)
     add(
         "--duration",
         "Length of the run instead of --epochs: optimizer steps, or with a unit: 2.5ep, 1e7samples.",
         type=_duration,
         metavar="N|NUNIT",
     )
-    add("--batch-size", "Samples of a batch, for each training process.", default=64, type=_POSITIVE_COUNT)
+    add("--batch-size", "Samples of a batch, for each training process.", default=64, type=POSITIVE_COUNT)
     add(
         "--accum-freq",
         "Batches that make one optimizer step, with negatives from all of them.",
         default=1,
-        type=_POSITIVE_COUNT,
+        type=POSITIVE_COUNT,
     )
     add(
         "--opt",
@@ -501,13 +522,13 @@ def _add_optimization(parser: _Parser) -> None:
         type=_optimizer_name,
         metavar="NAME",
     )
-    add("--lr", "Highest learning rate. Without it: 5e-4 (timm optimizers have no default).", type=_POSITIVE)
-    add("--beta1", "Adam's first beta. Without it: 0.9.", type=_FRACTION_BELOW_1)
-    add("--beta2", "Adam's second beta. Without it: 0.98 for ViTs, else 0.999.", type=_FRACTION_BELOW_1)
-    add("--eps", "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", type=_NOT_NEGATIVE)
-    add("--wd", "Weight decay; never applied to biases, norms and the temperature.", default=0.2, type=_NOT_NEGATIVE)
-    add("--momentum", "Momentum, for timm optimizers that have one.", type=_NOT_NEGATIVE)
-    add("--grad-clip-norm", "Clip the gradient to this norm. Without it: no clipping.", type=_POSITIVE)
+    add("--lr", "Highest learning rate. Without it: 5e-4 (timm optimizers have no default).", type=POSITIVE)
+    add("--beta1", "Adam's first beta. Without it: 0.9.", type=FRACTION_BELOW_1)
+    add("--beta2", "Adam's second beta. Without it: 0.98 for ViTs, else 0.999.", type=FRACTION_BELOW_1)
+    add("--eps", "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", type=NOT_NEGATIVE)
+    add("--wd", "Weight decay; never applied to biases, norms and the temperature.", default=0.2, type=NOT_NEGATIVE)
+    add("--momentum", "Momentum, for timm optimizers that have one.", type=NOT_NEGATIVE)
+    add("--grad-clip-norm", "Clip the gradient to this norm. Without it: no clipping.", type=POSITIVE)
     add(
         "--warmup",
         "How long the learning rate rises from 0: optimizer steps, or with a unit: 2ep, 1e6samples, 5%%.",
@@ -519,30 +540,30 @@ def _add_optimization(parser: _Parser) -> None:
         "--lr-scheduler",
         "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end.",
         default="cosine",
-        **_one_of("cosine", "const", "const-cooldown"),
+        **one_of("cosine", "const", "const-cooldown"),
     )
-    add("--epochs-cooldown", "Length of the cooldown, the last N of --epochs.", type=_COUNT)
-    add("--layer-decay", "Multiply the learning rate by this for each layer below the last.", type=_FRACTION_ABOVE_0)
-    add("--ema-decay", "Also keep a moving average of the weights with this decay.", type=_FRACTION_BELOW_1)
+    add("--epochs-cooldown", "Length of the cooldown, the last N of --epochs.", type=COUNT)
+    add("--layer-decay", "Multiply the learning rate by this for each layer below the last.", type=FRACTION_ABOVE_0)
+    add("--ema-decay", "Also keep a moving average of the weights with this decay.", type=FRACTION_BELOW_1)
     add(
         "--nonfinite",
         "What to do after a step whose loss or gradient is not finite (it is never applied): stop, or skip it.",
         default="stop",
-        **_one_of("stop", "skip"),
+        **one_of("stop", "skip"),
     )
-    add("--lr-cooldown-end", "Learning rate at the end of the cooldown.", default=0.0, type=_NOT_NEGATIVE)
-    add("--lr-cooldown-power", "Power of the cooldown's polynomial; 1 is linear.", default=1.0, type=_NOT_NEGATIVE)
-    add("--skip-scheduler", "Keep the learning rate at --lr throughout.", **_OFF)
+    add("--lr-cooldown-end", "Learning rate at the end of the cooldown.", default=0.0, type=NOT_NEGATIVE)
+    add("--lr-cooldown-power", "Power of the cooldown's polynomial; 1 is linear.", default=1.0, type=NOT_NEGATIVE)
+    add("--skip-scheduler", "Keep the learning rate at --lr throughout.", **OFF)
 
 
-def _add_speed_and_memory(parser: _Parser) -> None:
+def _add_speed_and_memory(parser: Parser) -> None:
     add = parser.section("precision, speed and memory")
     add(
         "--precision",
         "Number format. amp: mixed float16 with loss scaling; amp_bf16: mixed bfloat16; bf16 and fp16: weights in "
         "that format but for norms; pure_*: all weights; fp32.",
         default="amp",
-        **_one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32"),
+        **one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32"),
     )
     add(
         "--device",
@@ -550,11 +571,11 @@ def _add_speed_and_memory(parser: _Parser) -> None:
         default="cuda",
         metavar="NAME",
     )
-    add("--grad-checkpointing", "Recompute activations in the backward pass: less memory, more time.", **_OFF)
-    add("--torchcompile", "Compile the model with torch.compile.", **_OFF)
+    add("--grad-checkpointing", "Recompute activations in the backward pass: less memory, more time.", **OFF)
+    add("--torchcompile", "Compile the model with torch.compile.", **OFF)
 
 
-def _add_distributed(parser: _Parser) -> None:
+def _add_distributed(parser: Parser) -> None:
     add = parser.section("several processes (started by torchrun)")
     add("--dist-url", "Address at which the processes meet. Without it: torchrun's.", metavar="URL")
     add("--dist-backend", "nccl, gloo, hccl, ... Without it: what fits the device.", metavar="NAME")
@@ -564,45 +585,45 @@ def _add_distributed(parser: _Parser) -> None:
         default=False,
         action="store_true",
     )
-    add("--use-bn-sync", "Compute BatchNorm statistics over all processes.", **_OFF)
-    add("--fsdp", "Split weights, gradients and optimizer states over the processes (FSDP2), for large towers.", **_OFF)
-    add("--ddp-static-graph", "Tell DistributedDataParallel that the graph never changes.", **_OFF)
+    add("--use-bn-sync", "Compute BatchNorm statistics over all processes.", **OFF)
+    add("--fsdp", "Split weights, gradients and optimizer states over the processes (FSDP2), for large towers.", **OFF)
+    add("--ddp-static-graph", "Tell DistributedDataParallel that the graph never changes.", **OFF)
 
 
-def _add_checkpoints(parser: _Parser) -> None:
+def _add_checkpoints(parser: Parser) -> None:
     add = parser.section("run folder and checkpoints")
     add("--logs", "Folder of all runs; 'none' keeps nothing.", default="./logs/", metavar="DIR")
     add("--name", "Name of the run's folder in --logs. Without it: from the time and the main options.", metavar="NAME")
     add("--resume", "Continue from this checkpoint, or from the newest of --name with 'latest'.", metavar="FILE|latest")
-    add("--save-frequency", "Save every N epochs and after the last; 0: only after the last.", default=1, type=_COUNT)
-    add("--save-every-n-steps", "Also save in the middle of an epoch, every N optimizer steps.", type=_POSITIVE_COUNT)
-    add("--save-every-n-minutes", "Also save in the middle of an epoch, every N minutes.", type=_POSITIVE)
+    add("--save-frequency", "Save every N epochs and after the last; 0: only after the last.", default=1, type=COUNT)
+    add("--save-every-n-steps", "Also save in the middle of an epoch, every N optimizer steps.", type=POSITIVE_COUNT)
+    add("--save-every-n-minutes", "Also save in the middle of an epoch, every N minutes.", type=POSITIVE)
     add(
         "--keep-last",
         "Keep the newest N checkpoints and the best. Without it: every epoch's, and the two newest in the middle of an "
         "epoch.",
-        type=_POSITIVE_COUNT,
+        type=POSITIVE_COUNT,
     )
     add(
         "--allow-elastic",
         "Let --resume go on with another number of processes or another batch size, by samples seen.",
-        **_OFF,
+        **OFF,
     )
-    add("--save-most-recent", "Also save every epoch to epoch_latest.pt.", **_OFF)
-    add("--delete-previous-checkpoint", "Delete the checkpoint before, once a new one is saved.", **_OFF)
+    add("--save-most-recent", "Also save every epoch to epoch_latest.pt.", **OFF)
+    add("--delete-previous-checkpoint", "Delete the checkpoint before, once a new one is saved.", **OFF)
     add(
         "--remote-sync",
         "Copy the run folder to this URL (s3://..., or any that fsspec knows) as it grows.",
         metavar="URL",
     )
-    add("--remote-sync-frequency", "Seconds between two copies.", default=300, type=_POSITIVE_COUNT)
-    add("--remote-sync-protocol", "Program that copies.", default="s3", **_one_of("s3", "fsspec"))
-    add("--copy-codebase", "Keep a copy of the code in the run folder.", **_OFF)
+    add("--remote-sync-frequency", "Seconds between two copies.", default=300, type=POSITIVE_COUNT)
+    add("--remote-sync-protocol", "Program that copies.", default="s3", **one_of("s3", "fsspec"))
+    add("--copy-codebase", "Keep a copy of the code in the run folder.", **OFF)
 
 
-def _add_logging(parser: _Parser) -> None:
+def _add_logging(parser: Parser) -> None:
     add = parser.section("logging")
-    add("--log-every-n-steps", "Optimizer steps between two lines of the log.", default=100, type=_POSITIVE_COUNT)
+    add("--log-every-n-steps", "Optimizer steps between two lines of the log.", default=100, type=POSITIVE_COUNT)
     add(
         "--report-to",
         "Where metrics are written besides the console: wandb, tensorboard, csv (joined with commas), or all.",
@@ -613,11 +634,11 @@ def _add_logging(parser: _Parser) -> None:
     add("--progress", "Show a progress bar. Without it: on a terminal only.", action=_Switch)
     add("--wandb-project-name", "Project in wandb.", default="open-clip", metavar="NAME")
     add("--wandb-notes", "Notes on the run in wandb.", default="", metavar="TEXT")
-    add("--log-local", "Write a log file on every machine, not only on the first.", **_OFF)
-    add("--debug", "Log more.", **_OFF)
+    add("--log-local", "Write a log file on every machine, not only on the first.", **OFF)
+    add("--debug", "Log more.", **OFF)
 
 
-def _refuse(parser: _Parser) -> None:
+def _refuse(parser: Parser) -> None:
     parser.refuse("--horovod", "is not supported: start several processes with torchrun instead")
     parser.refuse("--use-bnb-linear", "is not supported: use --precision amp_bf16 to save time and memory instead")
     parser.refuse("--torchscript", "is not supported: use --torchcompile instead")
@@ -630,63 +651,79 @@ def _refuse(parser: _Parser) -> None:
 # --- what one option alone cannot tell ---
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise UserError for the first combination of options that makes no sense."""
-    trains = bool(args.train_data) or args.dataset_type == "synthetic"
-    evaluates = any((args.val_data, args.zeroshot_data, args.imagenet_val, args.imagenet_v2))
+def _forbid(wrong: bool, sentence: str) -> None:
+    if wrong:
+        raise UserError(sentence)
+
+
+def check_training(args: argparse.Namespace, trains: bool) -> None:
+    """Raise UserError for the first combination of options that makes no sense, whatever is trained.
+
+    Args:
+        trains: the command is to train, not only to evaluate.
+    """
     timm = args.opt.lower().startswith("timm/")
-    distills = args.distill_model is not None
-
-    def forbid(wrong: bool, sentence: str) -> None:
-        if wrong:
-            raise UserError(sentence)
-
-    forbid(
-        not trains and not evaluates,
-        "There is nothing to do: give --train-data to train, or --val-data, --zeroshot-data or --imagenet-val to "
-        "evaluate.",
+    _forbid(
+        _is_coca(args.model),
+        f"--model {args.model} is a CoCa model: this trainer trains contrastive models only, choose one.",
     )
-    for flag, model in (("--model", args.model), ("--distill-model", args.distill_model)):
-        forbid(
-            _is_coca(model), f"{flag} {model} is a CoCa model: this trainer trains contrastive models only, choose one."
-        )
     if args.lr_scheduler == "const-cooldown":
-        forbid(
+        _forbid(
             args.epochs_cooldown is None,
             "--lr-scheduler const-cooldown needs --epochs-cooldown, the number of epochs at the end to cool down in.",
         )
-        forbid(
+        _forbid(
             args.epochs_cooldown > args.epochs,
             f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}: lower it.",
         )
     if timm:
-        forbid(
+        _forbid(
             (args.beta1 is None) != (args.beta2 is None),
             f"--opt {args.opt} needs both --beta1 and --beta2, or neither.",
         )
-        forbid(
+        _forbid(
             trains and args.lr is None and not args.skip_scheduler,
             f"--opt {args.opt} has no default learning rate to schedule: give --lr.",
         )
-    forbid(
+    _forbid(
         str(args.duration).endswith("%"),
         "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %.",
     )
-    forbid(
-        distills != (args.distill_pretrained is not None),
-        "--distill-model and --distill-pretrained belong together: give both, or neither.",
-    )
-    forbid(distills and args.accum_freq > 1, "--distill-model cannot be used with --accum-freq: leave one out.")
-    forbid(distills and args.siglip, "--distill-model needs the softmax loss: leave out --siglip.")
-    forbid(len(args.image_mean or [0]) not in (1, 3), "--image-mean takes one number, or three (red, green, blue).")
-    forbid(len(args.image_std or [1]) not in (1, 3), "--image-std takes one number, or three (red, green, blue).")
-    forbid(len(args.force_image_size or []) > 2, "--force-image-size takes one number, or two (height, width).")
-    forbid(
+    _forbid(len(args.image_mean or [0]) not in (1, 3), "--image-mean takes one number, or three (red, green, blue).")
+    _forbid(len(args.image_std or [1]) not in (1, 3), "--image-std takes one number, or three (red, green, blue).")
+    _forbid(len(args.force_image_size or []) > 2, "--force-image-size takes one number, or two (height, width).")
+    _forbid(
         args.keep_ratio is not None and args.keep_count is not None,
         "--keep-ratio and --keep-count say the same thing in two ways: give only one.",
     )
+
+
+def _complete_pretraining(args: argparse.Namespace) -> None:
+    trains = bool(args.train_data) or args.dataset_type == "synthetic"
+    evaluates = any((args.val_data, args.zeroshot_data, args.imagenet_val, args.imagenet_v2))
+    distills = args.distill_model is not None
+    _forbid(
+        not trains and not evaluates,
+        "There is nothing to do: give --train-data to train, or --val-data, --zeroshot-data or --imagenet-val to "
+        "evaluate.",
+    )
+    check_training(args, trains)
+    _forbid(
+        _is_coca(args.distill_model),
+        f"--distill-model {args.distill_model} is a CoCa model: this trainer trains contrastive models only, choose "
+        "one.",
+    )
+    _forbid(
+        distills != (args.distill_pretrained is not None),
+        "--distill-model and --distill-pretrained belong together: give both, or neither.",
+    )
+    _forbid(distills and args.accum_freq > 1, "--distill-model cannot be used with --accum-freq: leave one out.")
+    _forbid(distills and args.siglip, "--distill-model needs the softmax loss: leave out --siglip.")
     _check_upsampling_factors(args)
     _check_augmentation(args)
+    # The hyper-parameters of the CLIP paper, which has other ones for ViTs.
+    vit = "vit" in args.model.lower()
+    fill_optimizer_defaults(args, lr=5e-4, beta1=0.9, beta2=0.98 if vit else 0.999, eps=1e-6 if vit else 1e-8)
 
 
 def _is_coca(model: str | None) -> bool:
@@ -702,7 +739,7 @@ def _check_upsampling_factors(args: argparse.Namespace) -> None:
     factors = args.train_data_upsampling_factors.split(SOURCE_SEPARATOR)
     for factor in factors:
         try:
-            _POSITIVE(factor)
+            POSITIVE(factor)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"Every one of --train-data-upsampling-factors {error}.") from None
     sources = args.train_data.split(SOURCE_SEPARATOR) if args.train_data else []
@@ -724,15 +761,25 @@ def _check_augmentation(args: argparse.Namespace) -> None:
             raise UserError(f"--aug-cfg has no setting {key!r}: it knows {', '.join(known)}.")
 
 
-def _fill_optimizer_defaults(args: argparse.Namespace) -> None:
-    """The hyper-parameters of the CLIP paper, which has other ones for ViTs; timm's optimizers bring their own."""
+def fill_optimizer_defaults(args: argparse.Namespace, **defaults: float) -> None:
+    """Gives the options that were not given these values; timm's optimizers bring their own."""
     if args.opt.lower().startswith("timm/"):
         return
-    vit = "vit" in args.model.lower()
-    defaults = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+SECTIONS = (
+    _add_data, _add_evaluation, _add_model, _add_token_reduction, _add_images, _add_loss, _add_optimization,
+    _add_speed_and_memory, _add_distributed, _add_checkpoints, _add_logging,
+)  # fmt: skip
+PRETRAINING = Command(
+    usage="torchrun --nproc_per_node N -m training.main [options]\n       python -m training.main [options]",
+    description="Train a CLIP model, with ELIP token reduction or without, or evaluate one (no --train-data).",
+    sections=SECTIONS,
+    complete=_complete_pretraining,
+)
 
 
 # --- config files ---
@@ -765,9 +812,12 @@ class _Setting:
         if isinstance(value, list) and action.dest in _JOINED:
             value = _JOINED[action.dest].join(self._text(item) for item in value)
         elif isinstance(value, list) and action.nargs is not None:
-            return [flag, *(self._text(item) for item in value)]
+            return [flag, *(self._expanded(item) for item in value)]
+        return [f"{flag}={self._expanded(value)}"]
+
+    def _expanded(self, value: Any) -> str:
         text = self._text(value)
-        return [f"{flag}={_expand(text) if action.dest in _PATHS else text}"]
+        return _expand(text) if self.action.dest in _PATHS else text
 
     def _truth(self) -> bool:
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -811,7 +861,7 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^(|~|null|Null|NULL)$"), ["", "~", "n", "N"])
 
 
-def _read_config(file: Path, parser: _Parser, includers: tuple[Path, ...] = ()) -> dict[str, _Setting]:
+def _read_config(file: Path, parser: Parser, includers: tuple[Path, ...] = ()) -> dict[str, _Setting]:
     """Settings of a config file by option name; its own win over those of the files it includes."""
     if file.resolve() in includers:
         raise UserError(f"The config files include each other in a circle: {includers[-1]} includes {file} again.")
@@ -897,6 +947,8 @@ def _plain(dest: str, value: Any) -> Any:
     """What a config file has to hold for the option to get this value."""
     if dest in _PATHS and isinstance(value, str):
         return _unexpand(value)
+    if dest in _PATHS and isinstance(value, list):
+        return [_unexpand(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain_literal(item) for key, item in value.items()}
     return list(value) if isinstance(value, list) else value

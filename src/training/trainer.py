@@ -327,7 +327,9 @@ class Trainer:
         logging.info(
             f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch} | "
             f"loss {values['loss']:.4f} {extra}| {rate:.4g} samples/s, data wait {waited / seconds:.0%} | "
-            f"lr {lr:.3g} | logit scale {row.get('logit_scale', math.nan):.2f} | RRT {row.get('rrt', 0):.1%} | "
+            f"lr {lr:.3g} | "
+            + (f"logit scale {row['logit_scale']:.2f} | " if "logit_scale" in row else "")
+            + f"RRT {row.get('rrt', 0):.1%} | "
             + (f"{row['tflops_per_second']:.3g} TFLOP/s | " if self.cost is not None else "")
             + (f"MFU {row['mfu']:.1%} | " if "mfu" in row else "")
             + f"peak memory {row['peak_memory_gb']:.2f} GB | {_hours(left)} left"
@@ -372,12 +374,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
-        with gathered(self.model):
-            metrics = self.task.evaluate(self.model, self.epoch, self.finished)
-        if metrics and self.ema is not None:
-            with self.ema.applied(self.model), gathered(self.model):
-                averaged = self.task.evaluate(self.model, self.epoch, self.finished)
-            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
+        metrics = evaluate(self.task, self.model, self.ema, self.epoch, self.finished)
         if metrics:
             metrics = {"epoch": self.epoch, "step": self.steps, **metrics}
             self.evaluations.append(metrics)
@@ -493,6 +490,23 @@ class Trainer:
         if self.ranks.is_main:
             for name in names:
                 self.saver.save(state, name)
+
+
+def evaluate(task: Task, model: nn.Module, ema: Ema | None, epoch: int, last: bool) -> dict[str, float]:
+    """What is due at the end of `epoch`; the averaged weights too, if there are any (`ema/...`). {} if nothing is.
+
+    The random numbers of the rest of the run do not depend on it: a resumed run may not evaluate here again.
+    """
+    device = next(model.parameters()).device
+    random_state = _random_state(device)
+    with gathered(model):
+        metrics = task.evaluate(model, epoch, last)
+    if metrics and ema is not None:
+        with ema.applied(model), gathered(model):
+            averaged = task.evaluate(model, epoch, last)
+        metrics |= {f"ema/{name}": value for name, value in averaged.items()}
+    _restore_random_state(device, random_state)
+    return metrics
 
 
 def describe(metrics: dict[str, float]) -> str:

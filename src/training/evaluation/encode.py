@@ -121,6 +121,7 @@ class ImagePass:
             num_workers=min(settings.workers, len(batches)),
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # otherwise it draws from the global one, and what follows would differ
         )
         bar = tqdm(
             loader, desc=settings.description, unit="batch", leave=False,

@@ -1,0 +1,97 @@
+"""Scores of a classifier against answers known by hand, on all of its classes and on some of ImageNet's."""
+import numpy as np
+import pytest
+import torch
+from open_clip import IMAGENET_CLASSNAMES
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from training.errors import UserError
+from training.evaluation.pictures import ArrayImages, LabelledImages
+from training.evaluation.scores import check_classes, class_scores, is_imagenet, score
+
+
+def data(labels, classnames, imagenet_classes=None, name="made"):
+    pixels = np.zeros((len(labels), 2, 2), dtype=np.uint8)
+    return LabelledImages(
+        ArrayImages(pixels, "memory"), torch.tensor(labels), classnames, name=name, imagenet_classes=imagenet_classes
+    )
+
+
+def test_scores_known_by_hand():
+    made = data([0, 0, 0, 1, 2, 2], ["a", "b", "c"])
+    logits = torch.eye(3)[[0, 0, 1, 1, 2, 0]]
+    assert score(logits, made, torch.arange(6)) == {
+        "top1": 4 / 6, "top5": 1.0, "mean_per_class_recall": (2 / 3 + 1 + 1 / 2) / 3, "num_samples": 6
+    }  # fmt: skip
+
+
+def test_some_samples_in_another_order():
+    made = data([0, 1, 2, 2], ["a", "b", "c"])
+    logits = torch.eye(3)[[2, 0, 1]]  # right, right, wrong
+    assert score(logits, made, torch.tensor([3, 0, 2]))["top1"] == pytest.approx(2 / 3)
+
+
+def test_agrees_with_scikit_learn():
+    g = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 9, (500,), generator=g)
+    logits = torch.randn(500, 9, generator=g) + 1.5 * torch.eye(9)[labels]
+    got = score(logits, data(labels.tolist(), list("abcdefghi")), torch.arange(500))
+    assert got["top1"] == pytest.approx(top_k_accuracy_score(labels, logits, k=1))
+    assert got["top5"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
+    assert got["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+
+
+def test_only_the_classes_of_a_subset_compete():
+    subset = data([0, 1], ["wren", "owl"], imagenet_classes=[[10], [24]])
+    logits = torch.zeros(2, 1000)
+    logits[:, 500] = 9  # no class of the subset
+    logits[0, 10], logits[1, 24] = 1, 1
+    assert class_scores(logits, subset).tolist() == [[1, 0], [0, 1]]
+    assert score(logits, subset, torch.arange(2))["top1"] == 1
+
+
+def test_a_class_of_several_has_the_highest_of_their_scores():
+    subset = data([0, 1], ["chair", "cup"], imagenet_classes=[[1, 3], [2]])
+    logits = torch.zeros(2, 1000)
+    logits[0, 3], logits[0, 2], logits[1, 2] = 5, 4, 1
+    assert class_scores(logits, subset).tolist() == [[5, 4], [0, 1]]
+
+
+def test_a_classifier_of_the_subset_itself_is_taken_as_it_is():
+    subset = data([0, 1], ["wren", "owl"], imagenet_classes=[[10], [24]])
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    assert torch.equal(class_scores(logits, subset), logits)
+
+
+def test_not_a_number_is_never_right():
+    subset = data([0, 1], ["chair", "cup"], imagenet_classes=[[1, 3], [2]])
+    logits = torch.zeros(2, 1000)
+    logits[0, 3] = torch.nan
+    logits[1, 2] = 1
+    result = score(logits, subset, torch.arange(2))
+    assert result["top1"] == 0.5 and result["mean_per_class_recall"] == 0.5
+
+
+def test_what_does_not_fit_is_said():
+    three, two = data([0], list("abc")), data([0], list("ab"), name="two")
+    with pytest.raises(UserError, match="for 3 classes cannot be evaluated on two, which has 2"):
+        class_scores(torch.zeros(1, 3), two)
+    with pytest.raises(UserError, match="Not one image of made"):
+        score(torch.zeros(0, 3), three, torch.arange(0))
+    check_classes(three, data([1, 2], list("abc"), name="other"))
+    with pytest.raises(UserError, match=r"two \(test\) has 2 classes, but the classifier is for the 3 of made"):
+        check_classes(three, two)
+    with pytest.raises(UserError, match="1 of the 3 classes .* differ .class 2 is 'x' in the one and 'c' in the other"):
+        check_classes(three, data([0], list("abx")))
+
+
+def test_imagenet_is_known_by_its_names_or_its_numbers():
+    subset = data([0], ["wren"], imagenet_classes=[[10]], name="subset")
+    by_names = data([0], list(IMAGENET_CLASSNAMES))
+    by_numbers = data([0], [str(i) for i in range(1000)], imagenet_classes=[[i] for i in range(1000)])
+    other = data([0], [str(i) for i in range(1000)])
+    assert is_imagenet(by_names) and is_imagenet(by_numbers) and not is_imagenet(other) and not is_imagenet(subset)
+    check_classes(by_names, subset)
+    check_classes(by_numbers, subset)
+    with pytest.raises(UserError, match="which are some of ImageNet's"):
+        check_classes(other, subset)

@@ -1,7 +1,14 @@
 """ELIP token reduction for OpenCLIP. Importing this package registers the models with `open_clip`."""
-from .model import TextFirstCLIP, TextFirstCustomTextCLIP, with_token_reduction, without_token_reduction
+from .model import (
+    TextFirstCLIP,
+    TextFirstCustomTextCLIP,
+    with_shortcuts,
+    with_token_reduction,
+    without_token_reduction,
+)
 from .reduction import Elip, ElipConfig
 from .registry import register
+from .text import TextParts, cut_text
 
 register()
 
@@ -11,6 +18,9 @@ __all__ = [
     "ElipConfig",
     "TextFirstCLIP",
     "TextFirstCustomTextCLIP",
+    "TextParts",
+    "cut_text",
+    "with_shortcuts",
     "with_token_reduction",
     "without_token_reduction",
 ]

@@ -13,13 +13,78 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import is_plain, run_block, run_block_at
 from .reduction import METHODS, check_blocks
+from .text import TextParts, can_cut, cut_text, encode_parts
 
 # Hugging Face text models whose first token is a `[CLS]`; the others (mT5, M2M100) have none and use what they pool.
 HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
 
 
-class TextFirst(nn.Module):
+class Shortcuts(nn.Module):
+    """Mixin for OpenCLIP's two CLIP classes: the same features, up to rounding, for less time and memory.
+
+    - Captions are cut behind their end (see `text.py`), where the text tower allows it.
+    - Of the last layers only the row that is pooled is computed.
+    - Blocks run without copies (see `blocks.py`).
+
+    What a tower does not allow runs as OpenCLIP runs it.
+
+    Attributes:
+        shortcuts: turn them off with False.
+    """
+
+    shortcuts: bool = True
+
+    def encode_text(self, text: Tensor | TextParts, normalize: bool = False) -> Tensor:
+        """
+        Args:
+            text: (B, T) token ids, or what `cut_text` makes of them. Token ids are cut here, except where that would
+                make a training step wait for a GPU, or be in a compiled graph.
+            normalize: return features of unit length.
+
+        Returns:
+            (B, embed_dim).
+        """
+        if not isinstance(text, TextParts):
+            waits = self.training and text.device.type != "cpu"
+            if self.shortcuts and not waits and not torch.compiler.is_compiling():
+                text = cut_text(text, self)
+            elif self.shortcuts and can_cut(self):
+                text = TextParts((text,), torch.arange(len(text), device=text.device))
+        if not isinstance(text, TextParts):
+            return super().encode_text(text, normalize=normalize)
+        features = encode_parts(self, text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, H, W) to (B, embed_dim), with all tokens."""
+        if not (self.shortcuts and isinstance(self.visual, VisionTransformer) and self.visual.transformer.batch_first):
+            return super().encode_image(image, normalize=normalize)
+        x = self.visual._embeds(image)
+        for block in self.visual.transformer.resblocks:
+            x = self.run_vision_block(block, x)
+        return self.pool_image(x, normalize)
+
+    def run_vision_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D), or to (B, 1, D) in the last layer of a tower of which only `[CLS]` is used."""
+        visual, run = self.visual, nn.Module.__call__
+        if self.shortcuts and is_plain(block):
+            only_cls = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
+            run = run_block_at if only_cls and block is visual.transformer.resblocks[-1] else run_block
+        if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, block, x, use_reentrant=False)
+        return run(block, x)
+
+    def pool_image(self, x: Tensor, normalize: bool) -> Tensor:
+        """(B, L, D) after the last layer to features (B, embed_dim)."""
+        features, _ = self.visual._pool(x)
+        if self.visual.proj is not None:
+            features = features @ self.visual.proj
+        return F.normalize(features, dim=-1) if normalize else features
+
+
+class TextFirst(Shortcuts):
     """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption.
 
     - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
@@ -45,14 +110,9 @@ class TextFirst(nn.Module):
             raise ValueError(
                 f"Token reduction needs one caption per image; got {len(image)} images and {len(guidance)} captions."
             )
-        visual = self.visual
-        x = visual._embeds(image)
-        run = _run_checkpointed if visual.transformer.grad_checkpointing and torch.is_grad_enabled() else None
-        x = self.reduction(visual.transformer.resblocks, x, guidance, run=run)
-        features, _ = visual._pool(x)
-        if visual.proj is not None:
-            features = features @ visual.proj
-        return F.normalize(features, dim=-1) if normalize else features
+        x = self.visual._embeds(image)
+        x = self.reduction(self.visual.transformer.resblocks, x, guidance, run=self.run_vision_block)
+        return self.pool_image(x, normalize)
 
     def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
         """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.
@@ -114,6 +174,14 @@ class TextFirst(nn.Module):
         return self.reduction.rrt(self.num_patches())
 
 
+class ShortcutCLIP(Shortcuts, open_clip.CLIP):
+    """`open_clip.CLIP` with the exact shortcuts, and no token reduction."""
+
+
+class ShortcutCustomTextCLIP(Shortcuts, open_clip.CustomTextCLIP):
+    """`open_clip.CustomTextCLIP` with the exact shortcuts, and no token reduction."""
+
+
 class TextFirstCLIP(TextFirst, open_clip.CLIP):
     """`open_clip.CLIP` with token reduction; takes its arguments plus `token_reduction` (see `attach_reduction`)."""
 
@@ -130,6 +198,7 @@ class TextFirstCustomTextCLIP(TextFirst, open_clip.CustomTextCLIP):
         attach_reduction(self, token_reduction)
 
 
+SHORTCUT = {open_clip.CLIP: ShortcutCLIP, open_clip.CustomTextCLIP: ShortcutCustomTextCLIP}
 TEXT_FIRST = {open_clip.CLIP: TextFirstCLIP, open_clip.CustomTextCLIP: TextFirstCustomTextCLIP}
 
 
@@ -182,19 +251,29 @@ def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> n
     return twin
 
 
+def with_shortcuts(model: nn.Module) -> nn.Module:
+    """A plain OpenCLIP model with the exact shortcuts, sharing its weights; a text-first model has them already.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    plain = _plain_class(model)
+    return _twin(model, SHORTCUT[plain]) if type(model) is plain else model
+
+
 def without_token_reduction(model: nn.Module) -> nn.Module:
     """The plain OpenCLIP model behind a text-first one, sharing its weights; a plain model is returned as it is."""
     plain = _plain_class(model)
     if type(model) is plain:
         return model
     twin = _twin(model, plain)
-    del twin.reduction
+    twin._modules.pop("reduction", None)
     return twin
 
 
 def _plain_class(model: nn.Module) -> type[nn.Module]:
     for plain, text_first in TEXT_FIRST.items():
-        if type(model) in (plain, text_first):
+        if type(model) in (plain, text_first, SHORTCUT[plain]):
             return plain
     raise ValueError(
         f"Token reduction applies to open_clip.CLIP and open_clip.CustomTextCLIP models, not to {type(model).__name__}"
@@ -217,7 +296,3 @@ def _has_unpooled_cls(tower: nn.Module | None) -> bool:
         and tower.config.model_type in HF_MODELS_WITH_CLS
         and not isinstance(tower.pooler, (ClsPooler, ClsLastHiddenStatePooler))
     )
-
-
-def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    return checkpoint(block, x, use_reentrant=False)

@@ -206,6 +206,9 @@ class ClassificationTask:
         self.args, self.ranks, self.mix, self.transform = args, ranks, mix, transform
         self.data = dict(data)
 
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        return batch
+
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, target = self.mix(batch["image"], batch["text"])
         return {"logits": model(images), "target": target}

@@ -11,6 +11,9 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
+from open_clip_elip import cut_text
+
+from .data.pixels import to_device
 from .distributed import Ranks
 from .errors import UserError
 from .metrics import contrastive_loss, gather_ordered, retrieval_metrics
@@ -91,8 +94,8 @@ def _encode(
     features: dict[str, list[Tensor]] = {"image": [], "text": []}
     index = [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        image = batch["image"].to(device=device, dtype=input_dtype, non_blocking=True)
-        text = batch["text"].to(device=device, non_blocking=True)
+        image = to_device(batch["image"], device, input_dtype, batch.get("normalization"))
+        text = cut_text(batch["text"], model).to(device=device, non_blocking=True)
         with autocast():
             image_features = model.encode_image(image, normalize=True)
             text_features = model.encode_text(text, normalize=True)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import open_clip_elip  # noqa: F401  (registers the models)
+from open_clip_elip import with_shortcuts
+from open_clip_elip.model import SHORTCUT
 
 from .distributed import Ranks
 from .errors import UserError
@@ -60,6 +61,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
+    model = with_shortcuts(model) if type(model) in SHORTCUT else model
+    model.shortcuts = args.shortcuts
     if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
@@ -117,6 +120,7 @@ def build_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module |
             args.distill_model, args.distill_pretrained, device=device, precision=args.precision,
             output_dict=True, cache_dir=args.cache_dir,
         )
+    teacher = with_shortcuts(teacher) if type(teacher) in SHORTCUT else teacher
     return teacher.eval().requires_grad_(False)
 
 

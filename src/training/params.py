@@ -573,6 +573,13 @@ def _add_speed_and_memory(parser: Parser) -> None:
     )
     add("--grad-checkpointing", "Recompute activations in the backward pass: less memory, more time.", **OFF)
     add("--torchcompile", "Compile the model with torch.compile.", **OFF)
+    add(
+        "--shortcuts",
+        "Leave out what changes no number: captions are cut behind their end, and of the last layers only the row that "
+        "is pooled is computed. --no-shortcuts runs the towers as OpenCLIP does.",
+        default=True,
+        action=_Switch,
+    )
 
 
 def _add_distributed(parser: Parser) -> None:

@@ -10,6 +10,8 @@ import torch
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
+from open_clip_elip.text import MAX_PARTS, cut_text
+
 from .data import ValData
 from .distributed import Ranks
 from .evaluate import evaluate_pairs
@@ -17,6 +19,9 @@ from .evaluation.pictures import LabelledImages
 from .zero_shot import run_zero_shot_suite
 
 Batch = dict[str, Any]
+
+# Of compiled models: each shape of the captions is compiled once, so there must not be too many.
+COMPILED_PARTS, COMPILED_MULTIPLE = 2, 8
 
 
 class Task(Protocol):
@@ -31,6 +36,10 @@ class Task(Protocol):
     """
 
     shared: tuple[str, ...]
+
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        """What can be decided from a batch on the CPU, before it goes to the device."""
+        ...
 
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]: ...
 
@@ -93,6 +102,14 @@ class ClipTask:
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
+
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        """Captions cut behind their ends; the same batch if the text tower does not allow it."""
+        if self.teacher is not None:  # it gets the same captions, and may need all of them
+            return batch
+        compiled = self.args.torchcompile
+        parts, multiple = (COMPILED_PARTS, COMPILED_MULTIPLE) if compiled else (MAX_PARTS, 1)
+        return batch | {"text": cut_text(batch["text"], model, parts, multiple)}
 
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         features = model(batch["image"], batch["text"])

@@ -38,7 +38,7 @@ class Elip(nn.Module):
         x: Tensor,
         guidance: Tensor | None = None,
         *,
-        run: RunBlock | None = None,
+        run: RunBlock = nn.Module.__call__,
         return_kept: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """
@@ -46,7 +46,7 @@ class Elip(nn.Module):
             blocks: the tower's layers; each maps (B, L, D) to (B, L, D) for any L.
             x: (B, 1+M, D), input of the first layer, `[CLS]` first.
             guidance: (B, D) text vector at the tower's width; detached here. None scores by vision alone (lam = 1).
-            run: calls a block in the main path (for gradient checkpointing); default `block(x)`.
+            run: calls a block, with gradients in the main path and without in the scoring pass; default `block(x)`.
             return_kept: also return which tokens each stage kept.
 
         Returns:
@@ -59,14 +59,16 @@ class Elip(nn.Module):
             layers = [blocks[i] for i in range(stage.first, stage.first + stage.depth)]
             keep, kept = stage.keep(num_patches), None
             if x.shape[1] - 1 > keep:
-                x, kept = keep_and_merge(x, self.score(layers, x, guidance), keep, self.config.merge)
+                x, kept = keep_and_merge(x, self.score(layers, x, guidance, run), keep, self.config.merge)
             kept_per_stage.append(kept)
             for block in layers:
-                x = block(x) if run is None else run(block, x)
+                x = run(block, x)
         return (x, kept_per_stage) if return_kept else x
 
     @torch.no_grad()
-    def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None) -> Tensor:
+    def score(
+        self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: RunBlock = nn.Module.__call__
+    ) -> Tensor:
         """Scores (B, N) of the N patch tokens of `x` (B, 1+N, D) by the stage's own `layers` (Eq. 1 and 2)."""
         scored = layers[: self.config.scoring_depth] if self.config.scoring_depth else layers
         read = _cls_attention_of_sharded if hasattr(scored[-1], "unshard") else cls_attention
@@ -75,7 +77,7 @@ class Elip(nn.Module):
         # that were cast here, without a gradient.
         with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"), cache_enabled=False):
             for block in scored[:-1]:
-                y = block(y)
+                y = run(block, y)
             return read(scored[-1], y)
 
     def fuse(self, x: Tensor, guidance: Tensor | None) -> Tensor:

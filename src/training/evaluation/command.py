@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from open_clip_elip import with_shortcuts
+from open_clip_elip.model import SHORTCUT
+
 from .. import checkpoint
 from ..distributed import Ranks, init_ranks, launch_rank
 from ..errors import EXIT_USER_ERROR, UserError
@@ -133,6 +136,8 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
             **changes,
         )
         tokenizer = open_clip.get_tokenizer(args.model, context_length=changes.get("force_context_length"))
+    if type(model) in SHORTCUT:
+        model = with_shortcuts(model)
     if args.ema:
         averages = checkpoint.load(args.pretrained).get("ema")
         if not averages:

@@ -1,0 +1,126 @@
+"""Text towers without the padding: a causal tower that is pooled at the end of text never needs what comes after it.
+
+Exact: no token sees a later one, and only the feature at the end-of-text token is used. Captions of 15 tokens then cost
+15 tokens, not the 77 of the context.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import is_plain, run_block, run_block_at
+
+MAX_PARTS = 4
+MIN_ROWS = 8  # of a part: fewer captions at a time do not fill a matrix product
+
+
+class TextParts(NamedTuple):
+    """A batch of B tokenized captions, sorted by length and cut.
+
+    Attributes:
+        parts: (b, T) long each, of equal b up to one; together they are all captions, the shortest first.
+        place: (B,) long, where each caption of the batch is among them.
+    """
+
+    parts: tuple[Tensor, ...]
+    place: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TextParts:
+        parts = tuple(part.to(device, non_blocking=non_blocking) for part in self.parts)
+        return TextParts(parts, self.place.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TextParts:
+        return TextParts(tuple(part.pin_memory() for part in self.parts), self.place.pin_memory())
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """What holds a CLIP model's text parts: `model.text`, or for `open_clip.CLIP` the model itself."""
+    return getattr(model, "text", model)
+
+
+def can_cut(model: nn.Module) -> bool:
+    """Whether the model's text tower is one of OpenCLIP's, causal, and pooled at the end of text."""
+    tower = text_tower(model)
+    if tower is not model and (type(tower) is not TextTransformer or tower.output_tokens):
+        return False
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return causal and _pool_type(tower) in ("argmax", "eos") and tower.transformer.batch_first
+
+
+def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multiple: int = 1) -> TextParts | Tensor:
+    """Captions cut behind their ends, in up to `max_parts` parts of like length; or as they are.
+
+    They stay as they are if the tower needs all of them, or if the model has no shortcuts (see `with_shortcuts`).
+
+    Args:
+        text: (B, T) token ids. On a GPU this waits for the device, so call it before the batch goes there.
+        model: whose text tower is meant.
+        multiple: round each part's length up to a multiple of this, for fewer different shapes.
+    """
+    if not getattr(model, "shortcuts", False) or not can_cut(model) or not len(text):
+        return text
+    lengths = end_of_text(text_tower(model), text).cpu() + 1
+    order = lengths.argsort(stable=True)
+    count = max(1, min(max_parts, len(text) // MIN_ROWS))
+    parts = []
+    for rows in order.tensor_split(count):
+        length = min(-(-int(lengths[rows[-1]]) // multiple) * multiple, text.shape[1])
+        rows = rows.to(text.device)
+        parts.append(text.index_select(0, rows)[:, :length].contiguous())
+    return TextParts(tuple(parts), order.argsort().to(text.device))
+
+
+def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
+    """(B,) place of the token at which the tower is pooled."""
+    if _pool_type(tower) == "eos":
+        return (text == _eos_id(tower)).int().argmax(dim=-1)
+    return text.argmax(dim=-1)  # the end-of-text token has the highest number
+
+
+def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
+    """Text features (B, embed_dim), not normalized, in the batch's order."""
+    tower = text_tower(model)
+    features = torch.cat([_encode(tower, part) for part in text.parts])
+    return features.index_select(0, text.place)
+
+
+def _encode(tower: nn.Module, text: Tensor) -> Tensor:
+    """(b, T) to (b, embed_dim), for T up to the context length."""
+    length, transformer = text.shape[1], tower.transformer
+    dtype = transformer.get_cast_dtype()
+    x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    *blocks, last = transformer.resblocks
+    mask = tower.attn_mask[:length, :length]
+    checkpointing = transformer.grad_checkpointing and torch.is_grad_enabled()
+
+    def run(block: nn.Module, x: Tensor, function: Callable[..., Tensor], more: object) -> Tensor:
+        return checkpoint(function, block, x, more, use_reentrant=False) if checkpointing else function(block, x, more)
+
+    for block in blocks:
+        x = run(block, x, run_block, True) if is_plain(block) else run(block, x, _as_it_is, mask)
+    if is_plain(last):
+        x = tower.ln_final(run(last, x, run_block_at, end_of_text(tower, text)))[:, 0]
+    else:
+        x = tower.ln_final(run(last, x, _as_it_is, mask))
+        x = text_global_pool(x, text, _pool_type(tower), eos_token_id=_eos_id(tower))
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _as_it_is(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    return block(x, attn_mask=mask)
+
+
+def _pool_type(tower: nn.Module) -> str:
+    return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "")
+
+
+def _eos_id(tower: nn.Module) -> int | None:
+    return getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)

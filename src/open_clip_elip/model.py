@@ -61,10 +61,14 @@ class Shortcuts(nn.Module):
         """(B, 3, H, W) to (B, embed_dim), with all tokens."""
         if not (self.shortcuts and isinstance(self.visual, VisionTransformer) and self.visual.transformer.batch_first):
             return super().encode_image(image, normalize=normalize)
+        return self.pool_image(self.encode_tokens(image), normalize)
+
+    def encode_tokens(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) to the tokens after the last layer, (B, L, D); OpenCLIP's own ViT only."""
         x = self.visual._embeds(image)
         for block in self.visual.transformer.resblocks:
             x = self.run_vision_block(block, x)
-        return self.pool_image(x, normalize)
+        return x
 
     def run_vision_block(self, block: nn.Module, x: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D), or to (B, 1, D) in the last layer of a tower of which only `[CLS]` is used."""
@@ -90,29 +94,42 @@ class TextFirst(Shortcuts):
     - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
     - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
       ever reaches an image feature that is evaluated.
+
+    Attributes:
+        vision_guided: reduce tokens without a caption too, scored by the image alone (lam = 1; Sec. 4.4.5). Faster, at
+            some loss of quality; off unless it is asked for.
     """
 
     reduction: nn.Module  # parameter-free
+    vision_guided: bool = False
 
     def encode_image(self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None) -> Tensor:
         """
         Args:
             image: (B, 3, H, W).
             normalize: return features of unit length.
-            guidance: (B, vision width) from `guidance_from_text`; None encodes with all tokens.
+            guidance: (B, vision width) from `guidance_from_text`; None encodes with all tokens, or, with
+                `vision_guided`, with those that the image itself picks.
 
         Returns:
             (B, embed_dim).
         """
         if guidance is None:
+            if self.vision_guided:
+                return self.pool_image(self.encode_tokens(image), normalize)
             return super().encode_image(image, normalize=normalize)
         if len(guidance) != len(image):
             raise ValueError(
                 f"Token reduction needs one caption per image; got {len(image)} images and {len(guidance)} captions."
             )
+        return self.pool_image(self.encode_tokens(image, guidance), normalize)
+
+    def encode_tokens(self, image: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """As in `Shortcuts`, reduced if there is guidance, or with `vision_guided`."""
+        if guidance is None and not self.vision_guided:
+            return super().encode_tokens(image)
         x = self.visual._embeds(image)
-        x = self.reduction(self.visual.transformer.resblocks, x, guidance, run=self.run_vision_block)
-        return self.pool_image(x, normalize)
+        return self.reduction(self.visual.transformer.resblocks, x, guidance, run=self.run_vision_block)
 
     def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
         """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.

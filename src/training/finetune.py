@@ -204,6 +204,7 @@ _REFUSED = {
     "--token-reduction": "is for pre-training: add --vision-guided-reduction to reduce tokens in fine-tuning",
     "--lam": _CAPTION,
     "--text-scale": _CAPTION,
+    "--image-decode": "is for pre-training: the transforms of fine-tuning are timm's, which are not changed",
     "--aug-cfg": "is for pre-training: use --crop-scale, --auto-augment, --color-jitter and the like",
     **dict.fromkeys(
         (

@@ -24,6 +24,7 @@ from . import checkpoint, remote, run_folder
 from .control import Stopped
 from .cost import memory_estimate
 from .data import TrainData, build_train_data, build_val_data
+from .data.transforms import with_decoding
 from .distributed import Ranks, init_ranks, launch_rank, seed_everything
 from .ema import Ema
 from .errors import EXIT_USER_ERROR, UserError
@@ -105,6 +106,7 @@ def pretraining(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> P
         train_data = build_train_data(args, preprocess_train, tokenizer, **place)
         val_data = build_val_data(args, preprocess_val, tokenizer, **place)
         zero_shot_data = load_zero_shot_data(args)
+        preprocess_val = with_decoding(preprocess_val, args.image_decode)
         teacher = build_teacher(args, ranks.device)
         task = ClipTask(args, ranks, tokenizer, preprocess_val, val_data, zero_shot_data, teacher)
         check_memory(model, args, ranks)

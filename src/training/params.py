@@ -470,6 +470,14 @@ def _add_images(parser: Parser) -> None:
         **one_of("shortest", "longest", "squash"),
     )
     add(
+        "--image-decode",
+        "How images are decoded and resized for training and validation. fast: as uint8 pixels, normalised on the "
+        "device; what OpenCLIP's transform makes, but for rounding. reduced: also, JPEGs that are much larger than "
+        "needed are decoded at a fraction of their size, an approximation. plain: OpenCLIP's transform itself.",
+        default="fast",
+        **one_of("plain", "fast", "reduced"),
+    )
+    add(
         "--aug-cfg",
         "Training augmentation as key=value words, for instance scale=(0.4,1.0) color_jitter=0.4 use_timm=True.",
         default={},

@@ -26,6 +26,7 @@ from . import checkpoint
 from .control import EXIT_INTERRUPTED, EXIT_NONFINITE, Control, Stopped
 from .cost import peak_flops, step_cost, summary
 from .data import TrainData
+from .data.pixels import to_device
 from .distributed import Ranks
 from .ema import Ema
 from .errors import UserError
@@ -238,8 +239,9 @@ class Trainer:
 
     def to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device
+        batch = self.task.prepare(self.model, batch)
         return batch | {
-            "image": batch["image"].to(device=device, dtype=self.input_dtype, non_blocking=True),
+            "image": to_device(batch["image"], device, self.input_dtype, batch.get("normalization")),
             "text": batch["text"].to(device=device, non_blocking=True),
         }
 

@@ -149,6 +149,19 @@ def test_one_tower_alone(custom_text, training):
     torch.testing.assert_close(model.get_logits(image, text), plain.get_logits(image, text), rtol=0, atol=0)
 
 
+def test_vision_guided(custom_text):
+    """Without a caption the image picks its tokens: as with a caption where lam is 1."""
+    model = text_first(plain_model(custom_text)).eval()
+    image, text = pairs()
+    alone = with_token_reduction(model, **{**REDUCTION, "lam": 1.0})
+    _, guidance = alone.encode_text_and_guidance(text)
+    expected = alone.encode_image(image, guidance=guidance)
+    assert not torch.allclose(model.encode_image(image), expected)
+    model.vision_guided = True
+    torch.testing.assert_close(model.encode_image(image), expected)
+    torch.testing.assert_close(model(image=image)["image_features"], torch.nn.functional.normalize(expected, dim=-1))
+
+
 @pytest.mark.parametrize("output_dict", [True, False])
 @pytest.mark.parametrize(
     "bias", [{}, {"init_logit_bias": -10.0}, {"init_logit_bias": -10.0, "nonscalar_logit_scale": True}]

@@ -23,7 +23,10 @@ NEW_DEFAULTS = dict.fromkeys(
         "zeroshot_data", "progress", "duration", "layer_decay", "ema_decay", "save_every_n_steps",
         "save_every_n_minutes", "keep_last",
     ]
-) | {"nonfinite": "stop", "allow_elastic": False, "fsdp": False, "stall_seconds": 60.0, "shortcuts": True}  # fmt: skip
+) | {
+    "nonfinite": "stop", "allow_elastic": False, "fsdp": False, "stall_seconds": 60.0, "shortcuts": True,
+    "image_decode": "fast",
+}  # fmt: skip
 NEW = set(NEW_DEFAULTS)
 
 # Each OpenCLIP option that is carried over, with a value that is not its default.

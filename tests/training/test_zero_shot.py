@@ -360,6 +360,21 @@ class TestCommand:
         found = {json.loads(p.read_text())["weights"] for p in (tmp_path / "out").glob("*.json")}
         assert found == {hash_weights(weights), hash_weights(averages)}
 
+    def test_vision_guided_reduction(self, tmp_path, checkpoints, capsys):
+        data = colour_folder(tmp_path / "data")
+        command = self.command(data, tmp_path / "out", checkpoints / "bare.pt", "--vision-guided-reduction")
+        lengths = []
+        with pytest.MonkeyPatch.context() as patch:
+            reduce = open_clip_elip.Elip.forward
+            patch.setattr(open_clip_elip.Elip, "forward", lambda *a, **k: lengths.append(a[3]) or reduce(*a, **k))
+            assert zero_shot.main(command) == 0
+        assert lengths == [None] * 4  # every batch was reduced, without a caption
+        assert record_in(tmp_path / "out")["settings"]["vision_guided_reduction"] is True
+        capsys.readouterr()
+        command[command.index(MODEL)] = "ViT-S-16"
+        assert zero_shot.main(command) == 2
+        assert "ViT-S-16" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         "change,message",
         [

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from training.data.datasets import TrainData, ValData
+from training.data.images import jpeg_decoder
+from training.data.pixels import PLAIN, PixelTransform
 from training.data.shards import ShardSet, check_shards, expand_shards
 from training.data.sizes import HOW, count_samples
 from training.data.sources import CsvRows, RowSource, ShardSource, SyntheticRows
@@ -39,6 +41,9 @@ def build_train_data(
         f"  {_some(plan.num_batches, 'batch', 'batches')} of {args.batch_size:,} on each of "
         f"{_some(world_size, 'rank')} ({_some(args.workers, 'worker')} each) = {samples:,} samples per epoch"
     )
+    preprocess = _with_decoding(preprocess, args)
+    if isinstance(preprocess, PixelTransform):
+        plan.lines.append(f"  images by --image-decode {args.image_decode}, JPEGs decoded by {jpeg_decoder()}")
     return TrainData(
         plan.source,
         preprocess,
@@ -75,7 +80,7 @@ def build_val_data(
         source, num_samples = RowSource(rows), len(rows)
     return ValData(
         source,
-        preprocess,
+        _with_decoding(preprocess, args),
         tokenizer,
         batch_size=args.batch_size,
         workers=args.workers,
@@ -84,6 +89,15 @@ def build_val_data(
         num_samples=num_samples,
         stall_seconds=getattr(args, "stall_seconds", STALL_SECONDS),
     )
+
+
+def _with_decoding(preprocess: Callable, args: Namespace) -> Callable:
+    decoding = getattr(args, "image_decode", PLAIN)
+    if decoding == PLAIN:
+        return preprocess
+    from training.data.transforms import with_decoding  # takes seconds: only for those who need it
+
+    return with_decoding(preprocess, decoding)
 
 
 def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:

@@ -82,7 +82,8 @@ class TrainData:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Batches of an epoch: from the loaded position if it lies in this epoch, otherwise from the beginning.
 
-        Each is {"image": (B, 3, H, W) float, "text": (B, T) long, "key": list of B strings}.
+        Each is {"image": (B, 3, H, W), "normalization": of images that are uint8, None for floats, "text": (B, T) long,
+        "key": list of B strings}; `pixels.to_device` takes the first two.
         Raises: UserError if a worker finds nothing usable in a whole pass over its part of the data.
         """
         if not (self._loaded and self._epoch == epoch):

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from training.data.images import load_rgb
+from training.data.images import ImageLike, Picture, Unreadable, load_rgb
+from training.data.pixels import PixelTransform, stack
 from training.data.randomness import private_randomness, seed_globals, stable_seed
 from training.data.report import DataReport
 from training.data.samples import END_OF_PASS, RawSample, Reader
@@ -123,24 +124,35 @@ class BatchStream(IterableDataset):
                 if not isinstance(sample.image, bytes):
                     status.starts(sample.key)
                 try:
-                    image = load_rgb(sample.image)
-                except Exception as error:  # PIL raises nearly anything on damaged files
-                    why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
-                    report.add("unreadable image", f"{sample.origin}: {sample.key}: {why}")
+                    image = self._image(sample.image, stable_seed(*self.seed, self.rank, worker, cursor.position))
+                except Unreadable as error:
+                    report.add("unreadable image", f"{sample.origin}: {sample.key}: {error}")
                     continue
                 cursor.usable = True
-                seed_globals(stable_seed(*self.seed, self.rank, worker, cursor.position))
-                images.append(self.preprocess(image))
+                images.append(image)
                 samples.append(sample)
             if not samples:
                 return None
             text = self.tokenizer([sample.caption for sample in samples])
         return {
-            "image": default_collate(images),  # straight into shared memory when in a worker
+            "image": stack(images),
+            "normalization": getattr(self.preprocess, "normalization", None),
             "text": text,
             "key": [sample.key for sample in samples],
             "index": [sample.index for sample in samples],
         }
+
+    def _image(self, encoded: ImageLike, seed: int) -> Tensor:
+        """The picture as the transform makes it, with the randomness of this seed. Raises: Unreadable."""
+        if isinstance(self.preprocess, PixelTransform):  # may decode only when it knows which part it needs
+            picture = Picture(encoded)
+        else:
+            try:
+                picture = load_rgb(encoded)
+            except Exception as error:  # PIL raises nearly anything on damaged files
+                raise Unreadable.because(error) from error
+        seed_globals(seed)
+        return self.preprocess(picture)
 
 
 def run(

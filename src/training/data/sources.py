@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy
@@ -171,16 +172,16 @@ class CsvRows:
 
     def __getitem__(self, row: int) -> RawSample:
         image = self.images[row]
-        opener = image if os.path.isabs(image) else partial(_open_relative, image, self.folder)
+        opener = image if os.path.isabs(image) else partial(_read_relative, image, self.folder)
         return RawSample(image, opener, self.captions[row], self.path, int(self.numbers[row]))
 
 
-def _open_relative(path: str, folder: str) -> Image.Image:
+def _read_relative(path: str, folder: str) -> bytes:
     """A relative path counts from the working directory or, if there is nothing, from the folder of its table."""
     try:
-        return Image.open(path)
+        return Path(path).read_bytes()
     except FileNotFoundError:
-        return Image.open(os.path.join(folder, path))
+        return Path(folder, path).read_bytes()
 
 
 class SyntheticRows:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from open_clip_elip import with_shortcuts
-from open_clip_elip.model import SHORTCUT
+from open_clip_elip.model import SHORTCUT, TextFirst
 
 from .. import checkpoint
+from ..data.pixels import FAST, PLAIN, REDUCED
+from ..data.transforms import with_decoding
 from ..distributed import Ranks, init_ranks, launch_rank
 from ..errors import EXIT_USER_ERROR, UserError
 from ..log import setup_logging
@@ -72,7 +74,15 @@ def add_common_options(parser: argparse.ArgumentParser, *, data_help: str) -> No
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     default = "amp_bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=PRECISIONS, default=default, help="as in training (default: %(default)s)")
+    add(
+        "--vision-guided-reduction",
+        action="store_true",
+        help="reduce the image tokens of an ELIP model as the image alone would have it: faster, not exact",
+    )
     add("--compile", action="store_true", help="torch.compile the image tower")
+    add(
+        "--image-decode", choices=(PLAIN, FAST, REDUCED), default=PLAIN, help="as in training (default: %(default)s)"
+    )
     add("--on-broken", choices=(SKIP, STOP), default=SKIP, help="leave broken images out or end (default: %(default)s)")
     add("--results", default="results", metavar="DIR", help="where results go (default: %(default)s); none: nowhere")
     add("--redo", action="store_true", help="do finished work again")
@@ -138,11 +148,16 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
         tokenizer = open_clip.get_tokenizer(args.model, context_length=changes.get("force_context_length"))
     if type(model) in SHORTCUT:
         model = with_shortcuts(model)
+    if args.vision_guided_reduction:
+        if not isinstance(model, TextFirst):
+            raise UserError(f"--vision-guided-reduction needs an ELIP model; {args.model} is none.")
+        model.vision_guided = True
     if args.ema:
         averages = checkpoint.load(args.pretrained).get("ema")
         if not averages:
             raise UserError(f"{args.pretrained} has no averaged weights (--ema-decay was off); leave out --ema.")
         checkpoint.load_weights(model, averages, args.pretrained)
+    preprocess = with_decoding(preprocess, args.image_decode)
     weights = hash_weights(model.state_dict())
     return LoadedModel(model.eval(), tokenizer, preprocess, repr(preprocess), weights, args.model, args.pretrained)
 
@@ -202,7 +217,12 @@ def described(args: argparse.Namespace, command: str, loaded: LoadedModel) -> di
         "model": loaded.name,
         "pretrained": loaded.pretrained,
         "weights": loaded.weights_hash,
-        "settings": {"precision": args.precision, "transform": loaded.transform_key, "on_broken": args.on_broken},
+        "settings": {
+            "precision": args.precision,
+            "transform": loaded.transform_key,
+            "on_broken": args.on_broken,
+            "vision_guided_reduction": args.vision_guided_reduction,
+        },
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..data.pixels import stack, to_device
 from ..distributed import Ranks
 from ..errors import UserError
 from ..metrics import gather_ordered
@@ -84,7 +85,7 @@ class ImagePass:
         function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...); runs without gradients
             and under the precision's autocast.
         images: what to encode.
-        transform: from an RGB picture to (3, H, W).
+        transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
         ranks: this process among the others.
         settings: see `EncodeSettings`.
         rows: (n,) numbers of the images to encode; default all. Places then count in `rows`.
@@ -113,6 +114,7 @@ class ImagePass:
         settings, device = self.settings, self.ranks.device
         autocast = get_autocast(settings.precision, device_type=device.type)
         input_dtype = get_input_dtype(settings.precision)
+        normalization = getattr(self.decoded.transform, "normalization", None)
         batches = torch.arange(self.count).split(settings.batch_size)
         batches = batches[self.ranks.rank :: self.ranks.world_size] if self.count else ()
         loader = DataLoader(
@@ -134,7 +136,7 @@ class ImagePass:
             self.skipped += [name for name, _ in broken]
             if not len(index):
                 continue
-            images = images.to(device=device, dtype=input_dtype, non_blocking=True)
+            images = to_device(images, device, input_dtype, normalization)
             with torch.inference_mode(), autocast():
                 outputs = self.function(images)
             yield index, outputs.cpu()
@@ -193,6 +195,6 @@ class _Decoded(Dataset):
 def _collate(samples: Sequence[tuple]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Images (B, 3, H, W) and places (B,) of the good samples, and the broken ones."""
     good = [sample for sample in samples if not isinstance(sample[0], str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    images = stack([image for image, _ in good]) if good else torch.empty(0)
     index = torch.tensor([i for _, i in good], dtype=torch.int64)
     return images, index, [sample for sample in samples if isinstance(sample[0], str)]

@@ -1,0 +1,99 @@
+"""OpenCLIP's transforms, and what torchvision makes them of, as transforms on pixels. Importing it takes seconds."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from open_clip.transform import CenterCropOrPad, MaybeConvertMode, ResizeKeepRatio, color_jitter, gray_scale
+from torchvision.transforms import (
+    CenterCrop,
+    ColorJitter,
+    Compose,
+    Grayscale,
+    InterpolationMode,
+    Normalize,
+    RandomGrayscale,
+    RandomResizedCrop,
+    Resize,
+    ToTensor,
+)
+
+from training.data.pixels import PLAIN, REDUCED, Normalization, PixelTransform, Region
+
+log = logging.getLogger(__name__)
+
+_MODES = {InterpolationMode.BICUBIC: "bicubic", InterpolationMode.BILINEAR: "bilinear"}
+_ON_PIXELS = (CenterCrop, CenterCropOrPad)  # the same for a tensor as for a PIL image
+_ON_PICTURES = (color_jitter, gray_scale, ColorJitter, Grayscale, RandomGrayscale)
+
+
+def with_decoding(transform: Callable, decoding: str) -> Callable:
+    """The transform for `--image-decode`: as it is for `PLAIN`, or as a `PixelTransform`.
+
+    One with parts that are not known here stays as it is, and the log says so.
+    """
+    if decoding == PLAIN or isinstance(transform, PixelTransform):
+        return transform
+    found = _read(transform, reduce=decoding == REDUCED)
+    if isinstance(found, PixelTransform):
+        return found
+    log.info("Images are decoded as by --image-decode plain, for only that works with %s.", found)
+    return transform
+
+
+def _read(transform: Callable, reduce: bool) -> PixelTransform | str:
+    """The same transform on pixels, or the name of a part that is in the way."""
+    if type(transform) is not Compose or len(transform.transforms) < 3:
+        return type(transform).__name__
+    first, *steps, to_floats, normalize = transform.transforms
+    steps = [step for step in steps if type(step) is not MaybeConvertMode]  # pictures are RGB here
+    if type(normalize) is not Normalize or len(normalize.mean) != 3 or len(normalize.std) != 3:
+        return type(normalize).__name__
+    if not isinstance(to_floats, ToTensor):
+        return type(to_floats).__name__
+    if type(first) not in _FRAMES or first.interpolation not in _MODES or getattr(first, "max_size", None):
+        return type(first).__name__
+    for step in steps:
+        if type(step) not in _ON_PIXELS + _ON_PICTURES:
+            return type(step).__name__
+    return PixelTransform(
+        partial(_FRAMES[type(first)], first),
+        _MODES[first.interpolation],
+        steps,
+        [type(step) in _ON_PICTURES for step in steps],
+        Normalization(tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))),
+        reduce,
+        plain=transform,
+    )
+
+
+def _random_crop(step: RandomResizedCrop, height: int, width: int) -> Region:
+    shape = torch.empty((1, height, width), device="meta")  # it asks for an image, but looks at the size only
+    return Region(*step.get_params(shape, step.scale, step.ratio), tuple(step.size))
+
+
+def _resized(step: Resize, height: int, width: int) -> Region:
+    """A single number is the length of the shorter side; the longer one is rounded down, as torchvision does."""
+    size = [step.size] if isinstance(step.size, int) else list(step.size)
+    if len(size) == 1:
+        longer = int(size[0] * max(height, width) / min(height, width))
+        size = [longer, size[0]] if height > width else [size[0], longer]
+    return Region(0, 0, height, width, tuple(size))
+
+
+def _resized_keeping_ratio(step: ResizeKeepRatio, height: int, width: int) -> Region:
+    options = ("random_scale_prob", "random_scale_range", "random_aspect_prob", "random_aspect_range")
+    image = SimpleNamespace(size=(width, height))
+    size = step.get_params(image, step.size, step.longest, **{name: getattr(step, name) for name in options})
+    return Region(0, 0, height, width, tuple(size))
+
+
+_FRAMES: dict[type, Callable[[Any, int, int], Region]] = {
+    RandomResizedCrop: _random_crop,
+    Resize: _resized,
+    ResizeKeepRatio: _resized_keeping_ratio,
+}

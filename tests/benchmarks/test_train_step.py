@@ -1,0 +1,104 @@
+"""The step benchmark: both sides do the same work, and what is told adds up. Nothing here depends on speed."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from open_clip_elip.cost import batch_cost
+from open_clip_elip.profile.captions import typical_lengths
+from open_clip_elip.profile.models import ModelSpec
+
+TINY = "ViT-Ti-8-64-ELIP"
+CPU = torch.device("cpu")
+
+
+def load(name: str):
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load("train_step")
+
+
+def options(**changes) -> argparse.Namespace:
+    words = ["--models", TINY, "--batch-size", "4", "--device", "cpu", "--caption-length", "8"]
+    args = script._parser().parse_args(words)
+    return argparse.Namespace(**(vars(args) | changes))
+
+
+def sides(ours: str):
+    """OpenCLIP's side and ours, of the same weights, and their batch."""
+    args = options()
+    plain, _ = next(script.by_shape([ModelSpec.parse(ours)]))
+    text = script.captions(plain.build(device="meta"), args)
+    image = torch.randn(4, 3, 64, 64)
+    theirs = script.OpenClipSide(plain, image, text, args, CPU)
+    own = script.OurSide(ModelSpec.parse(ours), image, text, args, CPU)
+    own.model.load_state_dict(theirs.model.state_dict())
+    return theirs, own, text
+
+
+def test_without_reduction_both_sides_take_the_same_step():
+    theirs, own, _ = sides(f"{TINY}:method=none")
+    assert type(theirs.model) is open_clip.CLIP
+    for side in (theirs, own):
+        for group in side.optimizer.param_groups:
+            group.update(lr=0.1, eps=1.0)  # steps that follow the gradient, not its sign
+    before = theirs.model.visual.proj.detach().clone()
+    theirs.steps(2)
+    own.steps(2)
+    assert not torch.allclose(theirs.model.visual.proj, before, atol=1e-4)
+    for (name, expected), found in zip(theirs.model.named_parameters(), own.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_groups_of_the_optimizers_are_the_same():
+    theirs, own, _ = sides(TINY)
+    for expected, found in zip(theirs.optimizer.param_groups, own.optimizer.param_groups, strict=True):
+        assert [p.shape for p in expected["params"]] == [p.shape for p in found["params"]]
+        for key in ("lr", "betas", "eps", "weight_decay"):
+            assert expected[key] == found[key]
+
+
+def test_options_of_a_model_reach_the_trainer():
+    spec = ModelSpec.parse(f"{TINY}:keep_ratio=1,.8,.6,.2,lam=0.5,merge=false,scoring_depth=1,depths=1,1,2,2")
+    side = script.OurSide(spec, torch.randn(4, 3, 64, 64), torch.zeros(4, 24, dtype=torch.long), options(), CPU)
+    config = side.model.reduction.config
+    assert (config.keep_ratio, config.depths) == ((1, 0.8, 0.6, 0.2), (1, 1, 2, 2))
+    assert (config.lam, config.merge, config.scoring_depth) == (0.5, False, 1)
+
+
+def test_results(tmp_path, capsys):
+    names = [TINY, f"{TINY}:scoring_depth=1"]
+    words = ["--models", *names, "--batch-size", "4", "--device", "cpu", "--caption-length", "8", "--rounds", "2"]
+    assert script.main([*words, "--results", str(tmp_path), "--name", "try"]) == 0
+    found = json.loads((tmp_path / "train_step_cpu_try.json").read_text())
+    assert [result["model"] for result in found["results"]] == names
+    assert found["setting"]["caption_tokens"]["max"] == max(typical_lengths(4, 8.0))
+    plain = batch_cost(ModelSpec.parse(f"{TINY}:method=none").build(device="meta"), [24] * 4)
+    for result in found["results"]:
+        assert result["open_clip"]["flops"] == plain.total
+        assert result["flops_ratio"] == result["ours"]["flops"] / plain.total < 1
+        assert result["saved_ratio"] == result["ours"]["saved_bytes"] / result["open_clip"]["saved_bytes"] < 0.9
+        assert len(result["time_ratio_of_each_round"]) == result["time_ratio"]["count"] == 2
+        assert result["ours"]["peak_bytes"] > result["ours"]["saved_bytes"]
+    exact, shallow = found["results"]
+    assert shallow["flops_ratio"] < exact["flops_ratio"]
+    assert names[1] in capsys.readouterr().out
+    assert f"| {TINY} |" in (tmp_path / "train_step_cpu_try.md").read_text()
+
+
+@pytest.mark.parametrize("model", ["ViT-Q", "coca_ViT-B-32"])
+def test_models_that_cannot_be_compared_are_told(model, tmp_path, capsys):
+    assert script.main(["--models", model, "--device", "cpu", "--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not any(tmp_path.iterdir())

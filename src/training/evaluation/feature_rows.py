@@ -99,7 +99,7 @@ class FeatureRows:
         return features, labels
 
     def _on_device(self, places: Iterable, load: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-        elsewhere = any(part.features.device != self.device for part in self.parts)
+        elsewhere = any(part.features.device.type != self.device.type for part in self.parts)
         pin = elsewhere and self.device.type == "cuda"
 
         def fetch(place: object) -> tuple[Tensor, Tensor]:
@@ -124,15 +124,15 @@ class MemoryNeed(NamedTuple):
 def memory_need(rows: int, width: int, num_classes: int, dtype: torch.dtype, history: int) -> MemoryNeed:
     """What L-BFGS takes for a (rows, width) matrix of `dtype`.
 
-    `work`: `history` pairs of steps and gradient differences and ten vectors of the same size (weights, gradients and
-    the line search), all float32 of num_classes x (width + 1); and a chunk: the rows as they are stored, twice, in
-    float32, and two matrices (chunk, num_classes).
+    `work`: `history` pairs of steps and gradient differences and 16 vectors of the same size (weights, gradients and
+    the line search), all float32 of num_classes x (width + 1); six matrices (width, width) in float64 for the
+    covariance; and a chunk: the rows as they are stored, twice, in float32, and three matrices (chunk, num_classes).
     """
     chunk = min(rows, chunk_rows(width, num_classes))
-    vectors = (2 * history + 10) * num_classes * (width + 1) * 4
+    vectors = (2 * history + 16) * num_classes * (width + 1) * 4
     return MemoryNeed(
         features=rows * width * dtype.itemsize,
-        work=vectors + chunk * (2 * width * dtype.itemsize + 4 * width + 2 * 4 * num_classes),
+        work=vectors + 6 * width * width * 8 + chunk * (2 * width * dtype.itemsize + 4 * width + 3 * 4 * num_classes),
     )
 
 

@@ -23,6 +23,8 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from open_clip_elip.model import Shortcuts
+
 from ..distributed import Ranks
 from ..errors import UserError
 from .command import LoadedModel
@@ -66,7 +68,7 @@ def feature_encoder(model: nn.Module, layer: Layer, normalize: bool, compiled: b
     Raises:
         UserError: the image tower does not offer that layer.
     """
-    forward = model.encode_image if layer == "projected" else _pooled(model.visual)
+    forward = model.encode_image if layer == "projected" else _pooled(model)
 
     def encode(images: Tensor) -> Tensor:
         features = forward(images).float()
@@ -75,8 +77,11 @@ def feature_encoder(model: nn.Module, layer: Layer, normalize: bool, compiled: b
     return torch.compile(encode) if compiled else encode
 
 
-def _pooled(visual: nn.Module) -> Callable[[Tensor], Tensor]:
+def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    visual = model.visual
     if isinstance(visual, VisionTransformer) and visual.pool_type != "none":
+        if isinstance(model, Shortcuts) and visual.transformer.batch_first:
+            return lambda images: visual._pool(model.encode_tokens(images))[0]
         return lambda images: visual._pool(visual.transformer(visual._embeds(images)))[0]
     if isinstance(visual, TimmModel) and "pool" not in dict(visual.head.named_children()):
         trunk = visual.trunk
@@ -121,6 +126,7 @@ def extract_features(
         "layer": layer,
         "normalize": normalize,
         "precision": settings.precision,
+        "vision_guided": getattr(loaded.model, "vision_guided", False),
         "dtype": str(dtype).removeprefix("torch."),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -232,7 +238,8 @@ def _assemble(path: Path, parts: Sequence[Tensor], places: Sequence[Tensor], lab
         header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    # Features aligned as in memory: matrix products on the CPU round differently according to this.
+    text += b" " * (-(8 + len(text)) % 64)
     rows = chain(features(), [labels[place], place])
     _write(path, chain([len(text).to_bytes(8, "little"), text], map(_bytes, rows)))
 

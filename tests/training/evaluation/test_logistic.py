@@ -1,0 +1,263 @@
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from training.evaluation import feature_rows, logistic
+from training.evaluation.feature_rows import FeatureRows, Part, memory_need
+from training.evaluation.logistic import (
+    LinearClassifier,
+    Objective,
+    SolverSettings,
+    all_logits,
+    fit,
+    held_out_score,
+)
+
+CPU = torch.device("cpu")
+
+
+def rows_of(features, labels, rows=None, num_classes=None):
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    rows = torch.arange(len(labels)) if rows is None else torch.as_tensor(rows)
+    return FeatureRows([Part(features, labels, rows)], num_classes or int(labels.max()) + 1, CPU)
+
+
+def noise_rows(count=50, width=7, num_classes=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (count,), generator=generator)
+    features = torch.randn(count, width, generator=generator, dtype=torch.float64) + 3
+    return rows_of(features.to(dtype), labels, num_classes=num_classes)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Features (N, 64) in 0..1 and classes, for training and for test."""
+    features, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    return [(features[part] / 16, labels[part]) for part in (order[:1200], order[1200:])]
+
+
+# --- the objective ---
+
+
+@pytest.mark.parametrize("regularisation", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_gradient_is_autograds(monkeypatch, regularisation, chunk):
+    rows = noise_rows()
+    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", chunk * 7)
+    generator = torch.Generator().manual_seed(1)
+    theta = torch.randn(4 * 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight, bias = theta[:28].view(4, 7), theta[28:]
+    part = rows.parts[0]
+    expected = F.cross_entropy(part.features @ weight.T + bias, part.labels, reduction="sum")
+    expected = expected + weight.square().sum() / (2 * regularisation)
+    expected.backward()
+    loss, grad = Objective(rows, regularisation)(theta)
+    assert loss == pytest.approx(expected.item(), rel=1e-13)
+    torch.testing.assert_close(grad, theta.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_cancels_for_certain_rows():
+    """Where the right class has nearly all the probability, float32 still tells how much is left."""
+    rows = rows_of(torch.eye(3) * 40, [0, 1, 2])
+    theta = torch.cat([torch.eye(3).flatten(), torch.zeros(3)])
+    loss, grad = Objective(rows, 1e30)(theta)
+    exact, exact_grad = Objective(rows_of(torch.eye(3, dtype=torch.float64) * 40, [0, 1, 2]), 1e30)(theta.double())
+    assert 0 < exact < 1e-15
+    assert loss == pytest.approx(exact, rel=1e-6)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=0)
+
+
+def test_gradient_in_other_coordinates():
+    """L-BFGS works in coordinates of its own; the gradient there is that of the same objective."""
+    objective = Objective(noise_rows(), 0.5)
+    coordinates = logistic._Coordinates(objective)
+    theta = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    grad = coordinates.gradient(objective(coordinates.to_weights(theta))[1])
+    for i in range(0, 32, 5):
+        step = torch.zeros_like(theta)
+        step[i] = 1e-5
+        up, down = (objective(coordinates.to_weights(theta + sign * step))[0] for sign in (1, -1))
+        assert (up - down) / 2e-5 == pytest.approx(grad[i].item(), rel=1e-5, abs=1e-6)
+
+
+# --- scikit-learn ---
+
+
+def sklearn_fit(features, labels, c):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LogisticRegression(C=c, max_iter=3000, tol=1e-8).fit(features, labels)
+
+
+@pytest.mark.parametrize("c", [1e-3, 1.0, 100.0])
+def test_equals_sklearn(digits, c):
+    (features, labels), (test_features, test_labels) = digits
+    theirs = sklearn_fit(features, labels, c)
+    ours = fit(rows_of(features, labels), c, SolverSettings(tolerance=1e-9))
+    scale = np.abs(theirs.coef_).max()
+    np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, atol=1e-3 * scale)
+    np.testing.assert_allclose((ours.bias - ours.bias.mean()).numpy(), theirs.intercept_, atol=1e-3 * scale)
+    for dtype, tolerance in ((torch.float64, 0), (torch.float32, 0.002), (torch.bfloat16, 0.005)):
+        classifier = fit(rows_of(torch.tensor(features, dtype=dtype), labels), c, SolverSettings())
+        top1, _ = held_out_score(classifier, rows_of(torch.tensor(test_features, dtype=dtype), test_labels))
+        assert top1 == pytest.approx(theirs.score(test_features, test_labels), abs=tolerance + 1e-9)
+        assert classifier.converged
+
+
+def test_two_classes_are_sklearns_with_twice_the_c(digits):
+    features, labels = (part[digits[0][1] < 2] for part in digits[0])
+    theirs = sklearn_fit(features, labels, 2.0)
+    ours = fit(rows_of(features, labels), 1.0, SolverSettings(tolerance=1e-9))
+    np.testing.assert_allclose((ours.weight[1] - ours.weight[0]).numpy(), theirs.coef_[0], atol=1e-4)
+    assert (ours.bias[1] - ours.bias[0]).item() == pytest.approx(theirs.intercept_[0], abs=1e-3)
+
+
+def test_standardized_as_in_sklearn(digits):
+    """The classifier is for plain features; a constant column has no weight."""
+    (features, labels), (test_features, test_labels) = digits
+    features = features * np.linspace(0.01, 50, 64) + 7  # the corners of the pictures are always 7
+    scaler = StandardScaler().fit(features)
+    theirs = sklearn_fit(scaler.transform(features), labels, 0.05)
+    rows = rows_of(features, labels).standardized()
+    ours = fit(rows, 0.05, SolverSettings(tolerance=1e-9))
+    np.testing.assert_allclose(ours.weight.numpy() * scaler.scale_, theirs.coef_, atol=1e-4)
+    assert torch.count_nonzero(ours.weight[:, 0]) == 0
+    test = rows_of(test_features * np.linspace(0.01, 50, 64) + 7, test_labels)
+    logits = all_logits(ours, test)
+    expected = theirs.decision_function(scaler.transform(test.parts[0].features.numpy()))
+    np.testing.assert_allclose((logits - logits.mean(dim=1, keepdim=True)).numpy(), expected, atol=1e-3)
+
+
+def test_centred_and_whitened_coordinates_help():
+    """Features as networks have them: far from 0, and a thousand times wider in some directions than in others."""
+    rows = noise_rows(400, 12, 3, torch.float32)
+    wild = rows_of(rows.parts[0].features * torch.logspace(-2, 1, 12) + 100, rows.labels)
+    classifier = fit(wild, 1e3, SolverSettings())
+    assert classifier.converged and classifier.iterations <= 60
+    theta = torch.cat([classifier.weight.flatten(), classifier.bias]).double()
+    precise = rows_of(wild.parts[0].features.double(), wild.labels)
+    exact = fit(precise, 1e3, SolverSettings())
+    objective = Objective(precise, 1e3)
+    best, _ = objective(torch.cat([exact.weight.flatten(), exact.bias]))
+    assert objective(theta)[0] == pytest.approx(best, rel=1e-4)
+
+
+# --- where the rows are ---
+
+
+def mapped(tensor, path):
+    path.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_from_a_file_give_the_same_bits(tmp_path, monkeypatch, dtype, solver):
+    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 7 * 20)
+    settings = SolverSettings(solver, iterations=30, epochs=3, batch_size=16)
+    rows = noise_rows(150, dtype=dtype)
+    part = rows.parts[0]
+    expected = fit(rows, 0.1, settings)
+    streamed = dataclasses.replace(rows, parts=[part._replace(features=mapped(part.features, tmp_path / "f"))])
+    wide = dataclasses.replace(rows, parts=[part._replace(features=part.features.float())])
+    for other in (streamed, wide):
+        classifier = fit(other, 0.1, settings)
+        assert torch.equal(classifier.weight, expected.weight) and torch.equal(classifier.bias, expected.bias)
+
+
+def test_chunks_and_batches_of_some_rows_of_two_matrices(monkeypatch):
+    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 2 * 4)  # chunks of two rows
+    features = torch.arange(40.0).view(10, 4)
+    labels = torch.arange(10)
+    first, second = torch.tensor([1, 2, 5, 7, 8]), torch.tensor([0, 9])
+    rows = FeatureRows([Part(features, labels, first), Part(features + 100, labels, second)], 3, CPU)
+    wanted = torch.cat([features[first], features[second] + 100])
+    x, y = zip(*rows.chunks(), strict=True)
+    assert [len(part) for part in x] == [2, 2, 1, 2]
+    assert torch.equal(torch.cat(x), wanted) and torch.cat(y).tolist() == [1, 2, 5, 7, 8, 0, 9]
+    assert (len(rows), rows.width, rows.labels.tolist()) == (7, 4, [1, 2, 5, 7, 8, 0, 9])
+    order = torch.tensor([6, 0, 3, 5, 1])
+    x, y = zip(*rows.batches(order, 2), strict=True)
+    assert [len(part) for part in x] == [2, 2, 1]
+    assert torch.equal(torch.cat(x), wanted[order]) and torch.equal(torch.cat(y), rows.labels[order])
+
+
+def test_reading_ahead_keeps_order_and_errors():
+    done = []
+
+    def load(i):
+        if i == 3:
+            raise OSError("the disk is gone")
+        return i * 10
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        for value in feature_rows._ahead(load, range(5)):
+            done.append(value)
+    assert done == [0, 10, 20]
+    assert list(feature_rows._ahead(str, [])) == []
+
+
+def test_memory_need_of_imagenet():
+    """1.28 million rows of 768 numbers, 1000 classes: 2 GB of bf16 on the device, or half a GB if they are streamed."""
+    for dtype, features in ((torch.bfloat16, 1_281_167 * 768 * 2), (torch.float32, 1_281_167 * 768 * 4)):
+        need = memory_need(1_281_167, 768, 1000, dtype, 10)
+        assert need.features == features
+        assert 0.3e9 < need.work < 0.6e9
+    assert memory_need(100, 768, 1000, torch.float32, 10).work < 0.2e9  # no larger chunks than there are rows
+
+
+# --- ends ---
+
+
+def test_iterations_are_limited():
+    classifier = fit(noise_rows(), 1e6, SolverSettings(iterations=13, tolerance=1e-12))
+    assert (classifier.iterations, classifier.converged) == (13, False)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "adamw"])
+def test_stochastic_solvers(digits, solver):
+    (features, labels), (test_features, test_labels) = ((torch.tensor(x).float(), y) for x, y in digits)
+    settings = SolverSettings(solver, epochs=20, batch_size=64)
+    classifier = fit(rows_of(features, labels), 0.0, settings)
+    assert classifier.iterations == 20 * 19
+    test = rows_of(test_features, test_labels)
+    assert held_out_score(classifier, test)[0] > 0.94
+    assert torch.equal(fit(rows_of(features, labels), 0.0, settings).weight, classifier.weight)
+    other = fit(rows_of(features, labels), 0.0, dataclasses.replace(settings, seed=1))
+    assert not torch.equal(other.weight, classifier.weight)
+    decayed = fit(rows_of(features, labels), 0.1, settings)
+    assert decayed.weight.norm() < 0.7 * classifier.weight.norm()
+
+
+def test_weight_decay_spares_the_bias():
+    """With one-sided classes and a weight of nothing, the bias alone tells how frequent they are."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    rows = rows_of(torch.randn(100, 3, generator=torch.Generator().manual_seed(0)), labels)
+    for settings, value in ((SolverSettings(), 1e-9), (SolverSettings("sgd", epochs=200, batch_size=100), 9.0)):
+        classifier = fit(rows, value, settings)
+        assert classifier.weight.abs().max() < 0.02
+        assert (classifier.bias[0] - classifier.bias[1]).item() == pytest.approx(np.log(9), abs=0.02)
+
+
+def test_a_fit_that_diverges_scores_nothing():
+    rows = noise_rows(dtype=torch.float32)
+    classifier = fit(rows, 1e6, SolverSettings("sgd", epochs=30, batch_size=10))
+    assert not classifier.weight.isfinite().all()
+    assert held_out_score(classifier, rows) == (0, np.inf)
+
+
+def test_held_out_score():
+    classifier = LinearClassifier(torch.eye(3), torch.zeros(3))
+    rows = rows_of(torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [2, 0, 0]]), [0, 1, 2, 1])
+    top1, loss = held_out_score(classifier, rows)
+    right = -np.log(np.exp(2) / (np.exp(2) + 2))
+    assert top1 == 0.75
+    assert loss == pytest.approx((3 * right + right + 2) / 4, rel=1e-6)

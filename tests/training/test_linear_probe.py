@@ -1,0 +1,286 @@
+"""The linear probe's command, on a data set of noise in three colours; what it is made of is tested in evaluation/."""
+import json
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from training import linear_probe
+from training.evaluation import features as features_module
+from training.evaluation.datasets import load_data
+from training.evaluation.pictures import ArrayImages, LabelledImages
+
+from .colours import write_colours
+from .runs import MODEL
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder for `local-dir:`: configuration and weights of a tiny ELIP model."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    torch.manual_seed(0)
+    plain = {k: v for k, v in MODEL.items() if k != "token_reduction"}
+    torch.save(open_clip.CLIP(**plain).state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture
+def colours(tmp_path):
+    return write_colours(tmp_path / "colours", train=60, test=30)
+
+
+@pytest.fixture
+def run(model, colours, tmp_path, capsys):
+    """Runs the command: the table it prints, or the sentence it ends with. What it logged is in `run.log`."""
+
+    def run(*flags, data=colours, results="results", code=0):
+        words = command(model, data, tmp_path / results)
+        assert linear_probe.main([*words, *flags]) == code
+        out, run.log = capsys.readouterr()
+        if not code:
+            return out
+        *_, last = run.log.splitlines()
+        assert out == "" and last.startswith("error: ") and run.log.count("error:") == 1, run.log
+        return last
+
+    return run
+
+
+def command(model, data, results):
+    return ["--model", f"local-dir:{model}", "--data", str(data), "--results", str(results), "--batch-size", "7",
+            "--workers", "0", "--device", "cpu", "--precision", "fp32", "--no-progress"]  # fmt: skip
+
+
+def written(results):
+    return [json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json"))]
+
+
+def pooled_features(model, colours, split):
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
+    data = load_data(str(colours), split=split)
+    clip.eval().visual.proj = None
+    with torch.inference_mode():
+        features = clip.visual(torch.stack([preprocess(data.images.load(i)) for i in range(len(data))]))
+    return features.double().numpy(), data.labels.numpy()
+
+
+def test_command(run, model, colours, tmp_path, monkeypatch):
+    """The sweep's choice, fitted again by scikit-learn on all training pictures, has the same score."""
+    shown = run()
+    (record,) = written(tmp_path / "results")
+    assert (record["command"], record["data"], record["split"]) == ("linear_probe", "colours", "test")
+    assert (record["num_train_samples"], record["metrics"]["num_samples"]) == (60, 30)
+    assert len(record["trials"]) >= 11 and record["regularisation"] in {t["regularisation"] for t in record["trials"]}
+    train, test = (pooled_features(model, colours, split) for split in ("train", "test"))
+    theirs = LogisticRegression(C=record["regularisation"], max_iter=2000, tol=1e-8).fit(*train)
+    assert record["metrics"]["top1"] == pytest.approx(theirs.score(*test), abs=1e-9)
+    assert record["metrics"]["top1"] > 0.8 and record["metrics"]["top5"] == 1
+    assert record["metrics"]["mean_per_class_recall"] == pytest.approx(record["metrics"]["top1"])  # 10 of each
+    assert "colours (test)" in shown and f"{record['metrics']['top1']:.2%}" in shown
+    assert f"{record['regularisation']:.4g}" in shown
+
+    # Finished: nothing is encoded or fitted again. With another setting only the features are used again.
+    monkeypatch.setattr(features_module, "ImagePass", lambda *args, **kwargs: pytest.fail("features made again"))
+    monkeypatch.setattr(linear_probe, "sweep", lambda *args: pytest.fail("swept again"))
+    assert run() == shown
+    assert written(tmp_path / "results") == [record]  # the date too
+    value = repr(record["regularisation"])
+    assert run("--regularisation", value) == shown  # the same classifier
+    (tmp_path / "results" / next(p.name for p in (tmp_path / "results").glob("*.json"))).unlink()
+    run("--regularization", value, "--also", str(colours))
+    with pytest.raises(pytest.fail.Exception, match="swept again"):
+        run("--redo")
+
+
+def test_probe_is_kept_for_more_test_sets(run, colours, tmp_path, monkeypatch):
+    """--also evaluates the probe that was trained before, on sets with the same classes."""
+    run()
+    more = tmp_path / "more"
+    shutil.copytree(colours, more)
+    shutil.rmtree(more / "train")
+    for path in more.glob("test/*/*.png"):
+        Image.open(path).rotate(180).save(path)
+    (next(more.glob("test/red/*.png"))).write_bytes(b"no picture")
+    monkeypatch.setattr(linear_probe, "fit", lambda *args: pytest.fail("fitted again"))
+    lines = run("--also", str(more)).splitlines()
+    assert [line.split()[0] for line in lines] == ["data", "colours", "more"]
+    other = next(record for record in written(tmp_path / "results") if record["data"] == "more")
+    assert other["metrics"]["num_samples"] == 29 and len(other["skipped"]) == 1
+    assert other["settings"]["train"] == "colours"
+    assert other["regularisation"] == written(tmp_path / "results")[0]["regularisation"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--solver", "sgd", "--epochs", "15", "--solver-batch-size", "16"],
+        ["--solver", "adamw", "--epochs", "10", "--regularisation", "0.01", "--layer", "projected", "--normalize"],
+        ["--regularisation", "10", "--standardize", "--feature-dtype", "bf16", "--max-train-samples", "30"],
+    ],
+)
+def test_solvers_and_options(run, tmp_path, flags):
+    run(*flags)
+    (record,) = written(tmp_path / "results")
+    assert record["metrics"]["top1"] > 0.6
+    assert record["settings"]["solver"] == (flags[1] if "--solver" in flags else "lbfgs")
+    if "--max-train-samples" in flags:
+        assert record["num_train_samples"] == 30
+        assert record["settings"]["feature_dtype"] == "bf16" and record["settings"]["standardize"] is True
+    else:
+        assert record["num_train_samples"] == 60
+    run(*flags, results="again")
+    (again,) = written(tmp_path / "again")
+    assert {**again, "date": ""} == {**record, "date": ""}
+
+
+def test_streaming_from_disk_changes_nothing(run, tmp_path):
+    records = []
+    for gigabytes, said in (("0", "read from disk in each iteration"), ("1", "kept there")):
+        run("--feature-memory", gigabytes, "--redo")
+        assert said in run.log
+        records += [{**record, "date": ""} for record in written(tmp_path / "results")]
+    assert records[0] == records[1]
+
+
+def test_a_val_split_is_used_for_the_sweep(run, colours, tmp_path):
+    run()
+    assert "54 samples to train on, 6 held out" in run.log
+    assert "colours has no val split, only train and test" in run.log
+    write_colours(tmp_path / "other", train=45, test=3)
+    for path in (tmp_path / "other" / "train").glob("*/*.png"):
+        target = colours / "val" / path.parent.name / f"val-{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    run(results="with-val")
+    assert "60 samples to train on, 45 held out" in run.log
+    (record,) = written(tmp_path / "with-val")
+    assert record["num_train_samples"] == 105  # the refit takes both
+    assert record["settings"]["val_fingerprint"] and record["settings"]["held_out"] is None
+
+
+def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
+    """A probe for 1000 classes is evaluated on sets with some of them, as ImageNet-R is; other sets have their own."""
+    names = open_clip.IMAGENET_CLASSNAMES
+    pixels = np.random.default_rng(0).integers(0, 256, (1030, 8, 8, 3), dtype=np.uint8)
+    every, asked = torch.arange(1000), []
+
+    def fake(spec, *, split="test", download=False):
+        if spec == "imagenet":
+            asked.append(split)
+            rows, split = (every, split) if split == "train" else (torch.arange(1000, 1030), "val")
+            labels = every if split == "train" else every[:30]
+            groups = [[i] for i in range(1000)]
+            images = ArrayImages(pixels, "noise").subset(rows)
+            return LabelledImages(images, labels, names, name=spec, split=split, imagenet_classes=groups)
+        # The training pictures of two ImageNet classes, as one class, and of a third.
+        images = ArrayImages(pixels, "noise").subset(torch.tensor([7, 8, 500]))
+        return LabelledImages(
+            images, torch.tensor([0, 0, 1]), ["birds", "other"], name=spec, imagenet_classes=[[7, 8], [500]]
+        )
+
+    monkeypatch.setattr(linear_probe, "load_data", fake)
+    assert "one training image a class, none to hold out" in run(data="imagenet", code=2)
+    run("--also", "imagenet-r", "--regularisation", "1e6", "--max-iterations", "50", data="imagenet")
+    assert set(asked) == {"train", "test"}  # the "test" set is the val split, which no sweep may look at
+    first, second = written(tmp_path / "results")
+    by_name = {record["data"]: record["metrics"] for record in (first, second)}
+    assert by_name["imagenet-r"]["top1"] == 1  # it has seen them
+    assert by_name["imagenet-r"]["num_samples"] == 3
+    assert by_name["imagenet"]["top1"] < 0.1 and by_name["imagenet"]["num_samples"] == 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--held-out", "1"], "--held-out must be between 0 and 1"),
+        (["--regularisation", "0"], "--regularisation must be finite and not negative, and more than 0 with lbfgs"),
+        (["--regularisation", "nan"], "--regularisation must be finite"),
+        (["--solver", "sgd", "--regularisation", "-1"], "--regularisation must be finite and not negative"),
+        (["--epochs", "3"], "--epochs is for sgd and adamw"),
+        (["--solver", "sgd", "--solver-batch-size", "0"], "--solver-batch-size must be more than 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--max-train-samples", "0"], "--max-train-samples must be more than 0"),
+        (["--max-train-samples", "2"], "1 of the 3 classes of colours have no readable training image"),
+        (["--max-iterations", "0"], "--max-iterations must be more than 0"),
+        (["--feature-memory", "-1"], "--feature-memory must be 0"),
+        (["--results", "none"], "--results none leaves no place for the features; name one with --cache"),
+        (["--data", "colours/test"], "has no train split"),
+        (["--data", "colours/train"], "no test split"),
+        (["--also", "pets"], "pets (test) has 2 classes, but the classifier is for the 3 of colours (train)"),
+        (["--data", "nowhere"], "There is no folder nowhere"),
+    ],
+)
+def test_mistakes(run, colours, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(linear_probe, "load_model", lambda *args: pytest.fail("the model was loaded first"))
+    shutil.copytree(colours, "pets")
+    shutil.rmtree("pets/train")
+    shutil.rmtree("pets/test/red")
+    Path("pets/classnames.txt").write_text("blue\ngreen\n")
+    for split in ("train", "test"):
+        shutil.copy(colours / "classnames.txt", colours / split)
+    assert message in run(*flags, code=2)
+    assert not Path("results").exists()
+
+
+def test_a_class_of_broken_pictures(run, colours):
+    for path in (colours / "train" / "green").iterdir():
+        path.write_bytes(b"no picture")
+    assert "1 of the 3 classes of colours have no readable training image (the first is 'green')" in run(code=2)
+
+
+def test_a_fit_that_diverges(run):
+    said = run("--solver", "sgd", "--regularisation", "1e9", code=2)
+    assert "The fit with regularisation 1000000000.0 diverged" in said
+
+
+def test_script():
+    """The words of the script become those of the command; too few of them are refused."""
+    script = Path(__file__).parents[2] / "scripts" / "linear_probe.sh"
+    environment = {**os.environ, "PYTHON": "echo", "NPROC": "1", "MODEL": "ViT-B-16"}
+    words = ["bash", str(script), "openai", "/in", "cifar10=/c", "--also", "imagenet-v2=/v"]
+    shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    expected = "--model ViT-B-16 --pretrained openai --data imagenet=/in cifar10=/c --also imagenet-v2=/v"
+    assert shown == f"-m training.linear_probe {expected}\n"
+    failed = subprocess.run(words[:3], env=environment, capture_output=True, text=True)
+    assert failed.returncode == 2 and "name the checkpoint and the folder of ImageNet" in failed.stderr
+
+
+def test_two_processes(model, colours, tmp_path):
+    """The command writes in two processes what it writes in one, features and probe to the last bit."""
+    (colours / "train" / "red" / "002.png").write_bytes(b"no picture")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one, two = (command(model, colours, tmp_path / name) for name in ("one", "two"))
+    mp.spawn(rank_main, (two, port), nprocs=2)
+    assert linear_probe.main(one) == 0
+    (first,), (second,) = (written(tmp_path / name) for name in ("one", "two"))
+    assert {**first, "date": ""} == {**second, "date": ""}
+    assert first["num_train_samples"] == 59 and len(first["train_skipped"]) == 1
+    files = [sorted((tmp_path / name / "features").iterdir()) for name in ("one", "two")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(files[0]) == 5
+    for a, b in zip(*files, strict=True):
+        if a.suffix == ".pt":
+            a, b = (torch.load(path) for path in (a, b))
+            assert torch.equal(a["weight"], b["weight"]) and torch.equal(a["bias"], b["bias"])
+        else:
+            assert a.read_bytes() == b.read_bytes()
+
+
+def rank_main(rank, words, port):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert linear_probe.main(words) == 0
+    assert linear_probe.main(["--data", "missing", *words[4:], "--model", words[1]]) == 2

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import is_plain, run_block, run_block_at
 from .reduction import METHODS, check_blocks
 from .text import TextParts, can_cut, cut_text, encode_parts
+from .vision import can_drive, pool, run_layer
 
 # Hugging Face text models whose first token is a `[CLS]`; the others (mT5, M2M100) have none and use what they pool.
 HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
@@ -59,7 +58,7 @@ class Shortcuts(nn.Module):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, H, W) to (B, embed_dim), with all tokens."""
-        if not (self.shortcuts and isinstance(self.visual, VisionTransformer) and self.visual.transformer.batch_first):
+        if not (self.shortcuts and can_drive(self.visual)):
             return super().encode_image(image, normalize=normalize)
         return self.pool_image(self.encode_tokens(image), normalize)
 
@@ -71,20 +70,12 @@ class Shortcuts(nn.Module):
         return x
 
     def run_vision_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D), or to (B, 1, D) in the last layer of a tower of which only `[CLS]` is used."""
-        visual, run = self.visual, nn.Module.__call__
-        if self.shortcuts and is_plain(block):
-            only_cls = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
-            run = run_block_at if only_cls and block is visual.transformer.resblocks[-1] else run_block
-        if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, block, x, use_reentrant=False)
-        return run(block, x)
+        """One layer of the image tower; see `vision.run_layer`."""
+        return run_layer(self.visual, block, x, self.shortcuts)
 
     def pool_image(self, x: Tensor, normalize: bool) -> Tensor:
         """(B, L, D) after the last layer to features (B, embed_dim)."""
-        features, _ = self.visual._pool(x)
-        if self.visual.proj is not None:
-            features = features @ self.visual.proj
+        features = pool(self.visual, x)
         return F.normalize(features, dim=-1) if normalize else features
 
 

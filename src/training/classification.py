@@ -11,7 +11,8 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from open_clip_elip.vision import can_drive, pool, run_layer
 
 from .augment import Mix
 from .distributed import Ranks
@@ -36,7 +37,12 @@ class Classifier(nn.Module):
         normalize: bring the features to unit length first, as a zero-shot classifier wants them.
         reduction: token reduction (`open_clip_elip.Elip`), guided by vision alone, in training and in evaluation.
         num_patches: that enter the first layer, where tokens are reduced.
+
+    Attributes:
+        shortcuts: leave out what changes no number beyond rounding (`open_clip_elip.with_shortcuts`).
     """
+
+    shortcuts: bool = True
 
     def __init__(
         self,
@@ -53,22 +59,25 @@ class Classifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""
-        features = self.visual(image) if self.reduction is None else self.encode_reduced(image)
+        features = self.encode(image)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.head.weight.dtype)
             return self.head(F.normalize(features, dim=-1) if self.normalize else features)
 
-    def encode_reduced(self, image: Tensor) -> Tensor:
-        """Features (B, D) of the tokens that the image's own `[CLS]` keeps (paper, Sec. 4.4.5)."""
+    def encode(self, image: Tensor) -> Tensor:
+        """Features (B, D) of all tokens or, with `reduction`, of those that the `[CLS]` itself keeps (Sec. 4.4.5)."""
         visual = self.visual
-        x = self.reduction(visual.transformer.resblocks, visual._embeds(image), run=self.run_block)
-        features, _ = visual._pool(x)
-        return features if visual.proj is None else features @ visual.proj
+        if not can_drive(visual):
+            return visual(image)
+        x, blocks = visual._embeds(image), visual.transformer.resblocks
+        if self.reduction is not None:
+            return pool(visual, self.reduction(blocks, x, run=self.run_block))
+        for block in blocks:
+            x = self.run_block(block, x)
+        return pool(visual, x)
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.visual.transformer.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+        return run_layer(self.visual, block, x, self.shortcuts)
 
     def rrt(self) -> float:
         """Ratio of removed tokens (see `Elip.rrt`)."""

@@ -1,8 +1,4 @@
-"""What training costs: floating-point operations, tokens, memory; a device's peak; the summary of a run.
-
-All counts are sums over OpenCLIP's own ViT and text transformer, plain or text-first; for other towers they are None.
-An operation is a multiplication or an addition, in matrix products only.
-"""
+"""What a run costs: the memory it needs, its device's peak, its summary. Operations are `open_clip_elip.cost`'s."""
 from __future__ import annotations
 
 import argparse
@@ -11,195 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 import torch
-from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import nn
 
-from open_clip_elip import Elip
+from open_clip_elip.cost import StepCost, activation_bytes, is_counted, step_cost
 
-# ---------------------------------------------------------------------- operations
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Operations and tokens of one image-text pair in a training step.
-
-    Attributes:
-        forward, backward: of the towers; a locked tower has no backward.
-        scoring: the passes without gradient that choose the tokens, guidance included.
-        recompute: what is run a second time to save memory: gradient checkpointing, accumulation.
-        image_tokens: patches that enter the image tower.
-        text_tokens: tokens that enter the text tower.
-    """
-
-    forward: int
-    backward: int
-    scoring: int
-    recompute: int
-    image_tokens: int
-    text_tokens: int
-
-    @property
-    def model(self) -> int:
-        """What the method needs: all but `recompute`. Utilisation (MFU) is counted with this."""
-        return self.forward + self.backward + self.scoring
-
-    @property
-    def total(self) -> int:
-        """What the device computes."""
-        return self.model + self.recompute
-
-    @property
-    def tokens(self) -> int:
-        return self.image_tokens + self.text_tokens
-
-
-def step_cost(model: nn.Module, text_length: int | None = None, accumulate: bool = False) -> StepCost | None:
-    """The cost of one pair in training; None where a tower is not OpenCLIP's own. The loss is not counted.
-
-    Args:
-        model: the bare model, locked and checkpointed as it is trained.
-        text_length: columns of the token ids, if not the model's context length.
-        accumulate: with `--accum-freq` above 1, when each micro-batch runs once more without gradient.
-    """
-    if not _is_counted(model):
-        return None
-    visual, text = model.visual, getattr(model, "text", model)
-    count, scoring = _Operations(), 0
-
-    length = text_length or text.context_length
-    cls_emb = getattr(text, "cls_emb", None)
-    count.through(text.token_embedding, text.positional_embedding, cls_emb)
-    for block in text.transformer.resblocks:
-        count.block(block, length + (cls_emb is not None), text.transformer.grad_checkpointing)
-    count.through(text.ln_final)
-    if text.text_projection is not None:
-        count.product(1, getattr(text.text_projection, "weight", text.text_projection))
-
-    count.needs_gradient = False
-    count.product(visual.grid_size[0] * visual.grid_size[1], visual.conv1.weight)
-    count.through(visual.class_embedding, visual.positional_embedding, visual.ln_pre)
-    reduction = getattr(model, "reduction", None)
-    if reduction is not None and visual.proj is not None:
-        scoring += 2 * visual.proj.numel()  # brings the text to the image tower's width
-    for stage in _stages(model):
-        if stage.reduced_from:
-            scored = stage.blocks[: reduction.config.scoring_depth or len(stage.blocks)]
-            scoring += sum(_block_forward(block, stage.reduced_from) for block in scored[:-1])
-            scoring += _row_forward(scored[-1], stage.reduced_from)
-        for block in stage.blocks:
-            count.block(block, stage.tokens, visual.transformer.grad_checkpointing)
-    count.through(visual.ln_post)
-    if visual.proj is not None:
-        count.product(1, visual.proj)
-
-    again = count.forward + scoring if accumulate else 0
-    return StepCost(count.forward, count.backward, scoring, count.recompute + again, _num_patches(visual), length)
-
-
-class _Operations:
-    """Adds up what a tensor costs on its way through a tower, forward and back."""
-
-    def __init__(self):
-        self.forward = self.backward = self.recompute = 0
-        self.needs_gradient = False  # of the tensor, where it is now
-
-    def through(self, *parts: nn.Module | nn.Parameter | None) -> None:
-        """Parts without a matrix product."""
-        self.needs_gradient |= any(_is_trained(part) for part in parts)
-
-    def product(self, rows: int, weight: nn.Parameter) -> None:
-        """rows x weight; the gradients of the input and of the weight cost as much, each where it is needed."""
-        self.forward += 2 * rows * weight.numel()
-        self.backward += 2 * rows * weight.numel() * (self.needs_gradient + weight.requires_grad)
-        self.through(weight)
-
-    def block(self, block: nn.Module, tokens: int, checkpointed: bool) -> None:
-        attn, mlp = block.attn, block.mlp
-        self.through(block.ln_1)
-        self.product(tokens, attn.in_proj_weight)
-        self.through(attn.in_proj_bias)
-        between_tokens = 4 * tokens**2 * _width(block)
-        self.forward += between_tokens
-        self.backward += 2 * between_tokens * self.needs_gradient
-        self.product(tokens, attn.out_proj.weight)
-        self.through(attn.out_proj, block.ls_1, block.ln_2)
-        self.product(tokens, mlp.c_fc.weight)
-        self.through(mlp)
-        self.product(tokens, mlp.c_proj.weight)
-        self.through(block.ls_2)
-        if checkpointed and self.needs_gradient:
-            # Recomputing stops at the last tensor that is needed: the input of the last product, unless it is scaled.
-            unneeded = 2 * tokens * mlp.c_proj.weight.numel() if isinstance(block.ls_2, nn.Identity) else 0
-            self.recompute += _block_forward(block, tokens) - unneeded
-
-
-def _block_forward(block: nn.Module, tokens: int) -> int:
-    count = _Operations()
-    count.block(block, tokens, checkpointed=False)
-    return count.forward
-
-
-def _row_forward(block: nn.Module, tokens: int) -> int:
-    """`reduction.scoring.cls_attention`: one query, the key weights moved onto it, one row of logits for each head."""
-    width = _width(block)
-    return 2 * width**2 + 2 * width**2 + 2 * block.attn.num_heads * tokens * width
-
-
-def _width(block: nn.Module) -> int:
-    return block.attn.in_proj_weight.shape[1]
-
-
-# ---------------------------------------------------------------------- what there is to count
-
-
-def _is_counted(model: nn.Module) -> bool:
-    visual, text = getattr(model, "visual", None), getattr(model, "text", None)
-    return (
-        isinstance(visual, VisionTransformer)
-        and visual.attn_pool is None
-        and (isinstance(text, TextTransformer) if text is not None else isinstance(model, open_clip.CLIP))
-        and isinstance(getattr(model, "reduction", None), (Elip, type(None)))
-    )
-
-
-def _num_patches(visual: VisionTransformer) -> int:
-    """Patch tokens that enter the first layer in training, after patch dropout."""
-    patches = visual.grid_size[0] * visual.grid_size[1]
-    dropout = getattr(visual.patch_dropout, "prob", 0.0)
-    return max(1, int(patches * (1 - dropout))) if dropout else patches
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """Blocks that run on `tokens` tokens, `[CLS]` included; on more, `reduced_from`, before (0: nothing is chosen)."""
-
-    blocks: Sequence[nn.Module]
-    tokens: int
-    reduced_from: int = 0
-
-
-def _stages(model: nn.Module) -> list[_Stage]:
-    """Of the image tower in training."""
-    blocks = list(model.visual.transformer.resblocks)
-    patches = _num_patches(model.visual)
-    length = 1 + patches
-    if getattr(model, "reduction", None) is None:
-        return [_Stage(blocks, length)]
-    stages, lengths = [], model.reduction.token_counts(patches)
-    for stage in model.reduction.stages:
-        reduced_from = length if length - 1 > stage.keep(patches) else 0
-        length = lengths[stage.first]
-        stages.append(_Stage(blocks[stage.first : stage.first + stage.depth], length, reduced_from))
-    return stages
-
-
-def _is_trained(part: nn.Module | nn.Parameter | None) -> bool:
-    if part is None:
-        return False
-    return any(p.requires_grad for p in ([part] if isinstance(part, nn.Parameter) else part.parameters()))
-
+__all__ = ["Memory", "StepCost", "activation_bytes", "memory_estimate", "peak_flops", "step_cost", "summary"]
 
 # ---------------------------------------------------------------------- memory
 
@@ -250,7 +63,7 @@ def memory_estimate(
         sharded: weights, gradients and optimizer are spread over the processes (FSDP).
         text_length: as for `step_cost`.
     """
-    if not _is_counted(model):
+    if not is_counted(model):
         return None
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters())
@@ -267,69 +80,6 @@ def memory_estimate(
         activations=args.batch_size * activation_bytes(model, args.precision, text_length),
         loss=4 * 4 * (rows if args.local_loss else columns) * columns,  # logits and their log-softmax, both ways, fp32
     )
-
-
-def activation_bytes(model: nn.Module, precision: str, text_length: int | None = None) -> int:
-    """Bytes that the forward pass of one pair keeps for the backward pass, for a model that `step_cost` counts.
-
-    With gradient checkpointing: the inputs of all blocks and the inside of the largest.
-    """
-    visual, text = model.visual, getattr(model, "text", model)
-    wide = max(p.element_size() for p in model.parameters())  # what normalisations work in
-    narrow = wide if precision == "fp32" else 2
-    autocast = precision.startswith("amp")
-    size = 0
-
-    stem = (visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
-    if _is_trained(visual):
-        pixels = 3 * visual.image_size[0] * visual.image_size[1]
-        size += pixels * (narrow + wide * autocast)  # the images, and autocast's copy
-        stages, width = _stages(model), visual.transformer.width
-        if any(map(_is_trained, stem)) and not isinstance(visual.ln_pre, nn.Identity):
-            size += _norm_bytes(width, 1 + _num_patches(visual), wide)
-        size += _tower_bytes(visual.transformer, stages, any(map(_is_trained, stem)), wide, narrow, stream=narrow)
-        size += _norm_bytes(width, stages[-1].tokens, wide)
-        size += stages[-1].tokens * width * narrow  # ln_post's output: the pooled token is a view of it
-
-    stem = (text.token_embedding, text.positional_embedding, getattr(text, "cls_emb", None))
-    if any(map(_is_trained, (*stem, text.transformer, text.ln_final, text.text_projection))):
-        tokens = (text_length or text.context_length) + (stem[-1] is not None)
-        stages = [_Stage(text.transformer.resblocks, tokens)]
-        stream = wide if autocast else narrow  # autocast leaves embeddings as they are
-        size += _tower_bytes(text.transformer, stages, any(map(_is_trained, stem)), wide, narrow, stream)
-        size += _norm_bytes(text.transformer.width, tokens, wide) + 8 * tokens  # ln_final, ids
-    return size
-
-
-def _tower_bytes(
-    transformer: nn.Module, stages: Sequence[_Stage], needs_gradient: bool, wide: int, narrow: int, stream: int
-) -> int:
-    kept = largest = 0
-    for stage in stages:
-        if needs_gradient and stage.reduced_from:
-            # Kept: all that the gather chooses from, its indices, the weights of the merge.
-            kept += stage.reduced_from * transformer.width * stream + 8 * stage.tokens + 4 * stage.reduced_from
-        for block in stage.blocks:
-            needs_gradient |= _is_trained(block)
-            if needs_gradient:
-                inside = _block_bytes(block, stage.tokens, wide, narrow)
-                kept += stage.tokens * transformer.width * stream if transformer.grad_checkpointing else inside
-                largest = max(largest, inside)
-    return kept + (largest if transformer.grad_checkpointing else 0)
-
-
-def _block_bytes(block: nn.Module, tokens: int, wide: int, narrow: int) -> int:
-    """What a block of width D keeps: the inputs of both normalisations; the input, queries, keys, values and output of
-    the attention; the MLP's input and its hidden values before and after the activation; one number a softmax."""
-    width, hidden = _width(block), block.mlp.c_fc.out_features
-    values = 6 * width + (3 if isinstance(block.mlp.gelu, QuickGELU) else 2) * hidden
-    if not isinstance(block.ls_1, nn.Identity):
-        values += 2 * width
-    return 2 * _norm_bytes(width, tokens, wide) + tokens * (values * narrow + 4 * block.attn.num_heads)
-
-
-def _norm_bytes(width: int, tokens: int, wide: int) -> int:
-    return tokens * (width * wide + 2 * 4)  # the input, its mean and deviation
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -351,6 +351,7 @@ def finetuning(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Pa
                 model, tokenizer, data, device=ranks.device, precision=args.precision, **place
             )
         classifier = zero_shot_head(model, weights=weights, **common)
+    classifier.shortcuts = args.shortcuts
     del model
     start = wise_ft.whole_weights(classifier) if args.wise_ft else None
     with ranks.agree():

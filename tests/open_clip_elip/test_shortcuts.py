@@ -65,9 +65,13 @@ class TestBlocks:
         assert [is_plain(block) for block in blocks] == [False, False, False, False, True]
 
 
+def short_model(*args, **options) -> nn.Module:
+    return with_shortcuts(plain_model(*args, **options))
+
+
 class TestCut:
     def test_parts(self):
-        model = plain_model()
+        model = short_model()
         lengths = [5, 12, 2, 9, 5, 3, 7, 4] * 4  # 32 captions: four parts of eight
         text = captions(*lengths)
         cut = cut_text(text, model)
@@ -77,22 +81,28 @@ class TestCut:
             assert whole[place].tolist() == caption[: len(whole[place])].tolist() and len(whole[place]) >= length
 
     def test_few_captions_stay_together(self):
-        cut = cut_text(captions(*[3] * (2 * MIN_ROWS - 1)), plain_model())
+        cut = cut_text(captions(*[3] * (2 * MIN_ROWS - 1)), short_model())
         assert [tuple(part.shape) for part in cut.parts] == [(2 * MIN_ROWS - 1, 3)]
 
     def test_multiples(self):
-        cut = cut_text(captions(3, 5), plain_model(), multiple=4)
+        cut = cut_text(captions(3, 5), short_model(), multiple=4)
         assert cut.parts[0].shape == (2, 8)
-        assert cut_text(captions(11, 11), plain_model(), multiple=8).parts[0].shape == (2, CONTEXT)
+        assert cut_text(captions(11, 11), short_model(), multiple=8).parts[0].shape == (2, CONTEXT)
 
     def test_other_towers_are_left_alone(self):
         text = captions(3, 5)
         for options in ({"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True, "pad_id": 0}):
-            model = plain_model(custom_text=True, text=options)
+            model = short_model(custom_text=True, text=options)
             assert not can_cut(model) and cut_text(text, model) is text
 
+    def test_plain_models_get_what_they_expect(self):
+        text, model = captions(3, 5), short_model()
+        assert cut_text(text, plain_model()) is text
+        model.shortcuts = False
+        assert cut_text(text, model) is text
+
     def test_an_empty_batch(self):
-        assert cut_text(captions(), plain_model()).shape == (0, CONTEXT)
+        assert cut_text(captions(), short_model()).shape == (0, CONTEXT)
 
 
 @pytest.mark.parametrize("lengths", [(3, 9, 5), (12, 12, 12), (2, 12, 7), tuple(range(2, 13)) * 3])
@@ -160,7 +170,7 @@ def test_classes_and_weights():
 
 
 def test_parts_go_to_devices():
-    cut = cut_text(captions(3, 5), plain_model())
+    cut = cut_text(captions(3, 5), short_model())
     assert isinstance(cut.to(torch.device("meta")), TextParts) and cut.to(torch.device("meta")).place.is_meta
 
 

@@ -157,8 +157,8 @@ def test_vision_guided_reduction_is_elip_without_a_caption():
     assert model.rrt() == pytest.approx(clip.rrt()) and model.rrt() > 0.1
     for mode in (True, False):  # in evaluation too
         model.train(mode)
-        torch.testing.assert_close(model.encode_reduced(x), features)
-        assert not torch.allclose(model.encode_reduced(x), everything)
+        torch.testing.assert_close(model.encode(x), features)
+        assert not torch.allclose(model.encode(x), everything)
         torch.testing.assert_close(model(x), model.head(F.normalize(features, dim=-1)))
 
 

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import open_clip_elip
-from training import cost
+from open_clip_elip import TextParts, cost, cut_text
+from open_clip_elip.text import can_cut
 from training.cost import StepCost, activation_bytes, memory_estimate, peak_flops, step_cost, summary
 
 BATCH = 2
@@ -28,14 +29,18 @@ def build(reduction=ELIP, custom_text=False, vision=None, text=None, **changes) 
     return kind(**config, **changes, **options, output_dict=True).train()
 
 
-def batch(model, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(model, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor | TextParts]:
+    """Images, and captions as long as the context."""
     image = torch.randn(BATCH, 3, *model.visual.image_size, dtype=dtype)
-    return image, torch.randint(1, model.vocab_size, (BATCH, model.context_length))
+    text = torch.randint(1, model.vocab_size, (BATCH, model.context_length))
+    cuts = getattr(model, "shortcuts", False) and can_cut(model)
+    return image, TextParts((text,), torch.arange(BATCH)) if cuts else text
 
 
-def measured(model) -> tuple[int, int]:
+def measured(model, image=None, text=None) -> tuple[int, int]:
     """Operations of forward and backward on one pair, and those of scoring within them, as torch counts them."""
-    image, text = batch(model)
+    if image is None:
+        image, text = batch(model)
     scoring = [0]
     if hasattr(model, "reduction"):
         for name, owner in (("score", model.reduction), ("guidance_from_text", model)):
@@ -52,7 +57,7 @@ def measured(model) -> tuple[int, int]:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(image, text)
         (out["image_features"].sum() + out["text_features"].square().mean() + out["logit_scale"]).backward()
-    return counter.get_total_flops() // BATCH, scoring[0] // BATCH
+    return counter.get_total_flops() // len(image), scoring[0] // len(image)
 
 
 def lock_image(groups: int):
@@ -150,6 +155,22 @@ def test_shorter_texts_cost_less():
         (out["image_features"].sum() + out["text_features"].sum()).backward()
     assert found.total == counter.get_total_flops() // BATCH
     assert found.text_tokens == length
+
+
+@pytest.mark.parametrize("name", ["text first", "text first custom text"])
+def test_a_batch_of_cut_texts_costs_what_its_parts_cost(name):
+    model = build(**MODELS[name])
+    pairs, end = 20, model.vocab_size - 1
+    text = torch.zeros(pairs, model.context_length, dtype=torch.long)
+    for row in text:
+        row[torch.randint(1, model.context_length, ())] = end
+    text = cut_text(text, model)
+    assert len({part.shape[1] for part in text.parts}) > 1
+    columns = [part.shape[1] for part in text.parts for _ in part]
+    found = cost.batch_cost(model, columns)
+    total, scoring = measured(model, torch.randn(pairs, 3, *model.visual.image_size), text)
+    assert (found.total // pairs, found.scoring // pairs) == (total, scoring)
+    assert (found.text_tokens, found.image_tokens) == (sum(columns), 16 * pairs)
 
 
 def test_a_plain_backward_is_twice_the_forward_less_the_gradient_of_the_pixels():

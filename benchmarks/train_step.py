@@ -1,0 +1,340 @@
+"""A training step of ours against OpenCLIP's own: operations, time, saved activations, peak memory.
+
+    python benchmarks/train_step.py                                    # a CPU; under 5 minutes on 2 cores
+    python benchmarks/train_step.py --precision amp_bf16 --batch-size 512 --compile          # a GPU
+    python benchmarks/train_step.py --models ViT-L-14-ELIP ViT-L-14-ELIP:lam=0.5 --minutes 20
+
+Each model is compared with plain OpenCLIP of the same shape in the same process: its own model class, its own
+`train_one_epoch`, `ClipLoss`, and AdamW as its `main` makes it, captions at the full context length. Ours is the
+trainer's own step (`training.trainer.Trainer`), with the flags that the model's options stand for. Both get the same
+images and captions, in the same precision, from the CPU's memory; nothing is decoded. Steps are taken in turn; the
+ratio of times is the median over the rounds of ours / OpenCLIP's in the same round.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import torch
+from open_clip_train.train import train_one_epoch
+from torch import Tensor
+
+from open_clip_elip import TextParts
+from open_clip_elip.profile.captions import MEAN, caption_ids, context_length, typical_lengths
+from open_clip_elip.profile.command import PRECISIONS
+from open_clip_elip.profile.errors import ProfileError
+from open_clip_elip.profile.flops import Flops, count_flops
+from open_clip_elip.profile.machine import describe_machine, find_device, machine
+from open_clip_elip.profile.memory import SavedBytes, peak_bytes, prepare_optimizer
+from open_clip_elip.profile.models import ModelSpec
+from open_clip_elip.profile.report import save_tables, text_table
+from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
+from training.distributed import Ranks
+from training.errors import UserError
+from training.main import pretraining
+from training.model_setup import wrap
+from training.optim import create_optimizer
+from training.params import parse_args
+from training.trainer import Trainer
+
+MODELS = ("ViT-S-16-ELIP", "ViT-S-16-ELIP:scoring_depth=1", "ViT-B-16-ELIP", "ViT-B-16-ELIP:scoring_depth=1")
+
+# Ratios to OpenCLIP that are to be reached or beaten: operations, step time, saved activations.
+TARGETS = {
+    "ViT-S-16-ELIP": (0.70, 0.66, 0.59),
+    "ViT-B-16-ELIP": (0.79, 0.75, 0.63),
+    "ViT-S-16-ELIP:scoring_depth=1": (0.575, 0.57, 0.59),
+    "ViT-B-16-ELIP:scoring_depth=1": (0.645, 0.66, 0.63),
+}
+FLAGS = {"method": "--token-reduction", "depths": "--stage-depths"}  # where the trainer's has another name
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.1  # noise for images: nothing must be learnt from it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one sentence on stderr."""
+    args = _parser().parse_args(argv)
+    begin, results = time.perf_counter(), []
+    try:
+        device = find_device(args.device)
+        if device.type == "cuda":  # as both trainers have it
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+        args.repeat = args.repeat or (1 if device.type == "cpu" else 10)
+        contests = list(by_shape([ModelSpec.parse(name) for name in args.models]))
+        work = [count(plain, args).total * (1 + len(ours)) for plain, ours in contests]
+        for i, (plain, ours) in enumerate(contests):
+            left = args.minutes * 60 - (time.perf_counter() - begin)
+            results += compare(plain, ours, args, device, seconds=left * work[i] / sum(work[i:]))
+    except (ProfileError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lengths = typical_lengths(args.batch_size, args.caption_length)
+    setting = machine(device) | {
+        "batch_size": args.batch_size,
+        "precision": args.precision,
+        "compile": args.compile,
+        "image_size": args.image_size or "the model's",
+        "caption_tokens": {"mean": sum(lengths) / len(lengths), "min": min(lengths), "max": max(lengths)},
+        "steps_a_round": args.repeat,
+    }
+    text = describe(setting, results)
+    print(text + "\n\n" + text_table(table(results)))
+    name = f"train_step_{device.type}" + ("" if args.name is None else f"_{args.name}")
+    save_tables(args.results, name, {"setting": setting, "results": results}, "Training step", text, table(results))
+    return 0
+
+
+def by_shape(specs: Sequence[ModelSpec]) -> Iterator[tuple[ModelSpec, list[ModelSpec]]]:
+    """Plain OpenCLIP's model of each shape, and the models of that shape."""
+    for name in dict.fromkeys(spec.name for spec in specs):
+        stem = name.removesuffix("-ELIP")
+        known = stem in open_clip.list_models()
+        plain = ModelSpec.parse(stem) if known else ModelSpec(f"plain {name}", name, {"method": "none"})
+        yield plain, [spec for spec in specs if spec.name == name]
+
+
+def count(spec: ModelSpec, args: argparse.Namespace, text: Tensor | TextParts | None = None) -> Flops:
+    """Operations of a step, on `text` or captions as they are."""
+    model = spec.build(device="meta", image_size=args.image_size)
+    image = torch.empty(args.batch_size, 3, *model.visual.image_size, device="meta")
+    return count_flops(model, image, (captions(model, args) if text is None else text).to("meta"))
+
+
+def captions(model: torch.nn.Module, args: argparse.Namespace) -> Tensor:
+    return caption_ids(model, typical_lengths(args.batch_size, args.caption_length, context_length(model)))
+
+
+def compare(
+    plain: ModelSpec, ours: Sequence[ModelSpec], args: argparse.Namespace, device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    """OpenCLIP's model and several of ours of the same shape; one result for each of ours."""
+    begin = time.perf_counter()
+    shape = plain.build(device="meta", image_size=args.image_size)
+    if type(shape) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
+        raise ProfileError(f"{plain.label} is a {type(shape).__name__}; only CLIP models are compared.")
+    image = torch.randn(args.batch_size, 3, *shape.visual.image_size, generator=torch.Generator().manual_seed(0))
+    text = captions(shape, args)
+    if device.type == "cuda":
+        image, text = image.pin_memory(), text.pin_memory()
+
+    sides, figures = {}, {}
+    for label, spec in {"": plain, **{spec.label: spec for spec in ours}}.items():
+        others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        sides[label] = side = (OurSide if label else OpenClipSide)(spec, image, text, args, device)
+        flops = count(spec, args, side.text()).total
+        figures[label] = memory(side, [image, text], device, others) | {"flops": flops}
+    times = in_turn(
+        {label: lambda side=side: side.steps(args.repeat) for label, side in sides.items()},
+        device=device,
+        rounds=args.rounds,
+        warmup=0 if device.type == "cpu" else 3,
+        seconds=seconds - (time.perf_counter() - begin),
+    )
+    for label, found in figures.items():
+        found["step_seconds"] = Spread.of([t / args.repeat for t in times[label]]).to_dict()
+    base, results = figures[""], []
+    for spec in ours:
+        own, target = figures[spec.label], TARGETS.get(spec.label)
+        rounds = ratios(times[spec.label], times[""])
+        results.append(
+            {
+                "model": spec.label,
+                "against": f"open_clip {plain.label}",
+                "pairs": args.batch_size,
+                "flops_ratio": own["flops"] / base["flops"],
+                "time_ratio": Spread.of(rounds).to_dict(),
+                "time_ratio_of_each_round": rounds,
+                "saved_ratio": own["saved_bytes"] / base["saved_bytes"],
+                "peak_ratio": own["peak_bytes"] / base["peak_bytes"],
+                "targets": target and dict(zip(("flops", "time", "saved"), target, strict=True)),
+                "ours": own,
+                "open_clip": base,
+            }
+        )
+    return results
+
+
+def memory(side: OpenClipSide | OurSide, inputs: Iterable[Tensor], device: torch.device, others: int) -> dict[str, int]:
+    """Bytes that a step keeps for its backward pass, and the most in use; then the side is compiled if it is to be.
+
+    What a compiled model keeps is not seen from outside; on CUDA its peak is.
+    """
+    prepare_optimizer(side.optimizer)
+    if device.type == "cuda":  # they stay on the CPU, and what goes to the device is seen there
+        inputs = ()
+    with SavedBytes(side.model) as saved:
+        peak = peak_bytes(lambda: side.steps(1), side.model, side.optimizer, inputs, device, others)
+    if side.compile() and device.type == "cuda":
+        side.steps(1)
+        peak = peak_bytes(lambda: side.steps(1), side.model, side.optimizer, inputs, device, others)
+    side.optimizer.zero_grad(set_to_none=True)
+    return {"saved_bytes": saved.bytes, "peak_bytes": peak}
+
+
+class OpenClipSide:
+    """OpenCLIP's model in OpenCLIP's training loop."""
+
+    def __init__(self, spec: ModelSpec, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
+        torch.manual_seed(0)
+        self.model = spec.build(device=device, precision=args.precision, image_size=args.image_size)
+        self.runnable = self.model
+        self.loss = open_clip.ClipLoss(local_loss=False, gather_with_grad=False, cache_labels=True)
+        named = list(self.model.named_parameters())  # OpenCLIP's groups, and its optimizer as its main makes it
+        exempt = [p for n, p in named if p.ndim < 2 or any(part in n for part in ("bn", "ln", "bias", "logit_scale"))]
+        others = [p for n, p in named if not any(p is q for q in exempt)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": exempt, "weight_decay": 0.0}, {"params": others, "weight_decay": WEIGHT_DECAY}],
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+        )
+        self.scaler = torch.amp.GradScaler(device=device) if args.precision == "amp" else None
+        self.batch, self.compiles = (image, text), args.compile
+        self.args = SimpleNamespace(
+            device=str(device), precision=args.precision, distill=False, accum_freq=1, skip_scheduler=True,
+            horovod=False, grad_clip_norm=None, world_size=1, batch_size=args.batch_size, wandb=False,
+            log_every_n_steps=10**9, rank=1, local_rank=1,  # the main process alone logs, which would take time
+        )  # fmt: skip
+
+    def text(self) -> Tensor:
+        return self.batch[1]
+
+    def compile(self) -> bool:
+        if self.compiles:
+            self.runnable = torch.compile(self.model)
+        return self.compiles
+
+    def steps(self, number: int) -> None:
+        loader = _Batches([self.batch] * number)
+        data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
+        train_one_epoch(self.runnable, data, self.loss, 0, self.optimizer, self.scaler, None, None, self.args)
+
+
+class _Batches(list):
+    """What OpenCLIP's loop wants of a loader."""
+
+    @property
+    def num_batches(self) -> int:
+        return len(self)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(image) for image, _ in self)
+
+
+class OurSide:
+    """Our model in our trainer, as the flags make them."""
+
+    def __init__(self, spec: ModelSpec, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
+        pairs = str(args.batch_size)
+        words = ["--model", spec.name, "--dataset-type", "synthetic", "--train-num-samples", pairs, "--workers", "0"]
+        words += ["--batch-size", pairs, "--precision", args.precision, "--logs", "none"]
+        words += ["--skip-scheduler", "--lr", str(LR), "--wd", str(WEIGHT_DECAY), "--eps", str(EPS)]
+        words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device), *_flags(spec)]
+        words += ["--force-image-size", str(args.image_size)] if args.image_size else []
+        words += ["--torchcompile"] if args.compile else []
+        options, ranks = parse_args(words), Ranks(device)
+        parts = pretraining(options, ranks, None)
+        self.model = parts.model.train()
+        self.optimizer = create_optimizer(self.model, options)
+        self.trainer = Trainer(
+            options, ranks, self.model, self.model, parts.task, parts.train_data, self.optimizer, None, {}
+        )
+        self.batch = {"image": image, "text": text, "key": [str(i) for i in range(args.batch_size)]}
+
+    def text(self) -> Tensor | TextParts:
+        """As the model gets it."""
+        return self.trainer.task.prepare(self.model, self.batch)["text"]
+
+    def compile(self) -> bool:
+        args = self.trainer.args
+        if args.torchcompile:
+            self.trainer.runnable = wrap(self.model, args, self.trainer.ranks)
+        return args.torchcompile
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.trainer.step([self.trainer.to_device(self.batch)])
+
+
+def _flags(spec: ModelSpec) -> list[str]:
+    """The trainer's words for a model's options."""
+    words = []
+    for name, value in spec.reduction.items():
+        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words if spec.shortcuts is not False else [*words, "--no-shortcuts"]
+
+
+# ---------------------------------------------------------------------- what is told
+
+
+def describe(setting: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    tokens = setting["caption_tokens"]
+    compiled = ", both compiled" if setting["compile"] else ""
+    return (
+        f"{describe_machine(setting)}.\n"
+        f"Batch {setting['batch_size']}, {setting['precision']}{compiled}; captions of {tokens['min']}-{tokens['max']} "
+        f"tokens, {tokens['mean']:.1f} on average; {count_rounds(result['time_ratio'] for result in results)}.\n"
+        "Ratios to plain OpenCLIP (in brackets: to be reached; quartiles over the rounds)."
+    )
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [
+        ["", "FLOPs", "step time", "quartiles", "saved activations", "peak memory", "s a step", "OpenCLIP's",
+         "GFLOPs a pair", "OpenCLIP's"],
+    ]  # fmt: skip
+    for found in results:
+        targets, time_ratio = found["targets"] or {}, found["time_ratio"]
+        sides = (found["ours"], found["open_clip"])
+
+        def cell(value: float, name: str, targets: dict[str, float] = targets) -> str:
+            return f"{value:.3f}" + (f" ({targets[name]:g})" if name in targets else "")
+
+        rows.append(
+            [
+                found["model"],
+                cell(found["flops_ratio"], "flops"),
+                cell(time_ratio["median"], "time"),
+                f"{time_ratio['low']:.3f} - {time_ratio['high']:.3f}",
+                cell(found["saved_ratio"], "saved"),
+                f"{found['peak_ratio']:.3f}",
+                *(f"{side['step_seconds']['median']:.3g}" for side in sides),
+                *(f"{side['flops'] / found['pairs'] / 1e9:.2f}" for side in sides),
+            ]
+        )
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=MODELS, metavar="MODEL", help="NAME or NAME:option=value,...")
+    add("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
+    add("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
+    add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is one")
+    add("--compile", action="store_true", help="torch.compile both sides")
+    add("--image-size", type=int, metavar="PIXELS", help="instead of the models' own")
+    add("--caption-length", type=float, default=MEAN, metavar="TOKENS", help="on average; default: %(default)s")
+    add("--rounds", type=int, default=10, metavar="N", help="at most; default: %(default)s")
+    add("--minutes", type=float, default=4.5, metavar="M", help="no more rounds after that; default: %(default)s")
+    add("--repeat", type=int, metavar="N", help="steps in a round; default: 1 on a CPU, 10 on a GPU")
+    add("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="where results go")
+    add("--name", help="added to the names of the files of results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""What models cost in training, side by side.
+
+    python -m open_clip_elip.profile ViT-S-16 ViT-S-16-ELIP ViT-S-16-ELIP:scoring_depth=1
+    python -m open_clip_elip.profile ViT-B-16 ViT-B-16-ELIP --precision amp_bf16 --batch-size 256 --compile --memory 80
+    python -m open_clip_elip.profile ViT-L-14 ViT-L-14-ELIP --no-time --markdown cost.md --plot cost.png
+
+A model is NAME, or NAME:option=value,... with options of the token reduction, such as lam=0.5 or keep_ratio=1,.9,.5,.4;
+shortcuts=true runs a plain OpenCLIP model with this package's exact shortcuts. Ratios are to the first model.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip import get_input_dtype
+from torch import Tensor, nn
+
+from ..text import TextParts, cut_text
+from .captions import MEAN, caption_ids, context_length, draw_lengths, read_lengths, typical_lengths
+from .errors import ProfileError
+from .flops import Flops, count_flops
+from .machine import describe_machine, find_device, machine
+from .memory import SavedBytes, largest_batch, peak_bytes, prepare_optimizer
+from .models import ModelSpec
+from .report import Profile, count_parameters, markdown_table, plot, save, table, text_table, tokens_per_layer
+from .step import TrainStep
+from .timing import Spread, in_turn, ratios
+
+COMPILED = (2, 8)  # parts, and multiple of columns: as the trainer cuts captions for a compiled model
+PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one sentence on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        _check(args)
+        specs = [ModelSpec.parse(text) for text in args.models]
+        profiles = profile_counts(specs, args)
+        if args.time:
+            profile_runs(specs, profiles, args)
+        setting = describe(profiles, args)
+        rows = table(profiles)
+        print(setting + "\n\n" + text_table(rows))
+        if args.json is not None:
+            found = {"setting": machine(args.device) | _flags(args), "models": [p.to_dict() for p in profiles]}
+            save(args.json, json.dumps(found, indent=2) + "\n")
+        if args.markdown is not None:
+            save(args.markdown, setting + "\n\n" + markdown_table(rows))
+        if args.plot is not None:
+            plot(profiles, args.plot, setting.splitlines()[0])
+    except ProfileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---------------------------------------------------------------------- counts
+
+
+def profile_counts(specs: Sequence[ModelSpec], args: argparse.Namespace) -> list[Profile]:
+    """What needs no step: parameters, tokens, operations. The models have shapes only, so any size will do."""
+    profiles = []
+    for spec in specs:
+        model = spec.build(device="meta", image_size=args.image_size)
+        text = batch_text(model, spec, args, args.batch_size)
+        columns = _columns(text) / args.batch_size
+        tokens = tokens_per_layer(model)
+        profiles.append(
+            Profile(
+                spec.label, args.batch_size, *count_parameters(model), tokens, columns, _flops(model, text, spec, args)
+            )
+        )
+    return profiles
+
+
+def _flops(model: nn.Module, text: Tensor | TextParts, spec: ModelSpec, args: argparse.Namespace) -> Flops:
+    try:
+        return count_flops(model, batch_image(model, args, args.batch_size, "meta"), text.to("meta"))
+    except (NotImplementedError, RuntimeError):  # a tower that looks at the numbers: a real step, then
+        model = spec.build(device="cpu", image_size=args.image_size)
+        return count_flops(model, batch_image(model, args, args.batch_size, "cpu"), text)
+
+
+def batch_image(model: nn.Module, args: argparse.Namespace, pairs: int, device: torch.device | str) -> Tensor:
+    size = model.visual.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    dtype = torch.float32 if str(device) == "meta" else get_input_dtype(args.precision)
+    return torch.randn(pairs, 3, height, width, device=device, dtype=dtype)
+
+
+def batch_text(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> Tensor | TextParts:
+    """Token ids on the CPU, cut as the model takes them in training."""
+    ids = caption_ids(model, caption_lengths(model, spec, args, pairs))
+    if not getattr(model, "shortcuts", False):
+        return ids
+    return cut_text(ids, model, *COMPILED) if args.compile else cut_text(ids, model)
+
+
+def caption_lengths(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> list[int]:
+    given, context = args.caption_lengths, context_length(model)
+    if given == "full":
+        return [context] * pairs
+    if isinstance(given, float):
+        return typical_lengths(pairs, given, context)
+    tokenizer = open_clip.get_tokenizer(spec.name) if open_clip.get_model_config(spec.name) else None
+    return draw_lengths(read_lengths(given, tokenizer, context), pairs)
+
+
+def _columns(text: Tensor | TextParts) -> int:
+    parts = text.parts if isinstance(text, TextParts) else (text,)
+    return sum(part.numel() for part in parts)
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def profile_runs(specs: Sequence[ModelSpec], profiles: Sequence[Profile], args: argparse.Namespace) -> None:
+    """Adds to `profiles` what takes steps on the device: memory of one model at a time, then times of all in turn."""
+    device, steps = args.device, {}
+    for spec, profile in zip(specs, profiles, strict=True):
+        others = _allocated(device)
+        model = spec.build(device=device, precision=args.precision, image_size=args.image_size)
+        steps[spec.label] = step = _step(model, spec, args, args.batch_size)
+        prepare_optimizer(step.optimizer)
+        with _running(spec, args):
+            _measure_memory(profile, step, spec, args, others)
+        step.optimizer.zero_grad(set_to_none=True)
+    with _running(specs[0], args):
+        times = in_turn(
+            steps, device=device, rounds=args.rounds, warmup=1 if device.type == "cpu" else 3, repeat=args.repeat
+        )
+    for profile in profiles:
+        profile.seconds = Spread.of(times[profile.label])
+        profile.time_ratio = Spread.of(ratios(times[profile.label], times[profiles[0].label]))
+
+
+def _measure_memory(
+    profile: Profile, step: TrainStep, spec: ModelSpec, args: argparse.Namespace, others: int
+) -> None:
+    """Adds what the model keeps, its peak, and with `--memory` the batch that fits.
+
+    What is kept is that of the model as it is: a compiled one is not seen from inside, nor is its peak on the CPU.
+    """
+    pairs, device = args.batch_size, step.image.device
+    with SavedBytes(step.model) as saved, step.not_compiled():
+        profile.peak = _peak(step, others)
+    profile.saved = saved.bytes
+    compiled = args.compile and device.type == "cuda"
+    if compiled:
+        step()
+        profile.peak = _peak(step, others)
+    if args.memory is None:
+        return
+    half = _step(step.model, spec, args, pairs // 2)
+    half.optimizer = step.optimizer
+    with nullcontext() if compiled else half.not_compiled():
+        half()
+        peak = _peak(half, others + sum(tensor.nbytes for tensor in step.inputs()))
+    profile.memory_limit = args.memory * 1e9
+    profile.largest_batch, profile.fixed, profile.per_pair = largest_batch(
+        profile.memory_limit, (pairs // 2, peak), (pairs, profile.peak), saved=profile.saved / pairs
+    )
+
+
+def _peak(step: TrainStep, others: int) -> int:
+    return peak_bytes(step, step.model, step.optimizer, step.inputs(), step.image.device, others)
+
+
+def _step(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> TrainStep:
+    image = batch_image(model, args, pairs, args.device)
+    return TrainStep(model, image, batch_text(model, spec, args, pairs).to(args.device), args.precision, args.compile)
+
+
+@contextmanager
+def _running(spec: ModelSpec, args: argparse.Namespace) -> Iterator[None]:
+    """Turns what a step of a model can die of into one sentence."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ProfileError(
+            f"{spec.label} does not fit the device at batch {args.batch_size}; take a smaller --batch-size."
+        ) from error
+    except RuntimeError as error:
+        if not args.compile:
+            raise
+        first = " ".join(str(error).split())[:200]
+        raise ProfileError(f"{spec.label} cannot be compiled here ({first}); leave --compile out.") from error
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+# ---------------------------------------------------------------------- the setting
+
+
+def describe(profiles: Sequence[Profile], args: argparse.Namespace) -> str:
+    compiled = ", compiled" if args.compile else ""
+    where = describe_machine(machine(args.device)) if args.time else "Counted, not run"
+    return (
+        f"Training step, batch {args.batch_size}, {args.precision}{compiled}. {_captions(args)}\n"
+        f"{where}.\nIn brackets: the ratio to {profiles[0].label}."
+    )
+
+
+def _captions(args: argparse.Namespace) -> str:
+    given = args.caption_lengths
+    if given == "full":
+        return "Captions as long as the context."
+    if isinstance(given, float):
+        lengths = typical_lengths(args.batch_size, given)
+        return f"Captions of {min(lengths)}-{max(lengths)} tokens, {sum(lengths) / len(lengths):.1f} on average."
+    return f"Captions as in {given.name}."
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    given = args.caption_lengths
+    return {
+        "batch_size": args.batch_size,
+        "precision": args.precision,
+        "compile": args.compile,
+        "image_size": args.image_size,
+        "captions": _captions(args) if isinstance(given, Path) else given,
+        "rounds": args.rounds,
+        "repeat": args.repeat,
+    }
+
+
+# ---------------------------------------------------------------------- flags
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("batch_size", "rounds"):
+        if getattr(args, name) < 1:
+            raise ProfileError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    if args.memory is not None and (args.batch_size < 2 or not args.time):
+        raise ProfileError("--memory measures at two batch sizes: give a --batch-size of at least 2, and no --no-time.")
+    args.device = find_device(args.device)
+    if args.repeat is None:
+        args.repeat = 1 if args.device.type == "cpu" else 10
+    args.caption_lengths = _lengths(args.caption_lengths)
+    if len({*args.models}) < len(args.models):
+        raise ProfileError("The same model is given twice; name each once.")
+
+
+def _lengths(given: str) -> float | str | Path:
+    if given == "full":
+        return given
+    try:
+        mean = float(given)
+    except ValueError:
+        if not Path(given).is_file():
+            raise ProfileError(
+                f"--caption-lengths {given} is neither a mean number of tokens, nor full, nor a file."
+            ) from None
+        return Path(given)
+    if not mean >= 3:
+        raise ProfileError(f"--caption-lengths {given}: captions have at least 3 tokens, start and end included.")
+    return mean
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m open_clip_elip.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="NAME or NAME:option=value,...")
+    add("--batch-size", type=int, default=32, metavar="N", help="pairs in a step; default: %(default)s")
+    add("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
+    add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is one")
+    add("--image-size", type=int, metavar="PIXELS", help="instead of the models' own")
+    add(
+        "--caption-lengths", default=str(MEAN), metavar="MEAN|full|FILE",
+        help="tokens of a caption: a mean (default: %(default)s), all of the context, or a file with one length or one "
+        "caption a line",
+    )  # fmt: skip
+    add("--rounds", type=int, default=5, metavar="N", help="measurements of each model, in turn; default: %(default)s")
+    add("--repeat", type=int, metavar="N", help="steps in one measurement; default: 1 on a CPU, 10 on a GPU")
+    add("--memory", type=float, metavar="GB", help="tell the largest batch that fits (1 GB = 10^9 bytes)")
+    add("--compile", action="store_true", help="torch.compile the models for the times, and on CUDA the peak memory")
+    add("--no-time", dest="time", action="store_false", help="counts only: no step is run, no memory measured")
+    add("--json", type=Path, metavar="FILE")
+    add("--markdown", type=Path, metavar="FILE")
+    add("--plot", type=Path, metavar="FILE.png")
+    return parser

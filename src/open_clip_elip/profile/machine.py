@@ -1,0 +1,60 @@
+"""What figures were measured on. No names of hosts, people or folders."""
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ProfileError
+
+PACKAGES = ("torch", "open_clip_torch", "open_clip_elip")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of a command line; by default the GPU, if there is one.
+
+    Raises:
+        ProfileError: there is no such device here.
+    """
+    available = torch.cuda.is_available()
+    name = name or ("cuda" if available else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if available else "cpu", name):
+        raise ProfileError(f"There is no device {name!r} here; take {'cpu or cuda' if available else 'cpu'}.")
+    return torch.device(name)
+
+
+def machine(device: str | torch.device) -> dict[str, Any]:
+    """What the figures were measured on: device, cores and threads, versions. No names of hosts or people."""
+    device = torch.device(device)
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def cpu_name() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_machine(found: dict[str, Any]) -> str:
+    """One line of what `machine` returns."""
+    versions = ", ".join(f"{package} {found[package]}" for package in PACKAGES)
+    cores = f"{found['cores']} cores, {found['threads']} threads"
+    return f"{found['device']}, {cores}; Python {found['python']}, {versions}"

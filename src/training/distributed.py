@@ -4,9 +4,10 @@ from __future__ import annotations
 import logging
 import os
 import random
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,21 @@ def init_ranks(device: str, backend: str | None, url: str | None, no_set_device_
         for warning in caught:
             logging.warning(str(warning.message))
     return Ranks(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
+
+
+def leave(patience: float = 5.0) -> None:
+    """Ends the process group, if there is one, once all processes are about to (or after `patience` seconds).
+
+    A process that ends first would cut off the last exchange for one that is still reading it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    with suppress(Exception):  # the process that keeps the store may be gone already: then all have come so far
+        store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + patience
+        store.add("leaving", 1)
+        while store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.01)
+    dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

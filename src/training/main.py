@@ -25,7 +25,7 @@ from .control import Stopped
 from .cost import memory_estimate
 from .data import TrainData, build_train_data, build_val_data
 from .data.transforms import with_decoding
-from .distributed import Ranks, init_ranks, launch_rank, seed_everything
+from .distributed import Ranks, init_ranks, launch_rank, leave, seed_everything
 from .ema import Ema
 from .errors import EXIT_USER_ERROR, UserError
 from .log import RunLog, setup_logging
@@ -91,8 +91,7 @@ def command_line(
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave()
     return 0
 
 

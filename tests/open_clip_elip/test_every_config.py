@@ -25,7 +25,11 @@ def expected_lengths(patches, layers_of_stages):
 
 
 def record_lengths(model):
-    """Sequence lengths that the layers' second halves see: only the main path gets there in every layer's last run."""
+    """Sequence lengths that the layers' second halves see: only the main path gets there in every layer's last run.
+
+    Without the shortcuts, with which the last layer has one row.
+    """
+    model.shortcuts = False
     lengths = [0] * len(model.visual.transformer.resblocks)
 
     def hook(layer):

@@ -366,7 +366,7 @@ def test_a_hugging_face_text_tower_from_a_folder(tmp_path, capsys):
         ([TINY, "--caption-lengths", "nowhere.txt"], "neither a mean number of tokens"),
         ([TINY, "--no-time", "--memory", "8"], "--memory measures at two batch sizes"),
         ([TINY, "--no-time", "--plot", "x.png"], "--plot needs matplotlib"),
-        ([TINY, "--no-time", "--json", "/dev/null/cost.json"], "cannot be written"),
+        ([TINY, "--no-time", "--json", "/dev/null/cost.json"], "cannot be made"),
     ],
 )
 def test_what_a_person_can_mend_is_told_in_one_sentence(words, sentence, capsys, monkeypatch):

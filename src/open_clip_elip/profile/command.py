@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,18 @@ from .flops import Flops, count_flops
 from .machine import describe_machine, find_device, machine
 from .memory import SavedBytes, largest_batch, peak_bytes, prepare_optimizer
 from .models import ModelSpec
-from .report import Profile, count_parameters, markdown_table, plot, save, table, text_table, tokens_per_layer
+from .report import (
+    NO_MATPLOTLIB,
+    Profile,
+    count_parameters,
+    make_folder,
+    markdown_table,
+    plot,
+    save,
+    table,
+    text_table,
+    tokens_per_layer,
+)
 from .step import TrainStep
 from .timing import Spread, in_turn, ratios
 
@@ -83,16 +95,17 @@ def profile_counts(specs: Sequence[ModelSpec], args: argparse.Namespace) -> list
 
 def _flops(model: nn.Module, text: Tensor | TextParts, spec: ModelSpec, args: argparse.Namespace) -> Flops:
     try:
-        return count_flops(model, batch_image(model, args, args.batch_size, "meta"), text.to("meta"))
+        return count_flops(model, batch_image(model, args.batch_size, "meta"), text.to("meta"))
     except (NotImplementedError, RuntimeError):  # a tower that looks at the numbers: a real step, then
         model = spec.build(device="cpu", image_size=args.image_size)
-        return count_flops(model, batch_image(model, args, args.batch_size, "cpu"), text)
+        return count_flops(model, batch_image(model, args.batch_size, "cpu"), text)
 
 
-def batch_image(model: nn.Module, args: argparse.Namespace, pairs: int, device: torch.device | str) -> Tensor:
+def batch_image(
+    model: nn.Module, pairs: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Tensor:
     size = model.visual.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    dtype = torch.float32 if str(device) == "meta" else get_input_dtype(args.precision)
     return torch.randn(pairs, 3, height, width, device=device, dtype=dtype)
 
 
@@ -175,7 +188,7 @@ def _peak(step: TrainStep, others: int) -> int:
 
 
 def _step(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> TrainStep:
-    image = batch_image(model, args, pairs, args.device)
+    image = batch_image(model, pairs, args.device, get_input_dtype(args.precision) or torch.float32)
     return TrainStep(model, image, batch_text(model, spec, args, pairs).to(args.device), args.precision, args.compile)
 
 
@@ -246,6 +259,10 @@ def _check(args: argparse.Namespace) -> None:
     args.device = find_device(args.device)
     if args.repeat is None:
         args.repeat = 1 if args.device.type == "cpu" else 10
+    for path in filter(None, (args.json, args.markdown, args.plot)):
+        make_folder(path.parent)
+    if args.plot is not None and find_spec("matplotlib") is None:
+        raise ProfileError(NO_MATPLOTLIB)
     args.caption_lengths = _lengths(args.caption_lengths)
     if len({*args.models}) < len(args.models):
         raise ProfileError("The same model is given twice; name each once.")

@@ -14,6 +14,8 @@ from .errors import ProfileError
 from .flops import Flops
 from .timing import Spread
 
+NO_MATPLOTLIB = "--plot needs matplotlib, which is not installed; pip install 'open_clip_elip[profile]' brings it."
+
 Rows = Sequence[Sequence[str]]  # of a table: its cells
 
 # Image-text pairs in an epoch. Guo et al., Sec. 4.3.1, give 4.1 and 10.1 million; 10,108,501 is the number that the
@@ -180,11 +182,19 @@ def markdown_table(rows: Rows) -> str:
 
 def save(path: Path, text: str) -> None:
     """Raises ProfileError if the file cannot be written."""
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ProfileError(f"{path} cannot be written: {error}.") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Raises ProfileError if the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProfileError(f"The folder {folder} cannot be made: {error}.") from error
 
 
 def save_tables(folder: Path, name: str, found: dict[str, Any], title: str, text: str, rows: Rows) -> None:
@@ -214,9 +224,7 @@ def plot(profiles: Sequence[Profile], path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ProfileError(
-            "--plot needs matplotlib, which is not installed; pip install 'open_clip_elip[profile]' brings it."
-        ) from error
+        raise ProfileError(NO_MATPLOTLIB) from error
     parts = ("text", "image", "scoring")
     panels: list[tuple[str, list[tuple[str, list[float]]]]] = [
         ("GFLOPs a pair, forward + backward", [(part, [p.gflops(part) for p in profiles]) for part in parts])

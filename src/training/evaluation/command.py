@@ -12,7 +12,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from open_clip_elip import with_shortcuts
@@ -21,7 +20,7 @@ from open_clip_elip.model import SHORTCUT, TextFirst
 from .. import checkpoint
 from ..data.pixels import FAST, PLAIN, REDUCED
 from ..data.transforms import with_decoding
-from ..distributed import Ranks, init_ranks, launch_rank
+from ..distributed import Ranks, init_ranks, launch_rank, leave
 from ..errors import EXIT_USER_ERROR, UserError
 from ..log import setup_logging
 from .encode import SKIP, STOP, EncodeSettings
@@ -105,8 +104,7 @@ def run_command(
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
     if launch_rank() == 0:
         print(text)
     return 0

@@ -33,7 +33,7 @@ from open_clip_elip.profile.flops import Flops, count_flops
 from open_clip_elip.profile.machine import describe_machine, find_device, machine
 from open_clip_elip.profile.memory import SavedBytes, peak_bytes, prepare_optimizer
 from open_clip_elip.profile.models import ModelSpec
-from open_clip_elip.profile.report import save_tables, text_table
+from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from training.distributed import Ranks
 from training.errors import UserError
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin, results = time.perf_counter(), []
     try:
         device = find_device(args.device)
+        make_folder(args.results)
         if device.type == "cuda":  # as both trainers have it
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True

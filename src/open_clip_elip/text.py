@@ -85,15 +85,19 @@ def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
 def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
     """Text features (B, embed_dim), not normalized, in the batch's order."""
     tower = text_tower(model)
-    features = torch.cat([_encode(tower, part) for part in text.parts])
+    # Looked up together: each lookup has a gradient of the size of the vocabulary.
+    embedded = tower.token_embedding(torch.cat([part.flatten() for part in text.parts]))
+    rows = embedded.split([part.numel() for part in text.parts])
+    features = [_encode(tower, part, x.view(*part.shape, -1)) for part, x in zip(text.parts, rows, strict=True)]
+    features = torch.cat(features)
     return features.index_select(0, text.place)
 
 
-def _encode(tower: nn.Module, text: Tensor) -> Tensor:
-    """(b, T) to (b, embed_dim), for T up to the context length."""
+def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
+    """Captions (b, T) and their tokens' embeddings (b, T, D) to (b, embed_dim), for T up to the context length."""
     length, transformer = text.shape[1], tower.transformer
     dtype = transformer.get_cast_dtype()
-    x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = embedded.to(dtype) + tower.positional_embedding[:length].to(dtype)
     *blocks, last = transformer.resblocks
     mask = tower.attn_mask[:length, :length]
     checkpointing = transformer.grad_checkpointing and torch.is_grad_enabled()

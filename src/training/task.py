@@ -10,7 +10,7 @@ import torch
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
-from open_clip_elip.text import MAX_PARTS, cut_text
+from open_clip_elip.text import MAX_PARTS, TextParts, cut_text
 
 from .data import ValData
 from .distributed import Ranks
@@ -109,7 +109,9 @@ class ClipTask:
             return batch
         compiled = self.args.torchcompile
         parts, multiple = (COMPILED_PARTS, COMPILED_MULTIPLE) if compiled else (MAX_PARTS, 1)
-        return batch | {"text": cut_text(batch["text"], model, parts, multiple)}
+        text = cut_text(batch["text"], model, parts, multiple)
+        columns = sum(part.numel() for part in text.parts) if isinstance(text, TextParts) else text.numel()
+        return batch | {"text": text, "text_columns": columns / len(batch["text"])}
 
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         features = model(batch["image"], batch["text"])

@@ -94,6 +94,7 @@ class Trainer:
         self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
         self.nonfinite_steps = 0
         self.cost = step_cost(model, accumulate=args.accum_freq > 1)  # of a pair; None for towers it does not know
+        self.text_columns: float | None = None  # of the last batch's captions on average, where they were cut
         self.peak = peak_flops(ranks.device, args.precision)
         self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}  # of training since this process began
         self.losses: list[float] = []
@@ -240,6 +241,7 @@ class Trainer:
     def to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device
         batch = self.task.prepare(self.model, batch)
+        self.text_columns = batch.get("text_columns")
         return batch | {
             "image": to_device(batch["image"], device, self.input_dtype, batch.get("normalization")),
             "text": batch["text"].to(device=device, non_blocking=True),
@@ -318,6 +320,8 @@ class Trainer:
             **self.task.log(self.model),
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
+        if self.cost is not None and self.text_columns is not None:
+            self.cost = step_cost(self.model, round(self.text_columns), self.args.accum_freq > 1)
         if self.cost is not None:
             row["tokens_per_second"] = self.cost.tokens * rate
             row["tflops_per_second"] = self.cost.model * rate / 1e12

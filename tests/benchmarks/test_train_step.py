@@ -12,7 +12,9 @@ import torch
 
 from open_clip_elip.cost import batch_cost
 from open_clip_elip.profile.captions import typical_lengths
+from open_clip_elip.profile.command import COMPILED
 from open_clip_elip.profile.models import ModelSpec
+from training.task import COMPILED_MULTIPLE, COMPILED_PARTS
 
 TINY = "ViT-Ti-8-64-ELIP"
 CPU = torch.device("cpu")
@@ -75,6 +77,10 @@ def test_options_of_a_model_reach_the_trainer():
     config = side.model.reduction.config
     assert (config.keep_ratio, config.depths) == ((1, 0.8, 0.6, 0.2), (1, 1, 2, 2))
     assert (config.lam, config.merge, config.scoring_depth) == (0.5, False, 1)
+
+
+def test_the_profile_cuts_captions_for_compiled_models_as_the_trainer_does():
+    assert (COMPILED_PARTS, COMPILED_MULTIPLE) == COMPILED
 
 
 def test_results(tmp_path, capsys):

@@ -16,6 +16,7 @@ from torch import nn
 from .blocks import is_plain
 from .reduction import Elip
 from .text import can_cut
+from .vision import only_cls
 
 # ---------------------------------------------------------------------- operations
 
@@ -216,8 +217,7 @@ def _one_row_of_text(model: nn.Module) -> bool:
 def _one_row_of_image(model: nn.Module) -> bool:
     """As `_one_row_of_text`."""
     visual = model.visual
-    only_cls = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
-    return getattr(model, "shortcuts", False) and only_cls and is_plain(visual.transformer.resblocks[-1])
+    return getattr(model, "shortcuts", False) and only_cls(visual) and is_plain(visual.transformer.resblocks[-1])
 
 
 def _num_patches(visual: VisionTransformer) -> int:

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import is_plain, run_block, run_block_at
 
 MAX_PARTS = 4
+# Of compiled models: each shape of the captions is compiled once, so there must not be too many.
+COMPILED_PARTS, COMPILED_MULTIPLE = 2, 8
 MIN_ROWS = 8  # of a part: fewer captions at a time do not fill a matrix product
 
 
@@ -36,6 +38,11 @@ class TextParts(NamedTuple):
 
     def pin_memory(self) -> TextParts:
         return TextParts(tuple(part.pin_memory() for part in self.parts), self.place.pin_memory())
+
+
+def count_columns(text: TextParts | Tensor) -> int:
+    """Tokens, padding included, that go through the text tower."""
+    return sum(part.numel() for part in text.parts) if isinstance(text, TextParts) else text.numel()
 
 
 def text_tower(model: nn.Module) -> nn.Module:

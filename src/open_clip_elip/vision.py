@@ -14,6 +14,11 @@ def can_drive(visual: nn.Module) -> bool:
     return isinstance(visual, VisionTransformer) and visual.transformer.batch_first
 
 
+def only_cls(visual: VisionTransformer) -> bool:
+    """Whether nothing but `[CLS]` of the last layer is used."""
+    return visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
+
+
 def run_layer(visual: nn.Module, block: nn.Module, x: Tensor, shortcuts: bool = True) -> Tensor:
     """One layer of the tower, checkpointed if the tower is: (B, L, D) to (B, L, D).
 
@@ -21,8 +26,7 @@ def run_layer(visual: nn.Module, block: nn.Module, x: Tensor, shortcuts: bool = 
     """
     run = nn.Module.__call__
     if shortcuts and is_plain(block):
-        only_cls = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
-        run = run_block_at if only_cls and block is visual.transformer.resblocks[-1] else run_block
+        run = run_block_at if only_cls(visual) and block is visual.transformer.resblocks[-1] else run_block
     if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(run, block, x, use_reentrant=False)
     return run(block, x)

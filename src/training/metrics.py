@@ -15,8 +15,8 @@ _TIE_STEPS = 8
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
-    """Matrix products in true float32 (no TF32): near the top of a ranking TF32 reorders neighbours."""
+def full_float32() -> Iterator[None]:
+    """Matrix products in true float32: TF32 reorders the top of a ranking, and is noise near the optimum of a fit."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -68,7 +68,7 @@ def best_ranks(
     return _ranks(query, gallery, right, chunk)
 
 
-@_full_float32()
+@full_float32()
 def _ranks(
     query: Tensor, gallery: Tensor, right: Callable[[int, int], tuple[Tensor | None, Tensor]], chunk: int
 ) -> Tensor:
@@ -148,7 +148,7 @@ def _rank_metrics(name: str, ranks: Tensor) -> dict[str, float]:
     return metrics
 
 
-@_full_float32()
+@full_float32()
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,

@@ -10,7 +10,7 @@ import torch
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
-from open_clip_elip.text import MAX_PARTS, TextParts, cut_text
+from open_clip_elip.text import COMPILED_MULTIPLE, COMPILED_PARTS, MAX_PARTS, count_columns, cut_text
 
 from .data import ValData
 from .distributed import Ranks
@@ -19,9 +19,6 @@ from .evaluation.pictures import LabelledImages
 from .zero_shot import run_zero_shot_suite
 
 Batch = dict[str, Any]
-
-# Of compiled models: each shape of the captions is compiled once, so there must not be too many.
-COMPILED_PARTS, COMPILED_MULTIPLE = 2, 8
 
 
 class Task(Protocol):
@@ -110,8 +107,7 @@ class ClipTask:
         compiled = self.args.torchcompile
         parts, multiple = (COMPILED_PARTS, COMPILED_MULTIPLE) if compiled else (MAX_PARTS, 1)
         text = cut_text(batch["text"], model, parts, multiple)
-        columns = sum(part.numel() for part in text.parts) if isinstance(text, TextParts) else text.numel()
-        return batch | {"text": text, "text_columns": columns / len(batch["text"])}
+        return batch | {"text": text, "text_columns": count_columns(text) / len(batch["text"])}
 
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         features = model(batch["image"], batch["text"])

@@ -30,6 +30,15 @@ def register_models(folder):
     return local
 
 
+def write_local_model(folder):
+    """A folder for `local-dir:`: configuration and weights of a tiny ELIP model."""
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    torch.manual_seed(0)
+    plain = {k: v for k, v in MODEL.items() if k != "token_reduction"}
+    torch.save(open_clip.CLIP(**plain).state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
 def picture(index: int) -> bytes:
     pixels = np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()

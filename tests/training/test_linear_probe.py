@@ -20,18 +20,12 @@ from training.evaluation.datasets import load_data
 from training.evaluation.pictures import ArrayImages, LabelledImages
 
 from .colours import write_colours
-from .runs import MODEL
+from .runs import write_local_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder for `local-dir:`: configuration and weights of a tiny ELIP model."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
-    torch.manual_seed(0)
-    plain = {k: v for k, v in MODEL.items() if k != "token_reduction"}
-    torch.save(open_clip.CLIP(**plain).state_dict(), folder / "open_clip_pytorch_model.bin")
-    return folder
+    return write_local_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from training.evaluation.encode import EncodeSettings
 from training.metrics import caption_retrieval_metrics
 from training.retrieval import encode_captions, evaluate_retrieval
 
-from .runs import MODEL, picture
+from .runs import picture, write_local_model
 
 CPU = torch.device("cpu")
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "gray": (128, 128, 128)}
@@ -138,13 +138,7 @@ WORDS = "red green blue gray dark light round square".split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder for `local-dir:`: configuration and weights of a tiny ELIP model."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
-    torch.manual_seed(0)
-    plain = {k: v for k, v in MODEL.items() if k != "token_reduction"}
-    torch.save(open_clip.CLIP(**plain).state_dict(), folder / "open_clip_pytorch_model.bin")
-    return folder
+    return write_local_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

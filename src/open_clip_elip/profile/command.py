@@ -23,7 +23,7 @@ import torch
 from open_clip import get_input_dtype
 from torch import Tensor, nn
 
-from ..text import TextParts, cut_text
+from ..text import COMPILED_MULTIPLE, COMPILED_PARTS, TextParts, count_columns, cut_text
 from .captions import MEAN, caption_ids, context_length, draw_lengths, read_lengths, typical_lengths
 from .errors import ProfileError
 from .flops import Flops, count_flops
@@ -45,7 +45,7 @@ from .report import (
 from .step import TrainStep
 from .timing import Spread, in_turn, ratios
 
-COMPILED = (2, 8)  # parts, and multiple of columns: as the trainer cuts captions for a compiled model
+COMPILED = (COMPILED_PARTS, COMPILED_MULTIPLE)
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
 
 
@@ -83,7 +83,7 @@ def profile_counts(specs: Sequence[ModelSpec], args: argparse.Namespace) -> list
     for spec in specs:
         model = spec.build(device="meta", image_size=args.image_size)
         text = batch_text(model, spec, args, args.batch_size)
-        columns = _columns(text) / args.batch_size
+        columns = count_columns(text) / args.batch_size
         tokens = tokens_per_layer(model)
         profiles.append(
             Profile(
@@ -125,11 +125,6 @@ def caption_lengths(model: nn.Module, spec: ModelSpec, args: argparse.Namespace,
         return typical_lengths(pairs, given, context)
     tokenizer = open_clip.get_tokenizer(spec.name) if open_clip.get_model_config(spec.name) else None
     return draw_lengths(read_lengths(given, tokenizer, context), pairs)
-
-
-def _columns(text: Tensor | TextParts) -> int:
-    parts = text.parts if isinstance(text, TextParts) else (text,)
-    return sum(part.numel() for part in parts)
 
 
 # ---------------------------------------------------------------------- runs

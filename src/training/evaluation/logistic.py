@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..metrics import predictions
+from ..metrics import full_float32, predictions
 from .feature_rows import FeatureRows
 
 log = logging.getLogger(__name__)
@@ -139,17 +137,6 @@ def held_out_score(classifier: LinearClassifier, rows: FeatureRows) -> tuple[flo
             hits += int((predictions(logits) == y).sum())
             loss += F.cross_entropy(logits, y, reduction="none").sum(dtype=torch.float64).item()
     return hits / len(rows), loss / len(rows) if math.isfinite(loss) else math.inf
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products in true float32: with TF32, gradients near the optimum are mostly rounding."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _split(theta: Tensor, num_classes: int, width: int) -> tuple[Tensor, Tensor]:

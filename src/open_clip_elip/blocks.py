@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
+from .reduction.attention import add_attended, add_mlp, project, project_row, take_row
+
 
 def is_plain(block: nn.Module) -> bool:
     """Whether a block is what the functions below know: not sharded, not hooked, not another kind of attention."""
@@ -24,10 +26,8 @@ def is_plain(block: nn.Module) -> bool:
 
 def run_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
     """The block's output (B, L, D) for `x` (B, L, D); `causal`: a token attends to itself and those before it."""
-    attn = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, head_dim)
-    return _rest(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    q, k, v = project(block, x)
+    return add_mlp(block, add_attended(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
 
 
 def run_block_at(block: nn.Module, x: Tensor, row: Tensor | None = None) -> Tensor:
@@ -39,23 +39,7 @@ def run_block_at(block: nn.Module, x: Tensor, row: Tensor | None = None) -> Tens
         row: (B,) which row of each sample; it attends to itself and the rows before it. None: the first row (`[CLS]`),
             which attends to all.
     """
-    attn = block.attn
-    width = attn.embed_dim
-    h = block.ln_1(x)
-    w_q, w_kv = attn.in_proj_weight.split([width, 2 * width])
-    b_q, b_kv = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
-    if row is None:
-        here, h_row, mask = x[:, :1], h[:, :1], None
-    else:
-        index = row[:, None, None].expand(-1, 1, width)
-        here, h_row = x.gather(1, index), h.gather(1, index)
-        mask = torch.arange(x.shape[1], device=x.device) <= row[:, None, None, None]
-    q = F.linear(h_row, w_q, b_q).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = F.linear(h, w_kv, b_kv).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return _rest(block, here, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-
-
-def _rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows the attention; x: (B, L, D), attended: (B, heads, L, head_dim)."""
-    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    mask = None if row is None else torch.arange(x.shape[1], device=x.device) <= row[:, None, None, None]
+    q, k, v = project_row(block, x, row)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return add_mlp(block, add_attended(block, take_row(x, row), attended))

@@ -14,7 +14,7 @@ from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import nn
 
 from .blocks import is_plain
-from .reduction import Elip
+from .reduction import LayerWork, TokenReduction
 from .text import can_cut
 from .vision import only_cls
 
@@ -105,9 +105,9 @@ def batch_cost(model: nn.Module, text_lengths: Iterable[int], accumulate: bool =
 def _count_text(count: _Operations, text: nn.Module, length: int, one_row: bool) -> None:
     cls_emb, blocks = getattr(text, "cls_emb", None), text.transformer.resblocks
     count.through(text.token_embedding, text.positional_embedding, cls_emb)
+    tokens = length + (cls_emb is not None)
     for block in blocks:
-        tokens = length + (cls_emb is not None)
-        count.block(block, tokens, text.transformer.grad_checkpointing, one_row and block is blocks[-1])
+        count.block(block, _plain_work(tokens), text.transformer.grad_checkpointing, one_row and block is blocks[-1])
     count.through(text.ln_final)
     if text.text_projection is not None:
         count.product(1, getattr(text.text_projection, "weight", text.text_projection))
@@ -118,16 +118,18 @@ def _count_image(count: _Operations, model: nn.Module) -> int:
     visual, scoring, last = model.visual, 0, _one_row_of_image(model) and model.visual.transformer.resblocks[-1]
     count.product(visual.grid_size[0] * visual.grid_size[1], visual.conv1.weight)
     count.through(visual.class_embedding, visual.positional_embedding, visual.ln_pre)
-    reduction = getattr(model, "reduction", None)
-    if reduction is not None and visual.proj is not None:
+    if _reduces(model) and model.reduction.uses_text and visual.proj is not None:
         scoring += 2 * visual.proj.numel()  # brings the text to the image tower's width
-    for stage in _stages(model):
-        if stage.reduced_from:
-            scored = stage.blocks[: reduction.config.scoring_depth or len(stage.blocks)]
-            scoring += sum(_block_forward(block, stage.reduced_from) for block in scored[:-1])
-            scoring += _row_forward(scored[-1], stage.reduced_from)
-        for block in stage.blocks:
-            count.block(block, stage.tokens, visual.transformer.grad_checkpointing, block is last)
+    blocks = visual.transformer.resblocks
+    for block, work in zip(blocks, _image_work(model), strict=True):
+        one_row = block is last
+        if work.scored:
+            scoring += _block_forward(block, _plain_work(work.scored, work.scored_padded))
+        if work.scored_row:
+            scoring += _row_forward(block, work.scored_row)
+        if not one_row:
+            scoring += _choosing(block, work)
+        count.block(block, work, visual.transformer.grad_checkpointing, one_row)
     count.through(visual.ln_post)
     if visual.proj is not None:
         count.product(1, visual.proj)
@@ -157,32 +159,48 @@ class _Operations:
             self.backward += 2 * rows * elements * (self.needs_gradient + weight.requires_grad)
         self.through(weight)
 
-    def block(self, block: nn.Module, tokens: int, checkpointed: bool, one_row: bool = False) -> None:
+    def block(self, block: nn.Module, work: LayerWork, checkpointed: bool, one_row: bool = False) -> None:
         """`one_row`: only keys and values are computed for all tokens (`blocks.run_block_at`)."""
         attn, mlp, width = block.attn, block.mlp, _width(block)
-        rows = 1 if one_row else tokens
+        rows, mlp_rows = (1, 1) if one_row else (work.attention, work.mlp)
+        padded = work.padded or work.attention
         self.through(block.ln_1)
-        self.products(attn.in_proj_weight, (rows, width**2), (tokens, 2 * width**2))
+        self.products(attn.in_proj_weight, (rows, width**2), (work.attention, 2 * width**2))
         self.through(attn.in_proj_bias)
-        between_tokens = 4 * rows * tokens * width
+        between_tokens = 4 * (1 if one_row else padded) * padded * width
+        if not one_row:
+            between_tokens += 2 * work.cls_row * width
         self.forward += between_tokens
         self.backward += 2 * between_tokens * self.needs_gradient
         self.product(rows, attn.out_proj.weight)
         self.through(attn.out_proj, block.ls_1, block.ln_2)
-        self.product(rows, mlp.c_fc.weight)
+        self.product(mlp_rows, mlp.c_fc.weight)
         self.through(mlp)
-        self.product(rows, mlp.c_proj.weight)
+        self.product(mlp_rows, mlp.c_proj.weight)
         self.through(block.ls_2)
         if checkpointed and self.needs_gradient:
             # Recomputing stops at the last tensor that is needed: the input of the last product, unless it is scaled.
-            unneeded = 2 * rows * mlp.c_proj.weight.numel() if isinstance(block.ls_2, nn.Identity) else 0
-            self.recompute += _block_forward(block, tokens, one_row) - unneeded
+            unneeded = 2 * mlp_rows * mlp.c_proj.weight.numel() if isinstance(block.ls_2, nn.Identity) else 0
+            again = _block_forward(block, work, one_row) + (0 if one_row else _choosing(block, work))
+            self.recompute += again - unneeded
 
 
-def _block_forward(block: nn.Module, tokens: int, one_row: bool = False) -> int:
+def _plain_work(tokens: int, padded: int | None = None) -> LayerWork:
+    return LayerWork(tokens, tokens, padded=padded)
+
+
+def _block_forward(block: nn.Module, work: LayerWork, one_row: bool = False) -> int:
     count = _Operations()
-    count.block(block, tokens, checkpointed=False, one_row=one_row)
+    count.block(block, work, checkpointed=False, one_row=one_row)
     return count.forward
+
+
+def _choosing(block: nn.Module, work: LayerWork) -> int:
+    """Within the layer, without gradient: the attention of `[CLS]`, or the similarities of two sets of keys, averaged
+    over the heads (`reduction.tome.soft_match`)."""
+    width = _width(block)
+    similarities = 2 * work.matched[0] * work.matched[1] * (width // block.attn.num_heads)
+    return similarities + 2 * work.cls_row_scored * width
 
 
 def _row_forward(block: nn.Module, tokens: int) -> int:
@@ -204,7 +222,7 @@ def is_counted(model: nn.Module) -> bool:
         isinstance(visual, VisionTransformer)
         and visual.attn_pool is None
         and (isinstance(text, TextTransformer) if text is not None else isinstance(model, open_clip.CLIP))
-        and isinstance(getattr(model, "reduction", None), (Elip, type(None)))
+        and isinstance(getattr(model, "reduction", None), (TokenReduction, type(None)))
     )
 
 
@@ -227,28 +245,16 @@ def _num_patches(visual: VisionTransformer) -> int:
     return max(1, int(patches * (1 - dropout))) if dropout else patches
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """Blocks that run on `tokens` tokens, `[CLS]` included; on more, `reduced_from`, before (0: nothing is chosen)."""
-
-    blocks: Sequence[nn.Module]
-    tokens: int
-    reduced_from: int = 0
+def _reduces(model: nn.Module) -> bool:
+    return getattr(model, "reduction", None) is not None and model.reduces
 
 
-def _stages(model: nn.Module) -> list[_Stage]:
-    """Of the image tower in training."""
-    blocks = list(model.visual.transformer.resblocks)
+def _image_work(model: nn.Module) -> list[LayerWork]:
+    """Of each layer of the image tower in training."""
     patches = _num_patches(model.visual)
-    length = 1 + patches
-    if getattr(model, "reduction", None) is None:
-        return [_Stage(blocks, length)]
-    stages, lengths = [], model.reduction.token_counts(patches)
-    for stage in model.reduction.stages:
-        reduced_from = length if length - 1 > stage.keep(patches) else 0
-        length = lengths[stage.first]
-        stages.append(_Stage(blocks[stage.first : stage.first + stage.depth], length, reduced_from))
-    return stages
+    if _reduces(model):
+        return model.reduction.work(patches)
+    return [_plain_work(1 + patches)] * len(model.visual.transformer.resblocks)
 
 
 def _is_trained(part: nn.Module | nn.Parameter | None) -> bool:
@@ -275,29 +281,29 @@ def activation_bytes(model: nn.Module, precision: str, text_length: int | None =
     if _is_trained(visual):
         pixels = 3 * visual.image_size[0] * visual.image_size[1]
         size += pixels * (narrow + wide * autocast)  # the images, and autocast's copy
-        stages, width = _stages(model), visual.transformer.width
+        work, width = _image_work(model), visual.transformer.width
         if any(map(_is_trained, stem)) and not isinstance(visual.ln_pre, nn.Identity):
             size += _norm_bytes(width, 1 + _num_patches(visual), wide)
         one_row, trained = _one_row_of_image(model), any(map(_is_trained, stem))
-        size += _tower_bytes(visual.transformer, stages, trained, wide, narrow, narrow, one_row)
-        pooled = 1 if one_row else stages[-1].tokens
+        size += _tower_bytes(visual.transformer, work, trained, wide, narrow, narrow, one_row)
+        pooled = 1 if one_row else work[-1].mlp
         size += _norm_bytes(width, pooled, wide)
         size += pooled * width * narrow  # ln_post's output: the pooled token is a view of it
 
     stem = (text.token_embedding, text.positional_embedding, getattr(text, "cls_emb", None))
     if any(map(_is_trained, (*stem, text.transformer, text.ln_final, text.text_projection))):
         tokens = (text_length or text.context_length) + (stem[-1] is not None)
-        stages = [_Stage(text.transformer.resblocks, tokens)]
+        work = [_plain_work(tokens)] * len(text.transformer.resblocks)
         stream = wide if autocast else narrow  # autocast leaves embeddings as they are
         one_row, trained = _one_row_of_text(model), any(map(_is_trained, stem))
-        size += _tower_bytes(text.transformer, stages, trained, wide, narrow, stream, one_row)
+        size += _tower_bytes(text.transformer, work, trained, wide, narrow, stream, one_row)
         size += _norm_bytes(text.transformer.width, 1 if one_row else tokens, wide) + 8 * tokens  # ln_final, ids
     return size
 
 
 def _tower_bytes(
     transformer: nn.Module,
-    stages: Sequence[_Stage],
+    work: Sequence[LayerWork],
     needs_gradient: bool,
     wide: int,
     narrow: int,
@@ -305,34 +311,37 @@ def _tower_bytes(
     one_row: bool,
 ) -> int:
     kept, largest, last = 0, 0, one_row and transformer.resblocks[-1]
-    for stage in stages:
-        if needs_gradient and stage.reduced_from:
+    for block, layer in zip(transformer.resblocks, work, strict=True):
+        within = layer.mlp != layer.attention or bool(layer.cls_row)
+        if needs_gradient and layer.chosen_from and not (within and block is last):
             # Kept: all that the gather chooses from, its indices, the weights of the merge.
-            kept += stage.reduced_from * transformer.width * stream + 8 * stage.tokens + 4 * stage.reduced_from
-        for block in stage.blocks:
-            needs_gradient |= _is_trained(block)
-            if needs_gradient:
-                inside = _block_bytes(block, stage.tokens, wide, narrow, block is last)
-                kept += stage.tokens * transformer.width * stream if transformer.grad_checkpointing else inside
-                largest = max(largest, inside)
+            kept += layer.chosen_from * transformer.width * stream + 8 * layer.mlp + 4 * layer.chosen_from
+        needs_gradient |= _is_trained(block)
+        if needs_gradient:
+            inside = _block_bytes(block, layer, wide, narrow, block is last)
+            kept += layer.attention * transformer.width * stream if transformer.grad_checkpointing else inside
+            largest = max(largest, inside)
     return kept + (largest if transformer.grad_checkpointing else 0)
 
 
-def _block_bytes(block: nn.Module, tokens: int, wide: int, narrow: int, one_row: bool = False) -> int:
+def _block_bytes(block: nn.Module, work: LayerWork, wide: int, narrow: int, one_row: bool = False) -> int:
     """What a block of width D keeps: the inputs of both normalisations; the input, queries, keys, values and output of
     the attention; the MLP's input and its hidden values before and after the activation; one number a softmax.
 
     With `one_row` there is only the first input, normalised and not, and keys and values, of all tokens.
     """
     width, hidden = _width(block), block.mlp.c_fc.out_features
-    values = 6 * width + (3 if isinstance(block.mlp.gelu, QuickGELU) else 2) * hidden
-    if not isinstance(block.ls_1, nn.Identity):
-        values += 2 * width
-    heads = 4 * block.attn.num_heads
+    tokens, padded, heads = work.attention, work.padded or work.attention, block.attn.num_heads
+    of_mlp = width + (3 if isinstance(block.mlp.gelu, QuickGELU) else 2) * hidden
+    scales = 0 if isinstance(block.ls_1, nn.Identity) else width
     if one_row:
-        of_all = _norm_bytes(width, tokens, wide) + tokens * 3 * width * narrow
-        return of_all + _norm_bytes(width, 1, wide) + (values - 2 * width) * narrow + heads
-    return 2 * _norm_bytes(width, tokens, wide) + tokens * (values * narrow + heads)
+        of_all = _norm_bytes(width, tokens, wide) + (tokens + 2 * padded) * width * narrow
+        return of_all + _norm_bytes(width, 1, wide) + (3 * width + of_mlp + 2 * scales) * narrow + 4 * heads
+    attention = (tokens + 3 * padded + padded) * width * narrow + 4 * padded * heads
+    if work.padded:
+        attention += tokens * width * narrow  # the output, taken from the padded batch
+    first = _norm_bytes(width, tokens, wide) + attention + tokens * scales * narrow
+    return first + _norm_bytes(width, work.mlp, wide) + work.mlp * (of_mlp + scales) * narrow
 
 
 def _norm_bytes(width: int, tokens: int, wide: int) -> int:

@@ -5,6 +5,8 @@ both ways with `strict=True`.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,10 @@ from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncode
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .reduction import METHODS, check_blocks
+from .blocks import is_plain
+from .reduction import METHODS, TokenReduction, check_blocks
 from .text import TextParts, can_cut, cut_text, encode_parts
-from .vision import can_drive, pool, run_layer
+from .vision import can_drive, only_cls, pool, run_layer
 
 # Hugging Face text models whose first token is a `[CLS]`; the others (mT5, M2M100) have none and use what they pool.
 HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
@@ -69,9 +72,9 @@ class Shortcuts(nn.Module):
             x = self.run_vision_block(block, x)
         return x
 
-    def run_vision_block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def run_vision_block(self, block: nn.Module, *tensors: Tensor, function: Callable | None = None):
         """One layer of the image tower; see `vision.run_layer`."""
-        return run_layer(self.visual, block, x, self.shortcuts)
+        return run_layer(self.visual, block, *tensors, function=function, shortcuts=self.shortcuts)
 
     def pool_image(self, x: Tensor, normalize: bool) -> Tensor:
         """(B, L, D) after the last layer to features (B, embed_dim)."""
@@ -80,47 +83,56 @@ class Shortcuts(nn.Module):
 
 
 class TextFirst(Shortcuts):
-    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption.
+    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption if the method
+    is one that uses it.
 
     - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
     - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
       ever reaches an image feature that is evaluated.
 
     Attributes:
-        vision_guided: reduce tokens without a caption too, scored by the image alone (lam = 1; Sec. 4.4.5). Faster, at
-            some loss of quality; off unless it is asked for.
+        reduction: the method; has no parameters.
+        reduces: False trains with all tokens, as the last stretch of a run may (`--full-tokens-last`).
+        vision_guided: reduce tokens without a caption too, scored by the image alone (ELIP: lam = 1; Sec. 4.4.5).
+            Faster, at some loss of quality; off unless it is asked for.
     """
 
-    reduction: nn.Module  # parameter-free
+    reduction: TokenReduction
+    reduces: bool = True
     vision_guided: bool = False
 
-    def encode_image(self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None) -> Tensor:
+    def encode_image(
+        self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None, reduce: bool | None = None
+    ) -> Tensor:
         """
         Args:
             image: (B, 3, H, W).
             normalize: return features of unit length.
-            guidance: (B, vision width) from `guidance_from_text`; None encodes with all tokens, or, with
-                `vision_guided`, with those that the image itself picks.
+            guidance: (B, vision width) from `guidance_from_text`.
+            reduce: remove tokens. None: if there is guidance, or with `vision_guided`.
 
         Returns:
             (B, embed_dim).
         """
-        if guidance is None:
-            if self.vision_guided:
-                return self.pool_image(self.encode_tokens(image), normalize)
+        if guidance is not None:
+            _check_pairs(image, guidance)
+        if reduce is None:
+            reduce = guidance is not None or self.vision_guided
+        if not reduce:
             return super().encode_image(image, normalize=normalize)
-        if len(guidance) != len(image):
-            raise ValueError(
-                f"Token reduction needs one caption per image; got {len(image)} images and {len(guidance)} captions."
-            )
-        return self.pool_image(self.encode_tokens(image, guidance), normalize)
+        return self.pool_image(self.encode_tokens(image, guidance, reduce), normalize)
 
-    def encode_tokens(self, image: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """As in `Shortcuts`, reduced if there is guidance, or with `vision_guided`."""
-        if guidance is None and not self.vision_guided:
+    def encode_tokens(self, image: Tensor, guidance: Tensor | None = None, reduce: bool | None = None) -> Tensor:
+        """As in `Shortcuts`, reduced as in `encode_image`."""
+        if reduce is None:
+            reduce = guidance is not None or self.vision_guided
+        if not reduce:
             return super().encode_tokens(image)
+        if guidance is None and not (self.training or self.reduction.works_alone):
+            raise ValueError(f"{type(self.reduction).__name__} reduces tokens in training only.")
         x = self.visual._embeds(image)
-        return self.reduction(self.visual.transformer.resblocks, x, guidance, run=self.run_vision_block)
+        blocks = self.visual.transformer.resblocks
+        return self.reduction(blocks, x, guidance, run=self.run_vision_block, only_cls=skips_last(self))
 
     def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
         """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.
@@ -151,14 +163,18 @@ class TextFirst(Shortcuts):
         Raises:
             ValueError: in training mode, image and text are not pairs.
         """
-        image_features = text_features = guidance = None
+        image_features = text_features = guidance = reduce = None
         if text is not None:
             if self.training and image is not None:
+                reduce = self.reduces
+            if reduce and self.reduction.uses_text:
                 text_features, guidance = self.encode_text_and_guidance(text, normalize=True)
             else:
                 text_features = self.encode_text(text, normalize=True)
         if image is not None:
-            image_features = self.encode_image(image, normalize=True, guidance=guidance)
+            if reduce:
+                _check_pairs(image, text_features)
+            image_features = self.encode_image(image, normalize=True, guidance=guidance, reduce=reduce)
 
         scale = self.logit_scale.exp()
         if self.output_dict:
@@ -175,11 +191,12 @@ class TextFirst(Shortcuts):
 
     def token_counts(self) -> list[int]:
         """Sequence length in each layer of the image tower in training, `[CLS]` included."""
-        return self.reduction.token_counts(self.num_patches())
+        patches = self.num_patches()
+        return self.reduction.token_counts(patches) if self.reduces else [1 + patches] * self.reduction.num_layers
 
     def rrt(self) -> float:
-        """Ratio of removed tokens in training (see `Elip.rrt`)."""
-        return self.reduction.rrt(self.num_patches())
+        """Ratio of removed tokens in training (see `TokenReduction.rrt`)."""
+        return self.reduction.rrt(self.num_patches()) if self.reduces else 0.0
 
 
 class ShortcutCLIP(Shortcuts, open_clip.CLIP):
@@ -237,6 +254,8 @@ def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
     if visual.proj is not None and visual.proj.shape[0] != width:
         raise ValueError("Token reduction does not support an image tower whose pooled width differs from its tokens'.")
     config_class, module_class = METHODS[method]
+    if module_class.needs_cls and not only_cls(visual):
+        raise ValueError(f"Token reduction by {method!r} needs an image tower that pools [CLS] (pool_type 'tok').")
     model.reduction = module_class(config_class.from_dict(options), len(blocks))
 
 
@@ -277,6 +296,19 @@ def without_token_reduction(model: nn.Module) -> nn.Module:
     twin = _twin(model, plain)
     twin._modules.pop("reduction", None)
     return twin
+
+
+def _check_pairs(image: Tensor, captions: Tensor) -> None:
+    if len(image) != len(captions):
+        raise ValueError(
+            f"Token reduction needs one caption per image; got {len(image)} images and {len(captions)} captions."
+        )
+
+
+def skips_last(model: nn.Module) -> bool:
+    """Whether the last layer of the image tower is computed for the one token that is pooled alone."""
+    visual = model.visual
+    return model.shortcuts and only_cls(visual) and is_plain(visual.transformer.resblocks[-1])
 
 
 def _plain_class(model: nn.Module) -> type[nn.Module]:

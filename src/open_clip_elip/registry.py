@@ -1,4 +1,4 @@
-"""Makes the ELIP models known to open_clip. The one place that touches open_clip's internals.
+"""Makes the models with token reduction known to open_clip. The one place that touches open_clip's internals.
 
 `open_clip.factory.create_model` passes an unknown top-level key of a model's JSON on to the model class, and looks that
 class up as a module global. The globals are replaced by builders that return our class when the JSON has
@@ -14,7 +14,8 @@ from open_clip import factory, pretrained
 from .model import TEXT_FIRST
 
 MODEL_CONFIGS = Path(__file__).parent / "model_configs"
-SUFFIX = "-ELIP"
+# What a model's name has behind the name of the plain model, by method.
+SUFFIXES = {"elip": "-ELIP", "adaptive": "-ELIP-Adaptive", "evit": "-EViT", "tome": "-ToMe", "random": "-Random"}
 
 
 def register() -> None:
@@ -26,10 +27,18 @@ def register() -> None:
     factory.CoCa = _refuser(open_clip.CoCa)
     open_clip.add_model_config(MODEL_CONFIGS)
     # The weights are the plain model's, so its pretrained tags are valid here too.
-    for path in MODEL_CONFIGS.glob(f"*{SUFFIX}.json"):
-        tags = pretrained._PRETRAINED.get(path.stem.removesuffix(SUFFIX))
+    for path in MODEL_CONFIGS.glob("*.json"):
+        tags = pretrained._PRETRAINED.get(plain_name(path.stem))
         if tags:
             pretrained._PRETRAINED.setdefault(path.stem, tags)
+
+
+def plain_name(name: str) -> str:
+    """The plain model of the same shape: `ViT-B-16` for `ViT-B-16-ToMe`."""
+    for suffix in sorted(SUFFIXES.values(), key=len, reverse=True):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
 
 
 def _builder(plain: type):

@@ -1,6 +1,9 @@
 """OpenCLIP's ViT driven layer by layer, with the exact shortcuts of `blocks.py`."""
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -19,17 +22,38 @@ def only_cls(visual: VisionTransformer) -> bool:
     return visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
 
 
-def run_layer(visual: nn.Module, block: nn.Module, x: Tensor, shortcuts: bool = True) -> Tensor:
+def run_layer(
+    visual: nn.Module, block: nn.Module, *tensors: Tensor, function: Callable | None = None, shortcuts: bool = True
+):
     """One layer of the tower, checkpointed if the tower is: (B, L, D) to (B, L, D).
 
     With `shortcuts` the last layer of a tower of which only `[CLS]` is used gives (B, 1, D).
+
+    Args:
+        tensors: what the block takes, or
+        function: called in its place, as `function(block, *tensors)`.
     """
-    run = nn.Module.__call__
-    if shortcuts and is_plain(block):
-        run = run_block_at if only_cls(visual) and block is visual.transformer.resblocks[-1] else run_block
+    plain = is_plain(block)
+    if function is None:
+        function = nn.Module.__call__
+        if shortcuts and plain:
+            function = run_block_at if only_cls(visual) and block is visual.transformer.resblocks[-1] else run_block
+    elif not plain:
+        function = functools.partial(_within_hooks, function=function)
     if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
-        return checkpoint(run, block, x, use_reentrant=False)
-    return run(block, x)
+        return checkpoint(function, block, *tensors, use_reentrant=False)
+    return function(block, *tensors)
+
+
+@torch.compiler.disable  # as are the hooks of sharded blocks themselves
+def _within_hooks(block: nn.Module, *tensors: Tensor, function: Callable):
+    """`function(block, *tensors)` in the place of the block's forward, so that its hooks run around it: those of
+    `fully_shard` bring the weights."""
+    block.forward = functools.partial(function, block)
+    try:
+        return block(*tensors)
+    finally:
+        del block.forward
 
 
 def pool(visual: nn.Module, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .files import written_whole
 from .sharding import load_full_state_dict
 
 LATEST = "epoch_latest.pt"  # OpenCLIP's name, written with --save-most-recent
@@ -23,24 +24,12 @@ _NAME = re.compile(r"(epoch|step)_\d+\.pt")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes `state` so that `path` is at every moment either absent, the old file or the new file, complete.
+    """Writes `state` whole or not at all (`written_whole`).
 
     `state` holds tensors and plain types only, so that it loads with `weights_only=True`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with written_whole(path) as file:
+        torch.save(state, file)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
+from open_clip_elip.model import skips_last
 from open_clip_elip.vision import can_drive, pool, run_layer
 
 from .augment import Mix
@@ -35,7 +36,7 @@ class Classifier(nn.Module):
         visual: maps (B, 3, H, W) to (B, D).
         head: applied in its own precision, whatever autocast says: a hundred times a cosine has no digits to spare.
         normalize: bring the features to unit length first, as a zero-shot classifier wants them.
-        reduction: token reduction (`open_clip_elip.Elip`), guided by vision alone, in training and in evaluation.
+        reduction: token reduction (`open_clip_elip.TokenReduction`), guided by vision alone, in training and evaluation.
         num_patches: that enter the first layer, where tokens are reduced.
 
     Attributes:
@@ -71,16 +72,16 @@ class Classifier(nn.Module):
             return visual(image)
         x, blocks = visual._embeds(image), visual.transformer.resblocks
         if self.reduction is not None:
-            return pool(visual, self.reduction(blocks, x, run=self.run_block))
+            return pool(visual, self.reduction(blocks, x, run=self.run_block, only_cls=skips_last(self)))
         for block in blocks:
             x = self.run_block(block, x)
         return pool(visual, x)
 
-    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        return run_layer(self.visual, block, x, self.shortcuts)
+    def run_block(self, block: nn.Module, *tensors: Tensor, function: Callable | None = None):
+        return run_layer(self.visual, block, *tensors, function=function, shortcuts=self.shortcuts)
 
     def rrt(self) -> float:
-        """Ratio of removed tokens (see `Elip.rrt`)."""
+        """Ratio of removed tokens (see `TokenReduction.rrt`)."""
         return 0.0 if self.reduction is None else self.reduction.rrt(self.num_patches)
 
 
@@ -123,6 +124,8 @@ def zero_shot_head(
 
 def _assemble(model: nn.Module, head: nn.Linear, *, normalize: bool, reduce: bool) -> Classifier:
     device = next(model.visual.parameters()).device
+    if reduce and not model.reduction.works_alone:
+        raise UserError("--vision-guided-reduction is for elip, evit and tome; this model's method is for pre-training.")
     reduction = {"reduction": model.reduction, "num_patches": model.num_patches()} if reduce else {}
     return Classifier(model.visual, head.to(device), normalize=normalize, **reduction)
 

@@ -1,20 +1,22 @@
 """The process group, and agreement between ranks: what fails on one rank ends, with the same words, on all."""
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from open_clip_train.distributed import init_distributed_device_so
+from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
 
 from .errors import UserError
 
@@ -107,6 +109,21 @@ def leave(patience: float = 5.0) -> None:
         while store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < until:
             time.sleep(0.01)
     dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process, the last thing a command does; as `sys.exit`, but one of several does not tear Python down.
+
+    Gloo's threads outlive the process group where DDP or FSDP have used it. One that lets go of its last tensor only
+    when the interpreter is being torn down aborts the process (github.com/pytorch/pytorch/issues/190489), and the
+    launcher would take a run that is complete for a failed one.
+    """
+    if not is_using_distributed():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def seed_everything(seed: int) -> None:

@@ -28,7 +28,7 @@ from .classification import ClassificationTask, add_drop_path, random_classifier
 from .data import TrainData
 from .data.samples import RawSample
 from .data.sources import RowSource
-from .distributed import Ranks, seed_everything
+from .distributed import Ranks, end, seed_everything
 from .ema import Ema
 from .errors import UserError
 from .evaluation.command import hash_weights
@@ -37,7 +37,7 @@ from .evaluation.pictures import LabelledImages
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
 from .main import Parts, command_line, run
-from .model_setup import build_model
+from .model_setup import build_model, own_reduction
 from .params import (
     FRACTION,
     FRACTION_ABOVE_0,
@@ -202,6 +202,8 @@ _REFUSED = {
         _LOCKING,
     ),
     "--token-reduction": "is for pre-training: add --vision-guided-reduction to reduce tokens in fine-tuning",
+    "--full-tokens-last": "is for pre-training: fine-tuning uses all tokens, unless --vision-guided-reduction is given",
+    "--spread": "is for pre-training: adaptive reduction depends on the rest of the batch",
     "--lam": _CAPTION,
     "--text-scale": _CAPTION,
     "--image-decode": "is for pre-training: the transforms of fine-tuning are timm's, which are not changed",
@@ -214,7 +216,10 @@ _REFUSED = {
         _CONTRASTIVE,
     ),
 }  # fmt: skip
-_REDUCTION = ("stage_depths", "keep_ratio", "keep_count", "merge", "scoring_depth")
+_REDUCTION = (
+    "stage_depths", "keep_ratio", "keep_count", "merge", "scoring_depth", "target_rrt", "keep_rate", "reduce_layers",
+    "merge_per_layer", "prop_attn",
+)  # fmt: skip
 # What a classifier is. With --evaluate and without --model, these are as in the checkpoint.
 _CLASSIFIER_OPTIONS = (
     "model", "pretrained", "pretrained_image", "force_context_length", "force_image_size", "force_quick_gelu",
@@ -338,7 +343,9 @@ def finetuning(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Pa
         train, tests = load_data_sets(args)
         seed_everything(args.seed)
         # The model's reduction is guided by captions, so without the flag it is left out.
-        args.token_reduction = "elip" if args.vision_guided_reduction else "none"
+        args.token_reduction = "none"
+        if args.vision_guided_reduction:
+            args.token_reduction = own_reduction(args.model).get("method", "elip")
         model, _, transform, tokenizer = build_model(args, ranks.device)
     data = next(iter(tests.values()))
     common = {"num_classes": len(data.classnames), "reduce": args.vision_guided_reduction}
@@ -347,9 +354,7 @@ def finetuning(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Pa
     else:
         weights = None
         if resume is None or args.wise_ft:  # else they come from the checkpoint
-            weights = zero_shot_classifier(
-                model, tokenizer, data, device=ranks.device, precision=args.precision, **place
-            )
+            weights = zero_shot_classifier(model, tokenizer, data, ranks=ranks, precision=args.precision)
         classifier = zero_shot_head(model, weights=weights, **common)
     classifier.shortcuts = args.shortcuts
     del model
@@ -529,4 +534,4 @@ def _described(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .distributed import Ranks
+from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.command import (
     LoadedModel,
+    Parser,
     add_common_options,
     described,
     encode_settings,
@@ -53,7 +53,7 @@ RECIPES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("training.linear_probe", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m training.linear_probe", description=__doc__.splitlines()[0])
     add_common_options(parser, data_help="data sets with a training and a test split; each gets a probe of its own")
     add_options(parser)
     return run_command(parser, probe, argv)
@@ -143,6 +143,8 @@ def complete_options(args: argparse.Namespace) -> None:
         if args.results.lower() == "none":
             raise UserError("--results none leaves no place for the features; name one with --cache.")
         args.cache = str(Path(args.results, "features"))
+    if Path(args.cache).exists() and not Path(args.cache).is_dir():
+        raise UserError(f"--cache {args.cache} is a file; name a folder.")
 
 
 def load_jobs(args: argparse.Namespace) -> list[Splits]:
@@ -423,4 +425,4 @@ def _regularisation(text: str) -> float | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

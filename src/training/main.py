@@ -25,7 +25,7 @@ from .control import Stopped
 from .cost import memory_estimate
 from .data import TrainData, build_train_data, build_val_data
 from .data.transforms import with_decoding
-from .distributed import Ranks, init_ranks, launch_rank, leave, seed_everything
+from .distributed import Ranks, end, init_ranks, launch_rank, leave, seed_everything
 from .ema import Ema
 from .errors import EXIT_USER_ERROR, UserError
 from .log import RunLog, setup_logging
@@ -241,4 +241,4 @@ def reports(args: argparse.Namespace) -> frozenset[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import open_clip
 import torch
@@ -17,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_clip_elip import with_shortcuts
 from open_clip_elip.model import SHORTCUT
+from open_clip_elip.reduction import drop_alternatives
 
+from . import checkpoint
 from .distributed import Ranks
 from .errors import UserError
 from .params import reduction_overrides
@@ -36,6 +39,13 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     reduction = reduction_config(args)
     if reduction is not None:
         model_kwargs["token_reduction"] = reduction
+    brings_weights = ":" in args.model  # local-dir:... and hf-hub:...
+    replaced = brings_weights and bool(args.pretrained)  # open_clip would take the model's own instead
+    if replaced and not Path(args.pretrained).is_file():
+        raise UserError(
+            f"--pretrained {args.pretrained} is not a file, and {args.model} brings weights of its own; correct the "
+            "path, or leave out --pretrained."
+        )
     size = args.force_image_size
     with creating(args.model, args.pretrained):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
@@ -55,12 +65,18 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
             aug_cfg=args.aug_cfg,
             pretrained_image=args.pretrained_image,
             cache_dir=args.cache_dir,
+            load_weights=not replaced,
             output_dict=True,
             **model_kwargs,
         )
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
+    if replaced:
+        state = checkpoint.load(args.pretrained)
+        checkpoint.load_weights(model, state.get("state_dict", state), args.pretrained)
+    if args.full_tokens_last is not None and not hasattr(model, "reduction"):
+        raise UserError(f"--full-tokens-last needs a model with token reduction; {args.model} has none.")
     model = with_shortcuts(model) if type(model) in SHORTCUT else model
     model.shortcuts = args.shortcuts
     if args.lock_image:
@@ -86,21 +102,22 @@ def reduction_config(args: argparse.Namespace) -> dict | None:
         return None
     if args.token_reduction == "none":  # the baseline of a recipe: its other reduction options no longer matter
         return {"method": "none"}
-    with creating(args.model):
-        own = (open_clip.get_model_config(args.model.replace("/", "-") if schema is None else args.model) or {}).get(
-            "token_reduction", {}
-        )
+    own = own_reduction(args.model)
     method = args.token_reduction or own.get("method")
     if method is None:
         raise UserError(
-            f"{args.model} has no token reduction for {', '.join(overrides)} to change; add --token-reduction elip."
+            f"{args.model} has no token reduction for {', '.join(overrides)} to change; add --token-reduction METHOD."
         )
     base = dict(own) if own.get("method") == method else {}
-    if "keep_count" in overrides:
-        base.pop("keep_ratio", None)
-    if "keep_ratio" in overrides:
-        base.pop("keep_count", None)
-    return {**base, "method": method, **overrides}
+    return {**drop_alternatives(base, overrides), "method": method, **overrides}
+
+
+def own_reduction(name: str) -> dict:
+    """The token reduction in a model's own configuration; {} if it has none."""
+    if open_clip.factory.parse_model_name(name)[0] is None:
+        name = name.replace("/", "-")
+    with creating(name):
+        return (open_clip.get_model_config(name) or {}).get("token_reduction", {})
 
 
 def check_model_name(name: str) -> None:

@@ -38,6 +38,8 @@ _JOINED = {
     "val_data": SOURCE_SEPARATOR,
     "report_to": ",",
 }
+# Those of `open_clip_elip.reduction.METHODS`, whose import would make a help page wait for torch.
+REDUCTION_METHODS = ("elip", "adaptive", "evit", "tome", "random")
 # Flag -> option of the model's `token_reduction` config.
 _REDUCTION_OPTIONS = {
     "stage_depths": "depths",
@@ -47,6 +49,12 @@ _REDUCTION_OPTIONS = {
     "merge": "merge",
     "text_scale": "text_scale",
     "scoring_depth": "scoring_depth",
+    "spread": "spread",
+    "keep_rate": "keep_rate",
+    "reduce_layers": "layers",
+    "merge_per_layer": "r",
+    "prop_attn": "prop_attn",
+    "target_rrt": "target_rrt",
 }
 
 
@@ -104,7 +112,7 @@ def parse_args(argv: list[str], command: Command | None = None) -> argparse.Name
 
 def reduction_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The given token reduction options, under their names in the model's config; {} if none was given."""
-    given = {option: getattr(args, flag) for flag, option in _REDUCTION_OPTIONS.items()}
+    given = {option: getattr(args, flag, None) for flag, option in _REDUCTION_OPTIONS.items()}
     return {option: value for option, value in given.items() if value is not None}
 
 
@@ -426,11 +434,28 @@ def _add_model(parser: Parser) -> None:
 
 def _add_token_reduction(parser: Parser) -> None:
     add = parser.section("token reduction (what is not given is as in the model's config)")
-    add("--token-reduction", "Turn token reduction on or off for this model.", **one_of("elip", "none"))
-    add("--stage-depths", "Layers in each stage, first to last.", type=POSITIVE_COUNT, nargs="+")
+    add(
+        "--token-reduction",
+        "Method of token reduction: elip; adaptive (ELIP with as many tokens as an image's attention asks for, within "
+        "a budget of the batch); evit; tome; random (patches dropped at the input, as in FLIP); or none.",
+        **one_of(*REDUCTION_METHODS, "none"),
+    )
+    add(
+        "--target-rrt",
+        "Of evit, tome and random: the ratio of removed tokens that the schedule is to meet, for matched comparisons.",
+        type=FRACTION_BELOW_1,
+    )
+    add(
+        "--full-tokens-last",
+        "Train with all tokens in the last part of the run (FLIP's unmasked tuning): steps, or with a unit: 1ep, 10%%.",
+        type=_duration,
+        metavar="N|NUNIT",
+    )
+    add("--stage-depths", "Layers in each stage of ELIP, first to last.", type=POSITIVE_COUNT, nargs="+")
     add(
         "--keep-ratio",
-        "Share of the image's patches that each stage keeps, counted from the patches at the start.",
+        "Share of the image's patches that each stage keeps, counted from the patches at the start; with random "
+        "dropping, one number.",
         type=FRACTION_ABOVE_0,
         nargs="+",
     )
@@ -456,6 +481,11 @@ def _add_token_reduction(parser: Parser) -> None:
         "Score with the N-th layer of a stage instead of its last: cheaper, and an approximation.",
         type=POSITIVE_COUNT,
     )
+    add("--spread", "Adaptive: an image keeps from 1 - SPREAD to 1 + SPREAD times the mean.", type=FRACTION)
+    add("--keep-rate", "EViT: share of the present patches that each reducing layer keeps.", type=FRACTION_ABOVE_0)
+    add("--reduce-layers", "EViT: the reducing layers, from 1.", type=POSITIVE_COUNT, nargs="+")
+    add("--merge-per-layer", "ToMe: tokens that each layer merges away.", type=COUNT)
+    add("--prop-attn", "ToMe: attention in proportion to the patches that a token stands for.", action=_Switch)
 
 
 def _add_images(parser: Parser) -> None:
@@ -710,6 +740,10 @@ def check_training(args: argparse.Namespace, trains: bool) -> None:
     _forbid(
         args.keep_ratio is not None and args.keep_count is not None,
         "--keep-ratio and --keep-count say the same thing in two ways: give only one.",
+    )
+    _forbid(
+        args.full_tokens_last is not None and args.token_reduction == "none",
+        "--full-tokens-last has nothing to end with --token-reduction none: leave one out.",
     )
 
 

@@ -23,6 +23,7 @@ class Plan:
         reference_batch, reference_steps_per_epoch: global batch and epoch length that the schedule counts in; those at
             the start of the run, also after an elastic resume.
         total_steps, warmup_steps, cooldown_steps: of the schedule, in steps of the reference batch.
+        full_token_steps: the last steps, in which no token is removed, in steps of the reference batch.
     """
 
     batch_size: int
@@ -35,6 +36,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     cooldown_steps: int | None
+    full_token_steps: int = 0
 
     @classmethod
     def of(cls, args: argparse.Namespace, num_batches: int, world_size: int, reference: dict | None = None) -> Plan:
@@ -61,9 +63,10 @@ class Plan:
 
         total = steps(args.epochs, "epochs") if args.duration is None else steps(args.duration, "steps")
         cooldown = None if args.epochs_cooldown is None else steps(args.epochs_cooldown, "epochs")
+        full_tokens = 0 if args.full_tokens_last is None else steps(args.full_tokens_last, "steps", total)
         return cls(
             args.batch_size, args.accum_freq, world_size, args.workers, steps_per_epoch, reference_batch,
-            reference_epoch, total, steps(args.warmup, "steps", total), cooldown,
+            reference_epoch, total, steps(args.warmup, "steps", total), cooldown, full_tokens,
         )  # fmt: skip
 
     @property
@@ -78,6 +81,10 @@ class Plan:
     @property
     def total_samples(self) -> int:
         return self.total_steps * self.reference_batch
+
+    def uses_all_tokens(self, samples: int) -> bool:
+        """Whether the step after `samples` samples is in the last part of the run, in which no token is removed."""
+        return samples >= self.total_samples - self.full_token_steps * self.reference_batch
 
     def steps_left(self, epoch_steps: int, samples: int) -> int:
         """Steps still to do in an epoch of which `epoch_steps` are done, after `samples` samples in all."""

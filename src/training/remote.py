@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from . import checkpoint
 from .errors import UserError
+from .files import written_whole
 
 _CHECKPOINT = re.compile(r"checkpoints/[^/]+\.pt")
 _NUMBERED = re.compile(r"(.*?)(\d+)\.pt")
@@ -337,10 +338,8 @@ def _read_state(folder: Path, target: str) -> dict[str, _Stamp]:
 
 
 def _write_state(folder: Path, target: str, files: dict[str, _Stamp]) -> None:
-    temporary = folder / f"{_STATE}.{os.getpid()}.tmp"
-    with suppress(OSError):  # as above
-        temporary.write_text(json.dumps({target: files}))
-        os.replace(temporary, folder / _STATE)
+    with suppress(OSError), written_whole(folder / _STATE) as file:  # as above
+        file.write(json.dumps({target: files}).encode())
 
 
 def _reason(error: BaseException) -> str:

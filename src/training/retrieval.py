@@ -9,7 +9,6 @@ docs/retrieval.md says what `--data` may be and what is measured.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor
 from tqdm import tqdm
 
-from .distributed import Ranks
+from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.captions import CaptionedImages, CaptionOptions, load_captions
 from .evaluation.command import (
     LoadedModel,
+    Parser,
     add_common_options,
     described,
     encode_settings,
@@ -193,7 +193,7 @@ def _evaluate(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training.retrieval", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m training.retrieval", description=__doc__.partition("\n")[0])
     add_common_options(
         parser,
         data_help="a data set's folder (coco=DIR, flickr30k=DIR), a JSON or CSV file of captions, or webdataset shards",
@@ -214,4 +214,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

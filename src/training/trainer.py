@@ -97,6 +97,7 @@ class Trainer:
         self.text_columns: float | None = None  # of the last batch's captions on average, where they were cut
         self.peak = peak_flops(ranks.device, args.precision)
         self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}  # of training since this process began
+        self.removed = 0.0  # ratio of removed tokens, summed over these samples
         self.losses: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         self.notes: list[str] = []  # to be logged when the run begins
@@ -157,6 +158,8 @@ class Trainer:
         if self.schedule is not None:
             self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
+        if self.plan.full_token_steps:
+            self.model.reduces = not self.plan.uses_all_tokens(self.samples)
         self.optimizer.zero_grad(set_to_none=True)
         if len(window) == 1:
             with self.autocast():
@@ -320,9 +323,11 @@ class Trainer:
             **self.task.log(self.model),
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
-        if self.cost is not None and self.text_columns is not None:
-            self.cost = step_cost(self.model, round(self.text_columns), self.args.accum_freq > 1)
-        if self.cost is not None:
+        self.removed += row.get("rrt", 0.0) * steps * self.plan.global_batch
+        if self.cost is not None:  # of the captions and the tokens of now
+            columns = None if self.text_columns is None else round(self.text_columns)
+            self.cost = step_cost(self.model, columns, self.args.accum_freq > 1)
+            row["gflops_per_pair"] = self.cost.model / 1e9
             row["tokens_per_second"] = self.cost.tokens * rate
             row["tflops_per_second"] = self.cost.model * rate / 1e12
             if self.peak is not None:
@@ -357,7 +362,7 @@ class Trainer:
             evaluations=self.evaluations,
             cost=self.cost,
             peak=None if self.peak is None else self.peak * self.ranks.world_size,
-            rrt=self.task.log(self.model).get("rrt", 0.0),
+            rrt=self.removed / max(1, self.totals["samples"]),
             peak_memory_gb=max(self.ranks.gather(peak_memory_gb(self.ranks.device))),
             folder=self.folder,
         )

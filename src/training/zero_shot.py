@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import checkpoint
-from .distributed import Ranks
+from .distributed import Ranks, end
 from .errors import UserError
 from .evaluate import evaluation_mode
 from .evaluation.command import (
     LoadedModel,
+    Parser,
     add_common_options,
     described,
     encode_settings,
@@ -62,15 +62,7 @@ def zero_shot_classification(
     Raises:
         UserError: no image can be read, or one is broken and none may be.
     """
-    classifier = zero_shot_classifier(
-        model,
-        tokenizer,
-        data,
-        device=ranks.device,
-        precision=settings.precision,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+    classifier = zero_shot_classifier(model, tokenizer, data, ranks=ranks, precision=settings.precision)
     return classify(model, classifier, data, preprocess, ranks=ranks, settings=settings)
 
 
@@ -79,19 +71,17 @@ def zero_shot_classifier(
     tokenizer: Callable,
     data: LabelledImages,
     *,
-    device: torch.device,
+    ranks: Ranks,
     precision: str,
-    rank: int,
-    world_size: int,
 ) -> Tensor:
     """(D, C) float32 on the CPU: the mean text feature of each class's prompts, normalized. Processes share the work.
 
-    A collective call when `world_size` > 1.
+    A collective call.
     """
-    autocast = get_autocast(precision, device_type=torch.device(device).type)
+    autocast = get_autocast(precision, device_type=ranks.device.type)
     classes = torch.arange(len(data.classnames))
     # Whole batches go to a process, so that a batch, and with it rounding, is the same for any number of processes.
-    mine = classes.split(CLASSES_PER_BATCH)[rank::world_size]
+    mine = classes.split(CLASSES_PER_BATCH)[ranks.rank :: ranks.world_size]
     index = torch.cat(mine) if mine else classes[:0]
     features = {}
     if mine:
@@ -102,10 +92,10 @@ def zero_shot_classifier(
                 classnames=[data.classnames[i] for i in index],
                 templates=data.templates,
                 num_classes_per_batch=CLASSES_PER_BATCH,
-                device=device,
+                device=ranks.device,
             )
         features = {"weights": weights.T.float()}
-    return gather_ordered(features, index, world_size)["weights"].T
+    return gather_ordered(features, index, ranks.world_size)["weights"].T
 
 
 def classify(
@@ -190,15 +180,7 @@ def run_zero_shot_suite(
     classifier, built_from = None, None
     for prefix, images in (load_zero_shot_data(args) if data is None else data).items():
         if (images.classnames, images.templates) != built_from:  # ImageNet and ImageNet-V2 share theirs
-            classifier = zero_shot_classifier(
-                model,
-                tokenizer,
-                images,
-                device=ranks.device,
-                precision=args.precision,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-            )
+            classifier = zero_shot_classifier(model, tokenizer, images, ranks=ranks, precision=args.precision)
             built_from = (images.classnames, images.templates)
         result = classify(model, classifier, images, preprocess, ranks=ranks, settings=settings)
         keys = ["top1", "top5"]
@@ -265,15 +247,7 @@ def cached_classifier(
     kept = ranks.broadcast(kept)
     if kept is not None:
         return kept
-    classifier = zero_shot_classifier(
-        loaded.model,
-        loaded.tokenizer,
-        data,
-        device=ranks.device,
-        precision=precision,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+    classifier = zero_shot_classifier(loaded.model, loaded.tokenizer, data, ranks=ranks, precision=precision)
     if path is not None and ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save({"classifier": classifier.contiguous()}, path)
@@ -311,9 +285,7 @@ def _row(name: str, metrics: dict[str, float]) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.zero_shot", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m training.zero_shot", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_common_options(parser, data_help="data sets (docs/evaluation_data.md), such as imagenet=/data/imagenet")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     parser.add_argument(
@@ -326,4 +298,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -351,7 +351,7 @@ def test_rrt_and_token_counts_are_those_of_the_tower():
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"method": "tome"}, "tome"),
+        ({"method": "tomes"}, "tomes"),
         ({"keep_ratios": (1.0, 0.5)}, "keep_ratio"),
         ({"lam": 2.0}, "lam"),
         ({"depths": (2, 2, 6, 2)}, "depths"),

@@ -107,7 +107,7 @@ def test_a_name_with_options():
     [
         ("ViT-S-16-ELIPP", "did you mean ViT-S-16-ELIP?"),
         ("ViT-S-16:lam=0.5", "add method=elip"),
-        ("ViT-S-16-ELIP:lam=2", "lam must lie in"),
+        ("ViT-S-16-ELIP:lam=2", "lam must be a number in"),
         ("ViT-S-16-ELIP:lamb=0.5", "did you mean 'lam'"),
         ("ViT-S-16-ELIP:lam=", "not option=value"),
         ("ViT-S-16:shortcuts=5", "true or false"),

@@ -13,10 +13,18 @@ from safetensors.torch import save_file
 
 import open_clip_elip
 from open_clip_elip import TextFirstCLIP, TextFirstCustomTextCLIP, without_token_reduction
+from open_clip_elip.reduction import METHODS
 
 from .tiny import REDUCTION, TEXT, VISION, config, enliven, pairs
 
-NAMES = ["ViT-S-16-ELIP", "ViT-B-16-ELIP", "ViT-B-32-ELIP", "ViT-L-14-ELIP", "ViT-Ti-8-64-ELIP"]
+NAMES = [
+    "ViT-S-16-ELIP", "ViT-B-16-ELIP", "ViT-B-32-ELIP", "ViT-L-14-ELIP", "ViT-Ti-8-64-ELIP", "ViT-Nano-8-64-ELIP",
+]  # fmt: skip
+RIVALS = {
+    f"ViT-{size}-16-{suffix}": method
+    for size in "SB"
+    for suffix, method in {"ELIP-Adaptive": "adaptive", "EViT": "evit", "ToMe": "tome", "Random": "random"}.items()
+}
 SMALL = {"embed_dim": 20, "vision_cfg": VISION, "text_cfg": TEXT}
 
 
@@ -45,9 +53,18 @@ def test_a_registered_model_is_the_plain_one_plus_reduction(name):
     assert 0.25 < model.rrt() < 0.31
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_are_registered_under_their_names(name):
+    assert open_clip.get_model_config(name)["token_reduction"]["method"] == RIVALS[name]
+    with torch.device("meta"):
+        model = open_clip.create_model(name, device="meta")
+    assert type(model.reduction) is METHODS[RIVALS[name]][1]
+    assert model.rrt() > 0.25
+
+
+@pytest.mark.parametrize("name", [*NAMES[:4], *RIVALS])
 def test_openclips_own_model_of_that_name_has_the_same_weights(name):
-    plain_name = name.removesuffix("-ELIP")
+    plain_name = "-".join(name.split("-")[:3])
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta")
         plain = open_clip.create_model(plain_name, device="meta")
@@ -95,7 +112,7 @@ def test_any_vit_becomes_text_first_by_option():
 
 @pytest.mark.parametrize(
     ("token_reduction", "names"),
-    [({"method": "tome"}, "tome"), ({"method": "elip", "lamda": 0.5}, "lam"), ({"method": "elip", "lam": 3}, "lam")],
+    [({"method": "tomes"}, "tomes"), ({"method": "elip", "lamda": 0.5}, "lam"), ({"method": "elip", "lam": 3}, "lam")],
 )
 def test_a_wrong_option_is_one_sentence(token_reduction, names):
     with pytest.raises(ValueError, match=names) as error:
@@ -187,7 +204,7 @@ def test_plain_models_are_the_same_before_and_after_the_import():
     code = f"import sys; sys.path.insert(0, {source!r})\n" + BEFORE_AND_AFTER
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(sorted(NAMES))
+    assert done.stdout.strip() == str(sorted([*NAMES, *RIVALS]))
 
 
 def test_registering_twice_changes_nothing():

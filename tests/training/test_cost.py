@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import open_clip_elip
 from open_clip_elip import TextParts, cost, cut_text
+from open_clip_elip.profile.flops import _WithoutGradient
+from open_clip_elip.reduction import LayerWork
 from open_clip_elip.text import can_cut
 from training.cost import StepCost, activation_bytes, memory_estimate, peak_flops, step_cost, summary
 
@@ -41,23 +43,12 @@ def measured(model, image=None, text=None) -> tuple[int, int]:
     """Operations of forward and backward on one pair, and those of scoring within them, as torch counts them."""
     if image is None:
         image, text = batch(model)
-    scoring = [0]
-    if hasattr(model, "reduction"):
-        for name, owner in (("score", model.reduction), ("guidance_from_text", model)):
-            inner = getattr(owner, name)
-
-            def counted(*args, inner=inner):
-                with FlopCounterMode(display=False) as counter:
-                    result = inner(*args)
-                scoring[0] += counter.get_total_flops()
-                return result
-
-            setattr(owner, name, counted)
     # torch's counter knows the plain products; fused attention kernels of some devices it does not know.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        out = model(image, text)
+        with _WithoutGradient(counter) as scoring:
+            out = model(image, text)
         (out["image_features"].sum() + out["text_features"].square().mean() + out["logit_scale"]).backward()
-    return counter.get_total_flops() // len(image), scoring[0] // len(image)
+    return counter.get_total_flops() // len(image), scoring.flops // len(image)
 
 
 def lock_image(groups: int):
@@ -86,6 +77,15 @@ MODELS = {
     "text bias, class token": {
         "custom_text": True, "text": {"proj_bias": True, "embed_cls": True, "pool_type": "last"},
     },
+    "evit": {"reduction": {"method": "evit", "keep_rate": 0.6}},
+    "evit without fusing": {"reduction": {"method": "evit", "target_rrt": 0.4, "fuse": False, "layers": [1, 3, 6]}},
+    "tome": {"reduction": {"method": "tome", "r": 2}},
+    "tome without proportional attention": {"reduction": {"method": "tome", "target_rrt": 0.3, "prop_attn": False}},
+    "random": {"reduction": {"method": "random", "keep_ratio": 0.6}},
+    "adaptive": {"reduction": {"method": "adaptive"}},
+    "adaptive, scoring depth": {"reduction": {"method": "adaptive", "scoring_depth": 1, "spread": 0.5}},
+    "evit mean pool": {"reduction": {"method": "evit", "layers": [2, 6]}, "vision": {"pool_type": "avg"}},
+    "tome mean pool": {"reduction": {"method": "tome", "r": 1}, "vision": {"pool_type": "avg"}},
     "custom blocks": {"reduction": None, "custom_text": True, "text": {"qk_norm": True, "scale_attn": True}},
 }  # fmt: skip
 CHANGES = {
@@ -106,7 +106,10 @@ def test_operations_equal_torch_count(name):
 
 
 @pytest.mark.parametrize("change", list(CHANGES)[1:])
-@pytest.mark.parametrize("name", ["plain", "text first", "text first custom text", "layer scale"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "text first", "text first custom text", "layer scale", "evit", "evit without fusing", "tome", "adaptive"],
+)
 def test_operations_of_locked_and_checkpointed_models_equal_torch_count(name, change):
     model = build(**MODELS[name])
     CHANGES[change](model)
@@ -211,7 +214,10 @@ def kept_bytes(model, dtype=torch.float32) -> int:
 @pytest.mark.parametrize("change", [c for c in CHANGES if c != "checkpointed"])
 @pytest.mark.parametrize(
     "name",
-    ["plain", "text first", "text first custom text", "pruning only", "layer scale", "patch dropout", "wide mlp"],
+    [
+        "plain", "text first", "text first custom text", "pruning only", "layer scale", "patch dropout", "wide mlp",
+        "evit", "tome", "random", "adaptive",
+    ],
 )
 def test_activations_are_estimated(name, change):
     model = build(**MODELS[name])
@@ -239,7 +245,9 @@ def test_activations_with_checkpointing_are_inputs_and_one_block(name):
     model = build(**MODELS[name])
     model.set_grad_checkpointing()
     image_block, text_block = model.visual.transformer.resblocks[0], model.transformer.resblocks[0]
-    insides = cost._block_bytes(image_block, 17, 4, 4) + cost._block_bytes(text_block, 8, 4, 4)
+    insides = sum(
+        cost._block_bytes(block, LayerWork(tokens, tokens), 4, 4) for block, tokens in ((image_block, 17), (text_block, 8))
+    )
     assert activation_bytes(model, "fp32") - insides == pytest.approx(kept_bytes(model), rel=0.1)
 
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training.ema import Ema
+
+from ..processes import spawn
 
 
 def build(dtype=torch.float32) -> nn.Module:
@@ -158,17 +159,15 @@ def test_refuses_what_does_not_fit():
             Ema(model, decay)
 
 
-def test_sharded_model_has_the_same_average(tmp_path):
+def test_sharded_model_has_the_same_average():
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
-    mp.spawn(sharded, (str(tmp_path / "rendezvous"),), nprocs=2)
+    spawn(sharded)
 
 
-def sharded(rank: int, rendezvous: str) -> None:
+def sharded(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     whole, model = (nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)) for _ in range(2))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -197,4 +196,3 @@ def sharded(rank: int, rendezvous: str) -> None:
     again = Ema(model, 0.9)
     again.load_state_dict(average, 3)
     assert_equal(again.state_dict(), average)
-    dist.destroy_process_group()

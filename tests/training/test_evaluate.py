@@ -1,13 +1,13 @@
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from open_clip.loss import SigLipLoss
 from torch.nn.parallel import DistributedDataParallel
 
 from training.errors import UserError
 from training.evaluate import evaluate_pairs, evaluation_mode, unwrap
+
+from ..processes import spawn
 
 PAIRS = 23
 
@@ -161,14 +161,12 @@ def test_unwrap():
     assert model.training
 
 
-def test_two_processes(tmp_path):
-    mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+def test_two_processes():
+    spawn(rank_main)
 
 
-def rank_main(rank: int, folder: str) -> None:
+def rank_main(rank: int) -> None:
     """Two processes with the same batches as one must give exactly its numbers, on both."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tiny_clip()
     wrapped = DistributedDataParallel(tiny_clip())
     assert unwrap(wrapped) is wrapped.module
@@ -182,4 +180,3 @@ def rank_main(rank: int, folder: str) -> None:
         raise AssertionError("an empty validation set was accepted")
     except UserError:
         pass
-    dist.destroy_process_group()

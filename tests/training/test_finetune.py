@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
@@ -22,6 +21,7 @@ from training.finetune import LabelledRows as Rows
 from training.params import parse_args, resolved_config
 from training.trainer import Trainer
 
+from ..processes import torchrun
 from .colours import finetune_command, write_colours
 from .runs import assert_equal_weights, register_models, weights
 
@@ -230,12 +230,7 @@ def test_two_processes_train_alike_and_evaluate_the_same(run, data, pretrained, 
     plain = ["--crop-scale", "1", "1", "--crop-ratio", "1", "1", "--hflip", "0", "--head", "zero-shot", "--lr", "1e-4"]
     single = run(*plain, name="single", model=model)
     argv = finetune_command(data, tmp_path, pretrained, *plain, "--batch-size", "3", name="double", model=model)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "training.finetune", "--", *argv], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = torchrun("-m", "training.finetune", "--", *argv)
     assert done.returncode == 0, done.stderr
     for a, b in zip(rows(single), rows(tmp_path / "double"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -19,6 +17,7 @@ from training.evaluation import features as features_module
 from training.evaluation.datasets import load_data
 from training.evaluation.pictures import ArrayImages, LabelledImages
 
+from ..processes import spawn
 from .colours import write_colours
 from .runs import write_local_model
 
@@ -208,6 +207,7 @@ def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
         (["--max-iterations", "0"], "--max-iterations must be more than 0"),
         (["--feature-memory", "-1"], "--feature-memory must be 0"),
         (["--results", "none"], "--results none leaves no place for the features; name one with --cache"),
+        (["--cache", "pets/classnames.txt"], "--cache pets/classnames.txt is a file; name a folder"),
         (["--data", "colours/test"], "has no train split"),
         (["--data", "colours/train"], "no test split"),
         (["--also", "pets"], "pets (test) has 2 classes, but the classifier is for the 3 of colours (train)"),
@@ -253,11 +253,8 @@ def test_script():
 def test_two_processes(model, colours, tmp_path):
     """The command writes in two processes what it writes in one, features and probe to the last bit."""
     (colours / "train" / "red" / "002.png").write_bytes(b"no picture")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     one, two = (command(model, colours, tmp_path / name) for name in ("one", "two"))
-    mp.spawn(rank_main, (two, port), nprocs=2)
+    spawn(rank_main, two, group=False)
     assert linear_probe.main(one) == 0
     (first,), (second,) = (written(tmp_path / name) for name in ("one", "two"))
     assert {**first, "date": ""} == {**second, "date": ""}
@@ -272,9 +269,6 @@ def test_two_processes(model, colours, tmp_path):
             assert a.read_bytes() == b.read_bytes()
 
 
-def rank_main(rank, words, port):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def rank_main(rank, words):
     assert linear_probe.main(words) == 0
     assert linear_probe.main(["--data", "missing", *words[4:], "--model", words[1]]) == 2

@@ -2,8 +2,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 
 import open_clip
 import pytest
@@ -12,6 +10,7 @@ import yaml
 
 from training.main import main
 
+from ..processes import torchrun
 from .runs import assert_equal_weights, command, register_models, weights, write_shards
 
 
@@ -201,14 +200,10 @@ def test_a_checkpoint_of_another_shape(shards, tmp_path, capsys):
 
 def test_two_processes_end_alike(tiny_model, shards, tmp_path):
     """Through torchrun: a run on two processes; then bad input, which ends both with the same code and one sentence."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "training.main", "--"]  # without the two dashes torchrun takes --logs for one of its own flags
 
     def run(*more, name):
         argv = command(shards, tmp_path, *more, name=name, model=f"local-dir:{tiny_model}")
-        return subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True, timeout=180)
+        return torchrun("-m", "training.main", "--", *argv)
 
     good = run("--val-data", shards, "--epochs", "1", name="good")
     assert good.returncode == 0, good.stderr

@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from training.metrics import (
@@ -16,6 +14,8 @@ from training.metrics import (
     retrieval_ranks,
     topk_accuracy,
 )
+
+from ..processes import spawn
 
 
 def unit(*shape):
@@ -387,13 +387,12 @@ class TestGatherOrdered:
     def test_one_process_without_rows(self):
         assert gather_ordered({"x": torch.empty(0, 3)}, torch.empty(0, dtype=torch.int64), 1) == {}
 
-    def test_two_processes(self, tmp_path):
-        mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    def test_two_processes(self):
+        spawn(rank_main)
 
 
-def rank_main(rank: int, folder: str) -> None:
+def rank_main(rank: int) -> None:
     """Each case: the rows that each of the two processes has, by their place in the global order."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     whole = {"a": torch.arange(14.0).reshape(7, 2), "b": torch.arange(7), "c": torch.arange(84).reshape(7, 3, 4)}
     for places in ([[0, 2, 4, 6], [1, 3, 5]], [[6, 1], [5, 0, 4, 3, 2]], [list(range(7)), []], [[], list(range(7))]):
         index = torch.tensor(places[rank], dtype=torch.int64)
@@ -404,4 +403,3 @@ def rank_main(rank: int, folder: str) -> None:
     gathered = gather_ordered(whole if rank == 1 else {}, index, 2)
     assert all(torch.equal(gathered[name], whole[name]) for name in whole)
     assert gather_ordered({} if rank else {"a": torch.empty(0, 2)}, torch.empty(0, dtype=torch.int64), 2) == {}
-    dist.destroy_process_group()

@@ -20,6 +20,7 @@ CHANGED = {"local_loss": True, "gather_with_grad": True}
 NEW_DEFAULTS = dict.fromkeys(
     [
         "token_reduction", "stage_depths", "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth",
+        "target_rrt", "full_tokens_last", "spread", "keep_rate", "reduce_layers", "merge_per_layer", "prop_attn",
         "zeroshot_data", "progress", "duration", "layer_decay", "ema_decay", "save_every_n_steps",
         "save_every_n_minutes", "keep_last",
     ]
@@ -282,7 +283,10 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--image-std", "1", "1"], "--image-std takes one number, or three (red, green, blue)."),
         (["--force-image-size", "3", "3", "3"], "--force-image-size takes one number, or two (height, width)."),
         (["--dataset-type", "tar"], "--dataset-type must be one of webdataset, csv, synthetic, auto, not 'tar'."),
-        (["--token-reduction", "tome"], "--token-reduction must be one of elip, none, not 'tome'."),
+        (
+            ["--token-reduction", "tomes"],
+            "--token-reduction must be one of elip, adaptive, evit, tome, random, none, not 'tomes'.",
+        ),
         (["--lr-scheduler", "step"], "--lr-scheduler must be one of cosine, const, const-cooldown, not 'step'."),
         (
             ["--precision", "fp8"],
@@ -646,3 +650,10 @@ def test_resolved_config_does_not_share_its_lists():
     resolved["keep_ratio"].append(0.1)
     resolved["aug_cfg"]["scale"].append(0.1)
     assert (args.keep_ratio, args.aug_cfg) == ([1.0, 0.5], {"scale": [0.4, 1.0]})
+
+
+def test_methods_are_those_of_the_package():
+    from open_clip_elip.reduction import METHODS
+    from training.params import REDUCTION_METHODS
+
+    assert REDUCTION_METHODS == tuple(METHODS)

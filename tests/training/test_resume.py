@@ -3,8 +3,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from training.control import EXIT_INTERRUPTED
 from training.main import main
 from training.trainer import Trainer
 
+from ..processes import torchrun
 from .runs import assert_equal_weights, command, register_models, weights, write_shards
 
 
@@ -153,20 +152,16 @@ def test_workers_may_change_at_the_end_of_an_epoch_and_the_log_says_so(shards, t
 
 
 def test_two_processes_stop_together_and_resume_exactly(tiny_model, shards, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
     def run(name, stop_at=None):
         argv = command(shards, tmp_path, "--batch-size", "4", "--resume", "latest", name=name)
         argv[argv.index("--model") + 1] = f"local-dir:{tiny_model}"
         entry = [str(tmp_path / "stop_one_rank.py"), str(stop_at or 0)]
-        words = [*launch, "--", *entry, *argv]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        return torchrun("--", *entry, *argv)
 
     # Only rank 1 gets the signal; both must stop after the same step.
     (tmp_path / "stop_one_rank.py").write_text(
         "import os, signal, sys\n"
+        "from training.distributed import end\n"
         "from training.main import main\n"
         "from training.trainer import Trainer\n"
         "stop, original = int(sys.argv[1]), Trainer.step\n"
@@ -175,7 +170,7 @@ def test_two_processes_stop_together_and_resume_exactly(tiny_model, shards, tmp_
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return original(self, window)\n"
         "Trainer.step = step\n"
-        "sys.exit(main(sys.argv[2:]))\n"
+        "end(main(sys.argv[2:]))\n"
     )
     assert run("straight").returncode == 0
     stopped = run("stopped", stop_at=5)

@@ -2,27 +2,24 @@
 
 import io
 import json
-import os
-import socket
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from training import retrieval
-from training.distributed import Ranks
+from training.distributed import Ranks, leave
 from training.errors import UserError
 from training.evaluation.captions import CaptionOptions, load_captions
 from training.evaluation.encode import EncodeSettings
 from training.metrics import caption_retrieval_metrics
 from training.retrieval import encode_captions, evaluate_retrieval
 
+from ..processes import spawn
 from .runs import picture, write_local_model
 
 CPU = torch.device("cpu")
@@ -245,10 +242,7 @@ def test_two_processes(model, noise_set, tmp_path):
     """The command writes in two processes what it writes in one; more cases are in `rank_main`."""
     (noise_set / "images" / "7.png").write_bytes(b"broken")
     write_set(tmp_path / "colours", COLOUR_SET)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, (str(tmp_path), command(model, noise_set, tmp_path / "two"), port), nprocs=2)
+    spawn(rank_main, str(tmp_path), command(model, noise_set, tmp_path / "two"))
     assert retrieval.main(command(model, noise_set, tmp_path / "one")) == 0
     records = [*written(tmp_path / "one"), *written(tmp_path / "two")]
     assert len(records) == 2
@@ -258,9 +252,7 @@ def test_two_processes(model, noise_set, tmp_path):
     assert records[0]["metrics"]["num_images"] == 11 and len(records[0]["skipped"]) == 1
 
 
-def rank_main(rank, folder, words, port):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def rank_main(rank, folder, words):
     data = load_captions(f"{folder}/colours/set.json", CaptionOptions())
     for batch_size in (1, 3, 100):  # with 100, the second process has neither images nor captions
         assert evaluate(data, rank=rank, world_size=2, batch_size=batch_size) == evaluate(data, batch_size=batch_size)
@@ -268,10 +260,7 @@ def rank_main(rank, folder, words, port):
     ranks = Ranks(CPU, rank, rank, 2)
     features = encode_captions(encode_text, tokenizer, data.captions, ranks=ranks, settings=settings)
     assert torch.equal(features, encode_text(tokenizer(data.captions)))
-    dist.destroy_process_group()
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    leave()
     assert retrieval.main(words) == 0
     missing = [word + "-missing" if word.endswith("flickr30k") else word for word in words]
     assert retrieval.main(missing) == 2

@@ -1,11 +1,9 @@
 """A sharded model trains, evaluates and is saved as if it were whole. Two processes do all of the training below."""
 import math
 from contextlib import nullcontext
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +17,7 @@ from training.optim import create_optimizer
 from training.task import ClipTask
 from training.trainer import Trainer
 
+from ..processes import spawn
 from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
 
 CPU = torch.device("cpu")
@@ -88,10 +87,6 @@ def load(trainer: Trainer, saved: dict) -> None:
 
 
 def _two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
     ranks = Ranks(CPU, rank, rank, 2)
     found = {}
     for name, (text_first, checkpointing, count) in CASES.items():
@@ -102,8 +97,6 @@ def _two_processes(rank: int, folder: str) -> None:
                 _check_optimizers):
         found[job.__name__] = job(ranks, folder)
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _resume(ranks, folder):
@@ -286,7 +279,7 @@ def folder(tmp_path_factory):
     trainer = make_trainer(build())
     train(trainer, BATCHES[:2])
     torch.save(state(trainer), folder / "one_process.pt")
-    mp.spawn(_two_processes, (str(folder),), nprocs=2)
+    spawn(_two_processes, str(folder))
     return folder
 
 

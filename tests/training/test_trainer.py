@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip_elip import with_token_reduction
@@ -17,6 +16,7 @@ from training.optim import create_optimizer
 from training.task import ClipTask
 from training.trainer import Trainer
 
+from ..processes import spawn
 from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
 
 CPU = torch.device("cpu")
@@ -97,8 +97,6 @@ TWO_PROCESS_CASES = [  # siglip, accum_freq, local_loss
 
 
 def _two_processes(rank, folder, batch):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     ranks = Ranks(CPU, rank, rank, 2)
     for i, (siglip, accum_freq, local_loss) in enumerate(TWO_PROCESS_CASES):
         model = tiny_clip(siglip)
@@ -109,13 +107,11 @@ def _two_processes(rank, folder, batch):
         trainer.runnable.train()
         losses, _ = trainer.step(window)
         torch.save((ranks.mean(losses)["loss"], gradients(model)), f"{folder}/{i}-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
     batch = pairs(16)
-    mp.spawn(_two_processes, (str(tmp_path), batch), nprocs=2)
+    spawn(_two_processes, str(tmp_path), batch)
     for i, (siglip, _, _) in enumerate(TWO_PROCESS_CASES):
         loss, expected = one_process(siglip, batch)
         for rank in range(2):

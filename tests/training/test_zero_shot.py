@@ -1,8 +1,5 @@
 import io
 import json
-import os
-import socket
-import tarfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +8,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
@@ -22,7 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 import open_clip_elip  # noqa: F401
 from training import zero_shot
-from training.distributed import Ranks
+from training.distributed import Ranks, leave
 from training.errors import UserError
 from training.evaluation.command import hash_weights
 from training.evaluation.datasets import load_data
@@ -30,6 +25,9 @@ from training.evaluation.encode import EncodeSettings
 from training.evaluation.imagenet import imagenet_synsets
 from training.evaluation.pictures import ArrayImages, LabelledImages
 from training.zero_shot import load_zero_shot_data, run_zero_shot_suite, zero_shot_classification
+
+from ..processes import spawn
+from .evaluation.layout_files import write_folder, write_shard
 
 ONE = Ranks(torch.device("cpu"))
 COLOURS = {
@@ -48,26 +46,6 @@ def encoded(colour: str | tuple[int, ...], format: str = "PNG") -> bytes:
 
 def _lossless(format: str) -> dict:
     return {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(format, {})
-
-
-def write_folder(root: Path, pictures: dict[str, bytes], **texts: str) -> Path:
-    for name, content in pictures.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    for name, text in texts.items():
-        (root / f"{name}.txt").write_text(text, encoding="utf-8")
-    return root
-
-
-def write_shard(path: Path, members: dict[str, bytes | str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            content = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 class ColourModel(nn.Module):
@@ -314,6 +292,19 @@ class TestCommand:
         assert records[0]["metrics"] == records[1]["metrics"]
         assert records[0]["weights"] == records[1]["weights"]
 
+    def test_a_checkpoint_of_a_model_from_a_folder(self, tmp_path, checkpoints):
+        """The weights are the checkpoint's; those in the folder, if any, are what the run started from."""
+        data, folder = colour_folder(tmp_path / "data"), tmp_path / "model"
+        folder.mkdir()
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip.get_model_config(MODEL)}))
+        torch.save(open_clip.create_model(MODEL).state_dict(), folder / "open_clip_pytorch_model.bin")
+        weights = torch.load(checkpoints / "bare.pt", weights_only=True)
+        file = tmp_path / "run.pt"
+        torch.save({"epoch": 1, "state_dict": weights, "config": {"model": f"local-dir:{folder}"}}, file)
+        command = self.command(data, tmp_path / "out", file)
+        assert zero_shot.main(command[command.index("--pretrained") :]) == 0
+        assert record_in(tmp_path / "out")["weights"] == hash_weights(weights)
+
     def test_finished_work_is_not_done_again(self, tmp_path, checkpoints, monkeypatch, capsys):
         data, out = colour_folder(tmp_path / "data"), tmp_path / "out"
         assert zero_shot.main(self.command(data, out, checkpoints / "trainer.pt")) == 0
@@ -384,10 +375,13 @@ class TestCommand:
             ({"--model": None}, "--model is missing"),
             ({"--pretrained": "missing.pt"}, "neither a file nor a name of weights"),
             ({"--pretrained": None}, "--pretrained is missing"),
+            ({"--model": None, "--pretrained": "missing.pt"}, "--pretrained missing.pt is not a file"),
+            ({"--model": "local-dir:x", "--pretrained": "openai"}, "local-dir:x brings weights of its own"),
             ({"--pretrained": "garbage.pt"}, "garbage.pt"),
             ({"--pretrained": "half.pt"}, MODEL),
             ({"--pretrained": "shape.pt"}, "ln_final.weight"),
             ({"--results": "bare.pt"}, "--results bare.pt is a file"),
+            ({"--results": ""}, "--results is empty"),
             ({"--batch-size": "0"}, "--batch-size must be at least 1"),
             ({"--device": "abacus"}, "There is no device 'abacus'"),
             ({"--templates": "mine"}, "--templates mine is neither a file nor one of openai, simple"),
@@ -403,6 +397,12 @@ class TestCommand:
         assert code == 2 and out == ""
         assert message in err and err.startswith("error: ") and err.count("\n") == 1
         assert not (tmp_path / "results").exists()
+
+    def test_an_unknown_flag(self, capsys):
+        with pytest.raises(SystemExit) as ended:
+            zero_shot.main(["--data", "x", "--precison", "fp32"])
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.startswith("error: ") and "--precison" in err and err.count("\n") == 1
 
     def test_cuda_where_there_is_none(self, tmp_path, checkpoints, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -455,20 +455,15 @@ def test_two_processes(tmp_path, checkpoints):
     write_folder(data, {"b/0.png": BROKEN, "f/0.png": encoded("red")})
     (data / "templates.txt").write_text("{}\na {} thing\nthe {} one")
     one, two = (TestCommand().command(data, tmp_path / n, checkpoints / "trainer.pt") for n in ("one", "two"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, (str(tmp_path), two, port), nprocs=2)
+    spawn(rank_main, str(tmp_path), two)
     assert zero_shot.main(one) == 0
     record = record_in(tmp_path / "two")
     assert record == record_in(tmp_path / "one")
     assert (record["metrics"]["num_samples"], record["metrics"]["skipped"]) == (8, 1)
 
 
-def rank_main(rank: int, folder: str, command: list[str], port: int) -> None:
-    torch.set_num_threads(1)
+def rank_main(rank: int, folder: str, command: list[str]) -> None:
     root = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     place = Ranks(torch.device("cpu"), rank, rank, 2)
     data = load_data(str(root / "data"))
     for batch_size in (1, 2, 3, 100):  # with 100, the second process has no images, and never a class
@@ -488,10 +483,7 @@ def rank_main(rank: int, folder: str, command: list[str], port: int) -> None:
             raise AssertionError("broken images were accepted")
         except UserError:
             pass
-    dist.destroy_process_group()
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    leave()
     assert zero_shot.main(command) == 0
     bad = [part if part != str(root / "data") else str(root / "missing") for part in command]
     assert zero_shot.main(bad) == 2

@@ -74,7 +74,7 @@ def run_args(**changes) -> argparse.Namespace:
         "name": "test", "epochs": 1, "batch_size": 8, "accum_freq": 1, "precision": "fp32", "grad_clip_norm": None,
         "local_loss": True, "gather_with_grad": True, "siglip": False, "loss_dist_impl": None,
         "val_frequency": 1, "zeroshot_frequency": 2, "log_every_n_steps": 1, "progress": False,
-        "workers": 1, "torchcompile": False,
+        "workers": 1, "torchcompile": False, "full_tokens_last": None,
         "duration": None, "epochs_cooldown": None, "layer_decay": None, "ema_decay": None,
         "nonfinite": "stop", "keep_last": None, "allow_elastic": False, "save_every_n_steps": None,
         "save_every_n_minutes": None, "save_frequency": 1, "save_most_recent": False,

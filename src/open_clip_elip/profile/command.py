@@ -84,11 +84,10 @@ def profile_counts(specs: Sequence[ModelSpec], args: argparse.Namespace) -> list
         model = spec.build(device="meta", image_size=args.image_size)
         text = batch_text(model, spec, args, args.batch_size)
         columns = count_columns(text) / args.batch_size
-        tokens = tokens_per_layer(model)
+        tokens, rrt = tokens_per_layer(model), model.rrt() if hasattr(model, "rrt") else 0.0
+        flops = _flops(model, text, spec, args)
         profiles.append(
-            Profile(
-                spec.label, args.batch_size, *count_parameters(model), tokens, columns, _flops(model, text, spec, args)
-            )
+            Profile(spec.label, args.batch_size, *count_parameters(model), tokens, rrt, columns, flops)
         )
     return profiles
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..model import with_shortcuts
+from ..reduction import drop_alternatives
 from .errors import ProfileError
 
-_LISTS = ("depths", "keep_ratio", "keep_count")
+_LISTS = ("depths", "keep_ratio", "keep_count", "layers")
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,12 @@ class ModelSpec:
         method = self.reduction.get("method", own.get("method"))
         if method is None:
             raise ProfileError(
-                f"{self.name} has no token reduction for {', '.join(self.reduction)} to change; add method=elip."
+                f"{self.name} has no token reduction for {', '.join(self.reduction)} to change; add method=elip, evit, tome, ..."
             )
         if method == "none":
             return {"method": "none"}
         base = dict(own) if own.get("method") == method else {}
-        for one, other in (("keep_count", "keep_ratio"), ("keep_ratio", "keep_count")):
-            if one in self.reduction:
-                base.pop(other, None)
-        return {**base, **self.reduction, "method": method}
+        return {**drop_alternatives(base, self.reduction), **self.reduction, "method": method}
 
 
 def _value(key: str, text: str) -> Any:

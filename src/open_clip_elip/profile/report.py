@@ -31,7 +31,8 @@ class Profile:
         label: the model and its options.
         batch_size: pairs in a step.
         vision_parameters, text_parameters: of the two towers.
-        tokens_per_layer: of the image tower, `[CLS]` included.
+        tokens_per_layer: that enter each layer of the image tower, `[CLS]` included; [] for a tower without tokens.
+        rrt: ratio of removed tokens (Guo et al., Table 1; `reduction.TokenReduction.rrt`).
         text_tokens: columns that a caption takes up in the text tower, on average.
         flops: of the whole batch.
         seconds: of a step.
@@ -46,6 +47,7 @@ class Profile:
     vision_parameters: int
     text_parameters: int
     tokens_per_layer: list[int]
+    rrt: float
     text_tokens: float
     flops: Flops
     seconds: Spread | None = None
@@ -58,11 +60,6 @@ class Profile:
     per_pair: float | None = None
 
     @property
-    def rrt(self) -> float:
-        """Ratio of removed tokens (Guo et al., Table 1): 1 - token-layers / token-layers without reduction."""
-        return 1 - sum(self.tokens_per_layer) / (len(self.tokens_per_layer) * max(self.tokens_per_layer))
-
-    @property
     def rate(self) -> float | None:
         """Samples a second."""
         return None if self.seconds is None else self.batch_size / self.seconds.median
@@ -73,7 +70,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         names = ("forward", "scoring", "backward", "total", "text_forward", "text_backward", "image")
-        found = asdict(self) | {"rrt": self.rrt, "samples_per_second": self.rate}
+        found = asdict(self) | {"samples_per_second": self.rate}
         found["gflops_per_pair"] = {name: self.gflops(name) for name in names}
         found["tflops_per_step"] = self.flops.total / 1e12
         if self.rate is not None:
@@ -88,7 +85,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def tokens_per_layer(model: nn.Module) -> list[int]:
-    """Sequence length in each layer of the image tower in training; [] for a tower without tokens."""
+    """Tokens that enter each layer of the image tower in training; [] for a tower without tokens."""
     if hasattr(model, "token_counts"):
         return model.token_counts()
     visual = model.visual

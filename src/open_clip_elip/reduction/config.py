@@ -1,8 +1,10 @@
 """What ELIP keeps and where: the configuration and the schedule it unfolds into."""
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import dataclass
+
+from .base import ReductionConfig, check_choice, check_number, check_switch
 
 # The paper's schedule for a 12-layer ViT (Sec. 3.2 and 4.2): 2(100%) -> 2(90%) -> 6(65%) -> 2(40%).
 PAPER_DEPTHS = (2, 2, 6, 2)
@@ -33,7 +35,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class ElipConfig:
+class ElipConfig(ReductionConfig):
     """Options of ELIP; the defaults are the paper's.
 
     Attributes:
@@ -86,32 +88,11 @@ class ElipConfig:
                 f"{name} has {len(keep)} entries for {stages} stages"
                 + (f" (depths {list(self.depths)})." if self.depths else "; for another number of stages, set depths.")
             )
-        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)) or not 0 <= self.lam <= 1:
-            raise ValueError(f"lam must lie in [0, 1] (1 = vision only, 0 = text only); got {self.lam!r}.")
-        if not isinstance(self.merge, bool):
-            raise ValueError(f"merge must be true or false; got {self.merge!r}.")
-        if self.text_scale not in ("match", "none"):
-            raise ValueError(f"text_scale must be 'match' or 'none'; got {self.text_scale!r}.")
-        depth = self.scoring_depth
-        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
-            raise ValueError(f"scoring_depth must be a layer of the stage, 1 or more; got {depth!r}.")
-
-    @classmethod
-    def from_dict(cls, options: dict) -> ElipConfig:
-        """Builds the configuration from plain types, as in a model's JSON; an unknown key is a ValueError."""
-        known = [f.name for f in fields(cls)]
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-                raise ValueError(f"Unknown token_reduction option {key!r}; {hint}")
-        return cls(**options)
-
-    def to_dict(self) -> dict:
-        """Plain types (lists, numbers, strings), without what is None; `from_dict` reads it back."""
-        return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None
-        }
+        check_number("lam", self.lam, 0, 1, "a number in [0, 1] (1 = vision only, 0 = text only)")
+        check_switch("merge", self.merge)
+        check_choice("text_scale", self.text_scale, ("match", "none"))
+        if self.scoring_depth is not None:
+            check_number("scoring_depth", self.scoring_depth, 1, math.inf, "a layer of the stage, 1 or more", whole=True)
 
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
         """Unfolds the schedule for a tower of `num_layers` layers.

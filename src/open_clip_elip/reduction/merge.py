@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import gather_tokens
+
 
 def keep_and_merge(x: Tensor, scores: Tensor, keep: int, merge: bool = True) -> tuple[Tensor, Tensor]:
     """Shortens a sequence to `[CLS]`, the `keep` best patches in their original order, and one merged token.
@@ -21,13 +23,21 @@ def keep_and_merge(x: Tensor, scores: Tensor, keep: int, merge: bool = True) -> 
         `[CLS]`.
     """
     scores = scores.detach()
-    kept_BK = scores.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
-    patches = x[:, 1:]
-    parts = [x[:, :1], patches.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, x.shape[-1]))]
+    kept_BK = best(scores, keep)
+    parts = [x[:, :1], gather_tokens(x[:, 1:], kept_BK)]
     if merge:
         # Scores that all underflow, under a very sharp attention, merge to the plain mean instead of to NaN.
         weights_BN = (scores + torch.finfo(scores.dtype).tiny).scatter(1, kept_BK, 0.0)
-        weights_BN = weights_BN / weights_BN.sum(dim=1, keepdim=True)
-        # Not a matrix product: autocast would round the residual stream to half precision there.
-        parts.append((weights_BN.to(x.dtype).unsqueeze(-1) * patches).sum(dim=1, keepdim=True))
+        parts.append(weighted_sum(x[:, 1:], weights_BN / weights_BN.sum(dim=1, keepdim=True)))
     return torch.cat(parts, dim=1), kept_BK
+
+
+def best(scores: Tensor, keep: int) -> Tensor:
+    """Positions (B, K), ascending, of the `keep` highest of `scores` (B, N)."""
+    return scores.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """(B, 1, D) from `x` (B, N, D) and `weights` (B, N)."""
+    # Not a matrix product: autocast would round the residual stream to half precision there.
+    return (weights.to(x.dtype).unsqueeze(-1) * x).sum(dim=1, keepdim=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def cls_attention(block: nn.Module, y: Tensor) -> Tensor:
+def cls_attention(block: nn.Module, y: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention that the `[CLS]` query pays to every other token in `block`, mean over heads.
 
     The softmax runs over all 1+N tokens, as in the block itself, and the N others are read off. Of the block only
@@ -19,6 +19,7 @@ def cls_attention(block: nn.Module, y: Tensor) -> Tensor:
     Args:
         block: a pre-norm attention block (see `check_blocks`).
         y: (B, 1+N, D), `[CLS]` first.
+        mask: (B, 1+N), False for padding, whose attention is 0.
 
     Returns:
         (B, N) in float32 (float64 for float64 input); each row sums to less than 1.
@@ -33,6 +34,8 @@ def cls_attention(block: nn.Module, y: Tensor) -> Tensor:
     q_BHd = q_BD.unflatten(-1, (heads, head_dim)) * head_dim**-0.5
     q_BHD = torch.einsum("bhd,hdk->bhk", q_BHd, w_k_HdD.to(q_BHd.dtype))
     logits_BHN = q_BHD @ h_BND.to(q_BHD.dtype).transpose(1, 2)
+    if mask is not None:
+        logits_BHN = logits_BHN.masked_fill(~mask[:, None], float("-inf"))
     accumulate = torch.promote_types(logits_BHN.dtype, torch.float32)
     return logits_BHN.softmax(dim=-1, dtype=accumulate).mean(dim=1)[:, 1:]
 

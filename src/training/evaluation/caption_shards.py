@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from ..data.shards import IMAGE_KEYS
 from ..errors import UserError
 from .pictures import TarImages
+from .tar_samples import Member, read_samples
 
 log = logging.getLogger(__name__)
 
@@ -78,45 +78,31 @@ def _from_txt(txt: str, rule: TxtRule | None, where: str) -> list[str]:
 
 
 def _samples(path: Path) -> Iterator[_Sample]:
-    pictures: dict[str, tarfile.TarInfo] = {}
-    texts: dict[str, dict[str, str]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                key, extension = folder + slash + stem, extension.lower()
-                if not (member.isfile() and stem and dot):
-                    continue
-                texts.setdefault(key, {})
-                if extension in IMAGE_KEYS:
-                    pictures.setdefault(key, member)
-                elif extension in ("json", "txt"):
-                    texts[key][extension] = tar.extractfile(member).read().decode("utf-8", errors="replace")
-            tar.fileobj.seek(tar.offset)
-            whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path.") from None
-    except tarfile.ReadError as error:
-        if not pictures:
-            raise UserError(f"{path} is not a readable tar file ({error}); mend or remove it.") from None
-        whole = False
-    if not whole:  # tarfile takes most kinds of damage for the end
-        last = next(reversed(texts), None)
-        if last is not None and not (texts[last] and last in pictures and _ends_in(path, pictures[last])):
-            del texts[last]
-        log.warning(f"{path} is cut off or damaged after {len(texts)} samples; the rest of it is left out.")
-    for key, parts in texts.items():
-        captions = _from_json(parts["json"], path, key) if "json" in parts else None
-        if key in pictures:
-            picture = pictures[key]
-            yield _Sample(picture.name, picture.offset_data, picture.size, captions, parts.get("txt"))
-        elif captions or "txt" in parts:
+    samples, whole = read_samples(path, {"json", "txt"})
+    if not whole:
+        last = next(reversed(samples), None)
+        if last is not None and not _is_complete(samples[last], path):
+            del samples[last]
+        log.warning(f"{path} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
+    for key, members in samples.items():
+        picture = _picture(members)
+        texts = {m.extension: m.content.decode("utf-8", errors="replace") for m in members if m.content is not None}
+        captions = _from_json(texts["json"], path, key) if "json" in texts else None
+        if picture is not None:
+            yield _Sample(picture.name, picture.offset, picture.size, captions, texts.get("txt"))
+        elif captions or "txt" in texts:
             raise UserError(f"{path}: {key} has a caption and no picture ({', '.join(IMAGE_KEYS)}).")
 
 
-def _ends_in(path: Path, member: tarfile.TarInfo) -> bool:
-    return member.offset_data + member.size <= path.stat().st_size
+def _picture(members: Sequence[Member]) -> Member | None:
+    return next((member for member in members if member.extension in IMAGE_KEYS), None)
+
+
+def _is_complete(members: Sequence[Member], path: Path) -> bool:
+    """Whether a sample at the end of a file that breaks off has a caption and all of its picture."""
+    picture = _picture(members)
+    captioned = any(member.content is not None for member in members)
+    return captioned and picture is not None and picture.offset + picture.size <= path.stat().st_size
 
 
 def _from_json(text: str, path: Path, key: str) -> list[str] | None:

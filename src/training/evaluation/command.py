@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import open_clip
 import torch
@@ -54,6 +54,13 @@ class LoadedModel:
     weights_hash: str
     name: str
     pretrained: str | None
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"error: {message}; --help lists the options.\n" if launch_rank() == 0 else None)
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, data_help: str) -> None:
@@ -116,11 +123,13 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
     Raises:
         UserError: no such model, or weights that cannot be had or do not fit.
     """
-    from ..model_setup import check_model_name, creating  # registers the ELIP models
+    from ..model_setup import check_model_name, creating, reduction_config  # registers the ELIP models
 
     config = _config_of(args.pretrained)
     if args.model is None:
         args.model = config.get("model")
+    if args.model is None and args.pretrained is not None and not Path(args.pretrained).is_file():
+        raise UserError(f"--pretrained {args.pretrained} is not a file; correct the path, or add --model.")
     if args.model is None:
         raise UserError("--model is missing, and only a checkpoint of this trainer as --pretrained tells it by itself.")
     brings_weights = ":" in args.model  # local-dir:... and hf-hub:...
@@ -131,24 +140,40 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
             raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
         if not Path(args.pretrained).is_file() and not open_clip.is_pretrained_cfg(name, args.pretrained):
             raise UserError(f"--pretrained {args.pretrained} is neither a file nor a name of weights for {args.model}.")
+    elif args.pretrained is not None and not Path(args.pretrained).is_file():
+        raise UserError(
+            f"--pretrained {args.pretrained} is not a file, and {args.model} brings weights of its own; correct the "
+            "path, or leave out --pretrained."
+        )
     if args.ema and not (args.pretrained and Path(args.pretrained).is_file()):
         raise UserError("--ema needs a checkpoint file of this trainer as --pretrained.")
-    changes = _changes_of(config) if config.get("model") == args.model else {}
+    changes = {}
+    if config.get("model") == args.model:
+        changes = _changes_of(config)
+        reduction = reduction_config(argparse.Namespace(**config)) if args.vision_guided_reduction else None
+        changes |= {} if reduction is None else {"token_reduction": reduction}
+    replaced = brings_weights and args.pretrained is not None  # open_clip would take the model's own instead
     with creating(args.model, args.pretrained):
         model, _, preprocess = open_clip.create_model_and_transforms(
             args.model,
             args.pretrained,
             precision=args.precision,
             device=ranks.device,
-            require_pretrained=True,
+            require_pretrained=not replaced,
+            load_weights=not replaced,
             **changes,
         )
         tokenizer = open_clip.get_tokenizer(args.model, context_length=changes.get("force_context_length"))
+    if replaced:
+        state = checkpoint.load(args.pretrained)
+        checkpoint.load_weights(model, state.get("state_dict", state), args.pretrained)
     if type(model) in SHORTCUT:
         model = with_shortcuts(model)
     if args.vision_guided_reduction:
         if not isinstance(model, TextFirst):
-            raise UserError(f"--vision-guided-reduction needs an ELIP model; {args.model} is none.")
+            raise UserError(f"--vision-guided-reduction needs a model with token reduction; {args.model} has none.")
+        if not model.reduction.works_alone:
+            raise UserError("--vision-guided-reduction is for elip, evit and tome; this model's method is for training.")
         model.vision_guided = True
     if args.ema:
         averages = checkpoint.load(args.pretrained).get("ema")
@@ -234,6 +259,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if not args.results:
+        raise UserError("--results is empty; name a folder, or none.")
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1 and --workers at least 0.")
     try:

@@ -5,11 +5,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,6 +26,7 @@ from open_clip_elip.model import Shortcuts
 
 from ..distributed import Ranks
 from ..errors import UserError
+from ..files import written_whole
 from .command import LoadedModel
 from .encode import STOP, EncodeSettings, ImagePass, all_skipped
 from .pictures import LabelledImages
@@ -176,7 +176,8 @@ def _extract(
                 parts = [_read_part(folder / str(rank), dtype, max(widths)) for rank in range(ranks.world_size)]
                 _assemble(path, parts, places, data.labels)
                 text = json.dumps({**key, "images": len(data), "skipped": skipped}, indent=2)
-                _write(path.with_suffix(".json"), [text.encode()])
+                with written_whole(path.with_suffix(".json")) as file:
+                    file.write(text.encode())
     finally:
         if ranks.is_main and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -241,7 +242,8 @@ def _assemble(path: Path, parts: Sequence[Tensor], places: Sequence[Tensor], lab
     # Features aligned as in memory: matrix products on the CPU round differently according to this.
     text += b" " * (-(8 + len(text)) % 64)
     rows = chain(features(), [labels[place], place])
-    _write(path, chain([len(text).to_bytes(8, "little"), text], map(_bytes, rows)))
+    with written_whole(path) as file:
+        file.writelines(chain([len(text).to_bytes(8, "little"), text], map(_bytes, rows)))
 
 
 def _is_complete(path: Path, key: dict[str, Any]) -> bool:
@@ -262,20 +264,6 @@ def _open(path: Path) -> FeatureSet:
     except FileNotFoundError:
         raise UserError(f"Not all processes see {path}; give a --cache folder that all machines share.") from None
     return FeatureSet(*tensors, described["skipped"], path)
-
-
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes a file so that it is there completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .pictures import DEFAULT_TEMPLATES, ImageFiles, LabelledImages, TarImages
+from .tar_samples import Member, read_samples
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -201,52 +201,37 @@ def list_shard_pictures(shards: Sequence[Path], classes: int, names_from: str) -
                     f"but {names_from} names {classes} classes, 0 to {classes - 1}."
                 )
             names.append(member.name)
-            places.append((number, member.offset_data, member.size))
+            places.append((number, member.offset, member.size))
             labels.append(label)
     if not labels:
         raise UserError(f"The {len(shards)} shards in {shards[0].parent} hold no sample with 'cls' and an image.")
     return TarImages(shards, names, np.array(places, dtype=np.int64)), torch.tensor(labels)
 
 
-def _shard_samples(shard: Path) -> list[tuple[tarfile.TarInfo, int]]:
-    """(picture, class) of each sample: members with the same name up to the first dot after the last slash."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                parent, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if not (member.isfile() and stem):
-                    continue
-                key, extension = f"{parent}/{stem}", extension.lower()
-                samples.setdefault(key, {})[extension] = member
-                if extension == "cls":
-                    labels[key] = _label(tar.extractfile(member).read(), shard, member.name)
-            tar.fileobj.seek(tar.offset)
-            whole = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.ReadError as error:
-        if not samples:
-            raise UserError(f"{shard} is not a readable tar file ({error}); mend or remove it.") from None
-        whole = False
-    if not whole:  # tarfile takes most kinds of damage for the end
+def _shard_samples(shard: Path) -> list[tuple[Member, int]]:
+    """(picture, class) of each sample."""
+    samples, whole = read_samples(shard, {"cls"})
+    if not whole:
         logging.warning(f"{shard} is cut off or damaged after {len(samples)} samples; the rest of it is not evaluated.")
     found = []
     for i, (key, members) in enumerate(samples.items(), start=1):
-        image = next((members[extension] for extension in SHARD_IMAGES if extension in members), None)
-        if image is not None and key in labels:
-            found.append((image, labels[key]))
+        by_extension = {member.extension: member for member in members}
+        image = next((by_extension[extension] for extension in SHARD_IMAGES if extension in by_extension), None)
+        if image is not None and "cls" in by_extension:
+            found.append((image, _label(by_extension["cls"], shard)))
         elif whole or i < len(samples):
             kinds = ", .".join(SHARD_IMAGES)
-            raise UserError(f"{shard}: the sample {key.lstrip('/')} needs a .cls file and an image (.{kinds}).")
+            raise UserError(f"{shard}: the sample {key} needs a .cls file and an image (.{kinds}).")
     return found
 
 
-def _label(content: bytes, shard: Path, member: str) -> int:
+def _label(member: Member, shard: Path) -> int:
     try:
-        return int(content)
+        return int(member.content)
     except ValueError:
-        raise UserError(f"{shard}: {member} must hold a class number, but holds {content[:40]!r}.") from None
+        raise UserError(
+            f"{shard}: {member.name} must hold a class number, but holds {member.content[:40]!r}."
+        ) from None
 
 
 # ------------------------------------------------------------------------------------- data with files of class names

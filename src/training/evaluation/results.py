@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import re
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..distributed import Ranks
 from ..errors import UserError
+from ..files import written_whole
 
 VERSIONS = ("open_clip_elip", "open_clip_torch", "torch", "torchvision", "timm")
 _FIRST_COLUMNS = ("command", "model", "pretrained", "data", "split")
@@ -98,14 +98,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); free space there or change --results.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _version(name: str) -> str:

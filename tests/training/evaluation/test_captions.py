@@ -14,6 +14,8 @@ from PIL import Image
 from training.errors import UserError
 from training.evaluation.captions import CaptionOptions, load_captions
 
+from .layout_files import write_shard
+
 SPLITS = ("train", "restval", "val", "test")
 
 
@@ -34,17 +36,6 @@ def write_images(root, names, **kwargs):
 def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            content = content if isinstance(content, bytes) else content.encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -358,8 +349,8 @@ def test_shards_with_json(tmp_path):
         "c.webp": encoded(3, format="WEBP"), "c.json": json.dumps({"caption": ["c 1", "c 2"]}),
         "d.jpeg": encoded(4, mode="L"), "d.json": "{}", "d.txt": "d",
     }  # fmt: skip
-    write_tar(tmp_path / "0.tar", members)
-    write_tar(tmp_path / "1.tar", {"a.jpg": encoded(5), "a.txt": "another a"})
+    write_shard(tmp_path / "0.tar", members)
+    write_shard(tmp_path / "1.tar", {"a.jpg": encoded(5), "a.txt": "another a"})
     data = load(tmp_path)
     texts = [["a 1", "a 2"], ["b"], ["c 1", "c 2"], ["d"], ["another a"]]
     assert contents(data) == list(
@@ -375,7 +366,7 @@ def test_shards_with_json(tmp_path):
 def test_what_a_txt_is(tmp_path):
     """Nothing is guessed: several lines are captions only where something says so."""
     folder = tmp_path / "test"
-    write_tar(folder / "0.tar", {"a.jpg": encoded(1), "a.txt": "one\n\ntwo \\n lines\n", "b.jpg": encoded(2)})
+    write_shard(folder / "0.tar", {"a.jpg": encoded(1), "a.txt": "one\n\ntwo \\n lines\n", "b.jpg": encoded(2)})
     refused(folder, "the .txt of a.jpg has 2 lines; say with --txt-captions")
     assert load(folder, txt="lines").captions == ["one", "two lines"]
     whole = load(folder, txt="whole")
@@ -388,7 +379,7 @@ def test_what_a_txt_is(tmp_path):
 
 def test_splits_in_folders_of_shards(tmp_path):
     for split in ("train", "test"):
-        write_tar(tmp_path / split / "0.tar", {"a.jpg": encoded(1), "a.txt": split})
+        write_shard(tmp_path / split / "0.tar", {"a.jpg": encoded(1), "a.txt": split})
     data = load(f"mine={tmp_path}", split="train+test")
     assert (data.captions, data.name, data.split) == (["train", "test"], "mine", "train+test")
     assert load(tmp_path / "train", split="train").captions == ["train"]
@@ -403,7 +394,7 @@ def test_splits_in_folders_of_shards(tmp_path):
 )
 def test_damaged_shard(tmp_path, caplog, member, place, left):
     members = {f"{key}.{kind}": value for key in "abc" for kind, value in (("txt", key), ("jpg", encoded(1)))}
-    path = write_tar(tmp_path / "0.tar", members)
+    path = write_shard(tmp_path / "0.tar", members)
     with tarfile.open(path) as tar:
         info = tar.getmember(member)
     cut = {"header": info.offset + 100, "data": info.offset_data, "end": info.offset_data + info.size}[place]
@@ -429,7 +420,7 @@ def test_no_tar(tmp_path):
     ],
 )
 def test_mistakes_in_shards(tmp_path, members, message):
-    refused(write_tar(tmp_path / "0.tar", members), message)
+    refused(write_shard(tmp_path / "0.tar", members), message)
 
 
 # --- mistakes ---

@@ -242,10 +242,10 @@ def test_no_room(extract, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot be written to .*file"):
         extract(noise_data(), cache=tmp_path / "file")
 
-    def full(path, pieces):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write", full)
+    monkeypatch.setattr(module, "written_whole", full)
     with pytest.raises(UserError, match=r"cannot be written to .*cache \(No space left on device\); give another"):
         extract(noise_data())
     assert list((tmp_path / "cache").iterdir()) == []

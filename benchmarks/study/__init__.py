@@ -1,0 +1,1 @@
+"""The study: which token reduction learns best, and with which settings (configs/study, scripts/study.py)."""

@@ -1,0 +1,58 @@
+"""Tests in several processes: how they start, and how they end so that only what they did counts."""
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from training.distributed import end, leave
+
+
+def spawn(function: Callable[..., None], *args: Any, nprocs: int = 2, group: bool = True) -> None:
+    """Runs `function(rank, *args)` in `nprocs` processes, each with one thread; what one of them raises is raised.
+
+    They are in a gloo group, and in an environment as torchrun makes it: a command under test starts a group of its
+    own there, once this one is left (`training.distributed.leave`) or if there is none.
+
+    Args:
+        function: of the top level of a module.
+        group: False starts no group.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store" if group else None
+        mp.spawn(_process, (function, args, nprocs, port, store), nprocs=nprocs)
+
+
+def _process(rank: int, function: Callable, args: tuple, world_size: int, port: int, store: str | None) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if store is not None:
+        patience = timedelta(minutes=2)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=patience)
+    function(rank, *args)
+    leave()
+    end(0)  # what happens while the interpreter is torn down is none of the test's business
+
+
+def torchrun(*words: str, nprocs: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs `words` in processes that torchrun starts: "-m", a module, "--", its arguments; or "--", a script, ...
+
+    Without the two dashes torchrun takes --logs for one of its own flags.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nprocs)]
+    return subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=timeout)

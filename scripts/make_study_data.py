@@ -6,7 +6,8 @@
 Pictures and words come from four npm packages of fixed versions. Their archives are taken from `--packages`, and what
 is not there is put there by `npm pack`. The folder that is written:
 
-    train/*.tar        Noto and Fluent (skin tones only with --skin-tones): <style>-<code>.png, .txt (caption), .json (name, ...)
+    train/*.tar        Noto and Fluent: <style>-<code>.png, .txt (caption), .json (name, ...); skin tones only with
+                       --skin-tones
     seen/*.tar         Twemoji, a style that is never trained on, of names that are: .cls is the line of the name in
                        seen/classnames.txt, templates.txt holds the prompts
     heldout/*.tar      Twemoji of names that no training picture has: the same, and with the captions for retrieval

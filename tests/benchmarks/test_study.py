@@ -223,7 +223,8 @@ def test_what_is_finished_is_not_run_again(tiny):
     setting = run.Setting(study, out)
     assert setting.finished(again)["id"] == key
     shown: list[str] = []
-    assert run.run_all([again], setting, jobs=1, show=shown.append) == [] and shown == ["1 of 1 runs are finished already"]
+    assert run.run_all([again], setting, jobs=1, show=shown.append) == []
+    assert shown == ["1 of 1 runs are finished already"]
     more = run.Setting(study, out, fashion_mnist=Path("fashion"))
     assert more.finished(again) is None  # its row lacks that probe
     (out / f"{key}.json").rename(out / "kept")

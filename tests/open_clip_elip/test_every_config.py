@@ -141,3 +141,45 @@ def test_few_layers(layers):
     contrastive_loss(model(*pairs())).backward()
     assert lengths == model.token_counts()
     assert 0 < model.rrt() < 1
+
+
+RIVALS = ("evit", "tome", "random", "adaptive")
+
+
+def record_mlp_tokens(model, images):
+    """Tokens that go through the MLP of each layer, of an image on average. Without the shortcuts, as above."""
+    model.shortcuts = False
+    tokens = [None] * len(model.visual.transformer.resblocks)
+    for layer, block in enumerate(model.visual.transformer.resblocks):
+        block.ln_2.register_forward_pre_hook(
+            lambda _, args, layer=layer: tokens.__setitem__(layer, args[0].shape[:-1].numel() / images)
+        )
+    return tokens
+
+
+@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("vision", [pytest.param(vision, id=name) for name, vision in vision_configs()])
+def test_every_registered_vit_by_the_other_methods(vision, method):
+    plain = open_clip.CLIP(16, vision, TEXT, output_dict=True).train()
+    pools_cls = plain.visual.pool_type == "tok" and plain.visual.attn_pool is None
+    if method == "adaptive" and not pools_cls:
+        with pytest.raises(ValueError, match="pool"):
+            with_token_reduction(plain, method=method)
+        return
+    model = with_token_reduction(plain, method=method)
+    tokens = record_mlp_tokens(model, 1)
+    output = model(*pairs(1, model.visual.image_size, torch.float32))
+    assert output["image_features"].isfinite().all()
+    work = model.reduction.work(model.num_patches())
+    assert tokens == [layer.mlp for layer in work]
+    assert 0 < model.rrt() < 1
+
+
+@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 7])
+def test_few_layers_by_the_other_methods(layers, method):
+    model = with_token_reduction(plain_model(vision={**VISION, "layers": layers}), method=method)
+    tokens = record_mlp_tokens(model, 3)
+    contrastive_loss(model(*pairs(3))).backward()
+    assert tokens == [layer.mlp for layer in model.reduction.work(16)]
+    assert 0 < model.rrt() < 1

@@ -19,6 +19,7 @@ from .tiny import REDUCTION, TEXT, VISION, config, enliven, pairs
 
 NAMES = [
     "ViT-S-16-ELIP", "ViT-B-16-ELIP", "ViT-B-32-ELIP", "ViT-L-14-ELIP", "ViT-Ti-8-64-ELIP", "ViT-Nano-8-64-ELIP",
+    "ViT-Pico-8-64-ELIP",
 ]  # fmt: skip
 RIVALS = {
     f"ViT-{size}-16-{suffix}": method

@@ -31,7 +31,7 @@ from .base import (
 from .merge import best, weighted_sum
 
 DEPTH, LAYERS = 12, (4, 7, 10)  # of the source, for a tower of 12 layers
-RATES = 2000
+RATES = 1_000_000  # tried for `target_rrt`
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,11 @@ class Evit(TokenReduction):
 
 @functools.cache
 def _matching_rate(evit: Evit, num_patches: int) -> float:
-    """One of 2,000 rates, whose ratio of removed tokens is nearest to the target."""
-    rate = lambda step: (RATES - step) / RATES  # noqa: E731  (the ratio must rise with the step)
-    return rate(nearest(evit.config.target_rrt, lambda step: rrt(evit._work(num_patches, rate(step)), num_patches), RATES - 1))
+    """The rate whose ratio of removed tokens is nearest to the target."""
+    def ratio(step: int) -> float:
+        return rrt(evit._work(num_patches, 1 - step / RATES), num_patches)
+
+    return 1 - nearest(evit.config.target_rrt, ratio, RATES - 1) / RATES
 
 
 def _reduce(block: nn.Module, x: Tensor, *, keep: int, fuse: bool) -> Tensor:

@@ -120,8 +120,11 @@ def _matching_r(tome: Tome, num_patches: int) -> tuple[int, ...]:
         borders = [total * i // tome.num_layers for i in range(tome.num_layers + 1)]
         return tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
 
+    def ratio(total: int) -> float:
+        return rrt(tome._work(num_patches, spread(total)), num_patches)
+
     most = tome.num_layers * ((num_patches + 1) // 2)  # each layer merges all it can
-    return spread(nearest(tome.config.target_rrt, lambda total: rrt(tome._work(num_patches, spread(total)), num_patches), most))
+    return spread(nearest(tome.config.target_rrt, ratio, most))
 
 
 def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def _work(args: argparse.Namespace) -> int:
 
     from benchmarks.study.cells import expand, find_cell, load_study
     from benchmarks.study.costs import Costs
-    from benchmarks.study.report import write_report
+    from benchmarks.study.report import read_rows, write_report
     from benchmarks.study.run import Setting, describe, run_all
 
     from training.errors import UserError
@@ -54,6 +54,9 @@ def _work(args: argparse.Namespace) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     overrides = {} if args.model is None else {"model": args.model}
     study = load_study(args.configs, budget=args.budget, data=args.data, overrides=overrides)
+    if args.report and not any(args.out.glob("*.json")):
+        print(write_report(study, read_rows(args.results / "runs.csv"), args.results))
+        return 0
     marker = study.data / "dataset.json"
     if not marker.is_file():
         raise UserError(f"There are no pictures in {study.data}; make them with scripts/make_study_data.py --out DIR.")
@@ -126,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--fashion-mnist", type=Path, metavar="DIR", help="also probe the methods' runs on Fashion-MNIST")
     add("--keep-weights", action="store_true", help="keep the last checkpoint of each run, about 120 MB")
     add("--list", action="store_true", help="only show the runs and their cost")
-    add("--report", action="store_true", help="only write tables and plots")
+    add("--report", action="store_true",
+        help="only write tables and plots, of the finished runs or, if there are none here, of runs.csv in --results")  # fmt: skip
     return parser
 
 

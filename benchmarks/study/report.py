@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.errors import UserError
+
 from .cells import REDUCED, Cell, Study, Table
 from .plots import draw_plots
 
@@ -53,6 +55,7 @@ SHOWN = (
     "seen_top1", "seen_top5", "heldout_top1", "heldout_top5", "category_top1", "fashion_top1",
     "image_to_text_R@10", "text_to_image_R@10", "val_loss", "train_loss",
 )  # fmt: skip
+TEXTS = ("id", "weights", "model", "device")  # of a row, whatever they look like
 COSTS = ("rrt", "gflops", "samples", "steps", "pflops", "seconds")
 
 
@@ -80,12 +83,40 @@ def paired(rows: Rows, table: Table, cell: Cell, key: str) -> list[float]:
     return differences
 
 
+# Two-sided 95 % points of Student's t, by degrees of freedom.
+_T95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
 def is_clear(differences: Sequence[float]) -> bool:
-    """Whether the mean difference is larger than twice its standard error, over at least three seeds."""
+    """Whether a paired t-test at 5 % tells the mean difference from 0, over at least three seeds."""
     if len(differences) < 3:
         return False
     mean, std = mean_std(differences)
-    return abs(mean) > 2 * std / math.sqrt(len(differences))
+    return abs(mean) > _T95.get(len(differences) - 1, 2.262) * std / math.sqrt(len(differences))
+
+
+def read_rows(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of a `runs.csv`, with its digits.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not file.is_file():
+        raise UserError(f"There is no {file}, and no finished run: nothing to report.")
+    rows = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for line in csv.DictReader(lines):
+            cells = line.pop("cells").split(" ")
+            row = {key: text if key in TEXTS else _read(text) for key, text in line.items() if text}
+            rows |= {(cell, row["seed"]): row for cell in cells}
+    return rows
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def write_report(study: Study, rows: Rows, folder: Path) -> str:
@@ -122,7 +153,7 @@ def _runs_csv(rows: Rows) -> str:
     for key, row in sorted(unique.items(), key=lambda item: (cells[item[0]], item[1]["seed"])):
         plain = {name: v if isinstance(v, (int, float, str)) else json.dumps(v) for name, v in row.items()}
         lines.append({"cells": " ".join(cells[key]), **plain})
-    return _csv(lines)
+    return _csv(lines, digits=10)
 
 
 def _cells_csv(study: Study, rows: Rows) -> str:
@@ -148,13 +179,13 @@ def _cells_csv(study: Study, rows: Rows) -> str:
     return _csv(lines)
 
 
-def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
+def _csv(lines: Sequence[Mapping[str, Any]], digits: int = 6) -> str:
     columns = list(dict.fromkeys(key for line in lines for key in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for line in lines:
-        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in line.items()})
+        writer.writerow({key: f"{v:.{digits}g}" if isinstance(v, float) else v for key, v in line.items()})
     return text.getvalue()
 
 
@@ -210,8 +241,8 @@ def _heading(study: Study, rows: Rows) -> str:
         f"`python scripts/study.py`: {some['model']}, batches of {study.batch_size}, {study.samples:,} samples a run "
         f"where compute is not matched, {some['threads']} thread(s), seeds {', '.join(map(str, seeds))}. "
         "Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed begin with the same "
-        "weights and see the same data in the same order, so differences are taken by seed. Bold: the mean difference "
-        "is larger than twice its standard error, over at least three seeds. With so many comparisons some are bold by "
+        "weights and see the same data in the same order, so differences are taken by seed. Bold: a paired t-test at "
+        "5 % tells the difference from none, over at least three seeds; of so many comparisons, one in twenty is bold by "
         "chance.\n\n"
         "seen: zero-shot over names that were trained on, in a style that was not. held-out: the same over names that "
         "were not trained on; TR and IR: retrieval of their captions and pictures.\n\n"

@@ -138,9 +138,9 @@ def read_training(folder: Path) -> dict[str, Any]:
         "train_loss": statistics.fmean(row["loss"] for row in rows[-max(1, len(rows) // 10) :]),
         "train_seconds": round(sum(_seconds(rows)), 1),
     }
-    if "tflops_per_second" in rows[0]:
-        flops = statistics.fmean(row["tflops_per_second"] * 1e12 / row["samples_per_second"] for row in rows)
-        row |= {"gflops": flops / 1e9, "pflops": flops * row["samples"] / 1e15}
+    if "gflops_per_pair" in rows[0]:
+        gflops = statistics.fmean(row["gflops_per_pair"] for row in rows)
+        row |= {"gflops": gflops, "pflops": gflops * row["samples"] / 1e6}
     return row
 
 

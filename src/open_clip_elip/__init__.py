@@ -6,7 +6,7 @@ from .model import (
     with_token_reduction,
     without_token_reduction,
 )
-from .reduction import Elip, ElipConfig
+from .reduction import Elip, ElipConfig, TokenReduction
 from .registry import register
 from .text import TextParts, cut_text
 
@@ -19,6 +19,7 @@ __all__ = [
     "TextFirstCLIP",
     "TextFirstCustomTextCLIP",
     "TextParts",
+    "TokenReduction",
     "cut_text",
     "with_shortcuts",
     "with_token_reduction",

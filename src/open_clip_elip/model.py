@@ -128,7 +128,8 @@ class TextFirst(Shortcuts):
             reduce = guidance is not None or self.vision_guided
         if not reduce:
             return super().encode_tokens(image)
-        if guidance is None and not (self.training or self.reduction.works_alone):
+        captioned = guidance is not None and self.reduction.uses_text
+        if not (captioned or self.training or self.reduction.works_alone):
             raise ValueError(f"{type(self.reduction).__name__} reduces tokens in training only.")
         x = self.visual._embeds(image)
         blocks = self.visual.transformer.resblocks

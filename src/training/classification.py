@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         visual: maps (B, 3, H, W) to (B, D).
         head: applied in its own precision, whatever autocast says: a hundred times a cosine has no digits to spare.
         normalize: bring the features to unit length first, as a zero-shot classifier wants them.
-        reduction: token reduction (`open_clip_elip.TokenReduction`), guided by vision alone, in training and evaluation.
+        reduction: token reduction (`open_clip_elip.TokenReduction`), by vision alone, in training and evaluation.
         num_patches: that enter the first layer, where tokens are reduced.
 
     Attributes:
@@ -125,7 +125,7 @@ def zero_shot_head(
 def _assemble(model: nn.Module, head: nn.Linear, *, normalize: bool, reduce: bool) -> Classifier:
     device = next(model.visual.parameters()).device
     if reduce and not model.reduction.works_alone:
-        raise UserError("--vision-guided-reduction is for elip, evit and tome; this model's method is for pre-training.")
+        raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
     reduction = {"reduction": model.reduction, "num_patches": model.num_patches()} if reduce else {}
     return Classifier(model.visual, head.to(device), normalize=normalize, **reduction)
 

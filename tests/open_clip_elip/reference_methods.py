@@ -166,7 +166,7 @@ def adaptive(
     text_scale: str = "match",
     scoring_depth: int | None = None,
 ):
-    """ELIP with a number of tokens for each image. -> (`[CLS]` after the last layer (B, 1, D), kept, stage by stage)."""
+    """ELIP with a number of tokens for each image. -> (`[CLS]` after the last layer (B, 1, D), kept by stage)."""
     blocks, patches = list(blocks), x.shape[1] - 1
     keeps = [max(1, int(ratio * patches)) for ratio in keep_ratio]
     sequences, counts, tokens, first = list(x), [], patches, 0

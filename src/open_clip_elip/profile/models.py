@@ -88,7 +88,8 @@ class ModelSpec:
         method = self.reduction.get("method", own.get("method"))
         if method is None:
             raise ProfileError(
-                f"{self.name} has no token reduction for {', '.join(self.reduction)} to change; add method=elip, evit, tome, ..."
+                f"{self.name} has no token reduction for {', '.join(self.reduction)} to change; "
+                "add method=elip, or another."
             )
         if method == "none":
             return {"method": "none"}

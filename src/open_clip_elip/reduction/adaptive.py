@@ -3,7 +3,8 @@
 The paper fixes the number for all images. Here each stage ranks the tokens of an image by score, as ELIP does, and asks
 of each token how much of the image's attention those above it hold already. The tokens of the whole batch with the
 lowest answers stay, B * K of them: an image whose attention sits on few tokens keeps few, one whose attention is
-spread keeps many, and the mean is K. How many one image keeps so depends on the others of its batch (of one process).
+spread keeps many, and the mean is K. How many one image keeps so depends on the others of its batch: on the batch size,
+the number of processes and `--accum-freq`, for each micro-batch of each process keeps to the budget by itself.
 
 The images then differ in length. What takes a matrix product runs on the B * (K+2) tokens one behind the other, packed,
 without any padding; only between the tokens of an image, in the attention itself, are they padded to the longest that
@@ -173,12 +174,12 @@ def choose(scores: Tensor, mask: Tensor | None, keep: int, low: int, high: int) 
     if mask is not None:
         scores = scores.masked_fill(~mask, -1.0)
     ranked, order = scores.sort(dim=1, descending=True, stable=True)
-    mass = ranked.clamp_min(0) + torch.finfo(scores.dtype).tiny
+    rank = torch.arange(length, device=scores.device)
+    there = length if mask is None else mask.sum(dim=1, keepdim=True)
+    mass = (ranked.clamp_min(0) + torch.finfo(scores.dtype).tiny).masked_fill(rank >= there, 0.0)
     mass = mass / mass.sum(dim=1, keepdim=True)
     # All but what those above hold: added up from the smallest, as 1 minus that would be 0 behind a sharp attention.
     rest = mass.flip(1).cumsum(dim=1).flip(1)
-    rank = torch.arange(length, device=scores.device)
-    there = length if mask is None else mask.sum(dim=1, keepdim=True)
     rest = rest.masked_fill(rank < low, 2.0)
     rest = rest.masked_fill((rank >= high) | (rank >= there - 1), -1.0)
     stays = rest.flatten().topk(batch * keep, sorted=False).indices

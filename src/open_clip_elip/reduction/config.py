@@ -92,7 +92,8 @@ class ElipConfig(ReductionConfig):
         check_switch("merge", self.merge)
         check_choice("text_scale", self.text_scale, ("match", "none"))
         if self.scoring_depth is not None:
-            check_number("scoring_depth", self.scoring_depth, 1, math.inf, "a layer of the stage, 1 or more", whole=True)
+            meaning = "a layer of the stage, 1 or more"
+            check_number("scoring_depth", self.scoring_depth, 1, math.inf, meaning, whole=True)
 
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
         """Unfolds the schedule for a tower of `num_layers` layers.

@@ -75,6 +75,8 @@ class EvitConfig(ReductionConfig):
 class Evit(TokenReduction):
     """Runs a tower's blocks with fewer tokens after each reducing layer.
 
+    A layer that would fuse a single token is left as it is: that would change the token and save none.
+
     Raises:
         ValueError: a reducing layer that the tower does not have.
     """
@@ -110,7 +112,11 @@ class Evit(TokenReduction):
         """The configured one, or the one that meets `target_rrt` for this number of patches."""
         if self.config.keep_rate is not None:
             return self.config.keep_rate
-        return _matching_rate(self, num_patches)
+
+        def ratio(step: int) -> float:
+            return rrt(self._work(num_patches, 1 - step / RATES), num_patches)
+
+        return 1 - nearest(self.config.target_rrt, ratio, RATES - 1) / RATES
 
     def _work(self, num_patches: int, keep_rate: float) -> list[LayerWork]:
         tokens, work = 1 + num_patches, []
@@ -126,15 +132,6 @@ class Evit(TokenReduction):
 
     def _keep(self, layer: LayerWork) -> int:
         return layer.mlp - 1 - self.config.fuse
-
-
-@functools.cache
-def _matching_rate(evit: Evit, num_patches: int) -> float:
-    """The rate whose ratio of removed tokens is nearest to the target."""
-    def ratio(step: int) -> float:
-        return rrt(evit._work(num_patches, 1 - step / RATES), num_patches)
-
-    return 1 - nearest(evit.config.target_rrt, ratio, RATES - 1) / RATES
 
 
 def _reduce(block: nn.Module, x: Tensor, *, keep: int, fuse: bool) -> Tensor:

@@ -38,7 +38,7 @@ class TomeConfig(ReductionConfig):
         r: tokens that each layer merges away, one number, or one for each layer; what is more than a layer can merge
             (half of its patches) is cut. The default is 13, as in the source for 224 px and patches of 16.
         target_rrt: instead of `r`, the ratio of removed tokens to come as near to as possible, evenly over the layers.
-        prop_attn: proportional attention.
+        prop_attn: proportional attention. The source trains without it; Guo et al. compare with it.
 
     Raises:
         ValueError: an option is out of its range.
@@ -98,7 +98,22 @@ class Tome(TokenReduction):
         return x
 
     def work(self, num_patches: int) -> list[LayerWork]:
-        return self._work(num_patches, _matching_r(self, num_patches) if self.config.r is None else self.config.r)
+        return self._work(num_patches, self.schedule(num_patches))
+
+    def schedule(self, num_patches: int) -> int | tuple[int, ...]:
+        """The configured r, or r of each layer, even to within one, that meets `target_rrt`."""
+        if self.config.r is not None:
+            return self.config.r
+
+        def spread(total: int) -> tuple[int, ...]:
+            borders = [total * i // self.num_layers for i in range(self.num_layers + 1)]
+            return tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
+
+        def ratio(total: int) -> float:
+            return rrt(self._work(num_patches, spread(total)), num_patches)
+
+        most = self.num_layers * ((num_patches + 1) // 2)  # each layer merges all it can
+        return spread(nearest(self.config.target_rrt, ratio, most))
 
     def _work(self, num_patches: int, r: int | tuple[int, ...]) -> list[LayerWork]:
         tokens, work = 1 + num_patches, []
@@ -113,25 +128,13 @@ class Tome(TokenReduction):
         return work
 
 
-@functools.cache
-def _matching_r(tome: Tome, num_patches: int) -> tuple[int, ...]:
-    """r of each layer, even to within one, whose ratio of removed tokens is nearest to the target."""
-    def spread(total: int) -> tuple[int, ...]:
-        borders = [total * i // tome.num_layers for i in range(tome.num_layers + 1)]
-        return tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
-
-    def ratio(total: int) -> float:
-        return rrt(tome._work(num_patches, spread(total)), num_patches)
-
-    most = tome.num_layers * ((num_patches + 1) // 2)  # each layer merges all it can
-    return spread(nearest(tome.config.target_rrt, ratio, most))
-
-
-def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool) -> tuple[Tensor, Tensor]:
+def _merge(
+    block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool
+) -> tuple[Tensor, Tensor]:
     """The block on `x` (B, L, D) with tokens merged: (B, L-r, D), and their sizes (B, L-r)."""
     q, k, v = project(block, x)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_log_size(size, q) if prop_attn else None)
-    x = add_attended(block, x, attended)
+    bias = _log_size(size, q) if prop_attn else None
+    x = add_attended(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
     match = soft_match(k.detach().mean(dim=1), r)
     if size is None:
         size = torch.ones(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -142,7 +145,8 @@ def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, p
 
 def _attend_by_size(block: nn.Module, x: Tensor, size: Tensor) -> Tensor:
     q, k, v = project(block, x)
-    return add_mlp(block, add_attended(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=_log_size(size, q))))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_log_size(size, q))
+    return add_mlp(block, add_attended(block, x, attended))
 
 
 def _cls_only(block: nn.Module, x: Tensor, size: Tensor) -> Tensor:
@@ -167,7 +171,7 @@ def soft_match(keys: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         r: at most half of the L - 1 others.
 
     Returns:
-        positions in A that stay, (B, |A|-r), ascending; positions in A that go, (B, r); and where in B those go, (B, r).
+        positions in A that stay, (B, |A|-r), ascending; positions in A that go, (B, r); where in B those go, (B, r).
     """
     keys = keys / norm(keys).clamp_min(1e-12).to(keys.dtype)
     similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)

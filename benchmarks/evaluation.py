@@ -40,6 +40,7 @@ from open_clip_elip.profile.machine import describe_machine, find_device, machin
 from open_clip_elip.profile.models import ModelSpec
 from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
+from open_clip_elip.registry import plain_name
 from training.data.pixels import FAST, PLAIN, REDUCED
 from training.data.transforms import with_decoding
 from training.distributed import Ranks
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[dict, dict[str, Any]]:
     """For each kind of work both sides' functions and how many prompts or images there are, and what both agree on."""
     ours = ModelSpec.parse(args.model).build(device=device, precision=args.precision).eval()
-    stem = args.model.removesuffix("-ELIP")
+    stem = plain_name(args.model)
     plain = ModelSpec(stem, args.model, {"method": "none"}) if stem != args.model else ModelSpec.parse(stem)
     theirs = plain.build(device=device, precision=args.precision).eval()
     if type(theirs) not in (open_clip.CLIP, open_clip.CustomTextCLIP):

@@ -35,6 +35,7 @@ from open_clip_elip.profile.memory import SavedBytes, peak_bytes, prepare_optimi
 from open_clip_elip.profile.models import ModelSpec
 from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
+from open_clip_elip.registry import plain_name
 from training.distributed import Ranks
 from training.errors import UserError
 from training.main import pretraining
@@ -52,7 +53,9 @@ TARGETS = {
     "ViT-S-16-ELIP:scoring_depth=1": (0.575, 0.57, 0.59),
     "ViT-B-16-ELIP:scoring_depth=1": (0.645, 0.66, 0.63),
 }
-FLAGS = {"method": "--token-reduction", "depths": "--stage-depths"}  # where the trainer's has another name
+FLAGS = {  # where the trainer's has another name
+    "method": "--token-reduction", "depths": "--stage-depths", "layers": "--reduce-layers", "r": "--merge-per-layer",
+}  # fmt: skip
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.1  # noise for images: nothing must be learnt from it
 
 
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def by_shape(specs: Sequence[ModelSpec]) -> Iterator[tuple[ModelSpec, list[ModelSpec]]]:
     """Plain OpenCLIP's model of each shape, and the models of that shape."""
     for name in dict.fromkeys(spec.name for spec in specs):
-        stem = name.removesuffix("-ELIP")
+        stem = plain_name(name)
         known = stem in open_clip.list_models()
         plain = ModelSpec.parse(stem) if known else ModelSpec(f"plain {name}", name, {"method": "none"})
         yield plain, [spec for spec in specs if spec.name == name]

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ SHOWN = (
     "image_to_text_R@10", "text_to_image_R@10", "val_loss", "train_loss",
 )  # fmt: skip
 TEXTS = ("id", "weights", "model", "device")  # of a row, whatever they look like
+# In the shorter tables of a page of the documentation.
+SHORT = (
+    "seen_top1", "seen_top5", "heldout_top5", "category_top1", "fashion_top1", "image_to_text_R@10",
+    "text_to_image_R@10", "val_loss", "train_loss",
+)  # fmt: skip
 COSTS = ("rrt", "gflops", "samples", "steps", "pflops", "seconds")
 
 
@@ -223,6 +229,45 @@ def markdown(table: Table, rows: Rows) -> str:
     return text
 
 
+def short_table(table: Table, rows: Rows) -> str:
+    """One table of figures, bold where they differ clearly from the reference's."""
+    own = {cell: [row for (name, _), row in sorted(rows.items()) if name == cell.full_name] for cell in table.cells}
+    metrics = [
+        metric for metric in METRICS if metric.key in SHORT
+        and any(value(row, metric.key, cell) is not None for cell, found in own.items() for row in found)
+    ]  # fmt: skip
+    lines = [["", "seeds", "RRT", "GFLOP a pair", "samples", *(metric.heading for metric in metrics)]]
+    for cell, found in own.items():
+        if not found:
+            continue
+        name = f"`{cell.name}`" + (" (reference)" if cell.name == table.reference else "")
+        rrt = f"{100 * statistics.fmean(row['rrt'] for row in found):.1f} %"
+        line = [name, str(len(found)), rrt, _mean(found, "gflops", 3), f"{found[0]['samples']:,}"]
+        for metric in metrics:
+            values = [v * metric.scale for row in found if (v := value(row, metric.key, cell)) is not None]
+            text = "{:.{d}f} ± {:.{d}f}".format(*mean_std(values), d=metric.digits) if values else ""
+            clear = cell.name != table.reference and is_clear(paired(rows, table, cell, metric.key))
+            line.append(f"**{text}**" if clear else text)
+        lines.append(line)
+    return _table(lines)
+
+
+def fill_page(page: str, study: Study, rows: Rows) -> str:
+    """`page` with the table NAME between each pair of lines `<!-- table NAME -->` and `<!-- end -->`.
+
+    Raises:
+        UserError: a table that the study does not have.
+    """
+    tables = {table.name: table for table in study.tables}
+
+    def fill(match: re.Match) -> str:
+        if match[1] not in tables:
+            raise UserError(f"The study has no table {match[1]}; it has {', '.join(tables)}.")
+        return f"<!-- table {match[1]} -->\n{short_table(tables[match[1]], rows)}<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
 def _mean(rows: Sequence[Row], key: str, digits: int) -> str:
     values = [row[key] for row in rows if row.get(key) is not None]
     return f"{statistics.fmean(values):.{digits}f}" if values else ""
@@ -242,8 +287,8 @@ def _heading(study: Study, rows: Rows) -> str:
         f"where compute is not matched, {some['threads']} thread(s), seeds {', '.join(map(str, seeds))}. "
         "Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed begin with the same "
         "weights and see the same data in the same order, so differences are taken by seed. Bold: a paired t-test at "
-        "5 % tells the difference from none, over at least three seeds; of so many comparisons, one in twenty is bold by "
-        "chance.\n\n"
+        "5 % tells the difference from none, over at least three seeds; of so many comparisons, one in twenty is bold "
+        "by chance.\n\n"
         "seen: zero-shot over names that were trained on, in a style that was not. held-out: the same over names that "
         "were not trained on; TR and IR: retrieval of their captions and pictures.\n\n"
     )

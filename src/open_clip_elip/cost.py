@@ -16,7 +16,7 @@ from torch import nn
 from .blocks import is_plain
 from .reduction import LayerWork, TokenReduction
 from .text import can_cut
-from .vision import only_cls
+from .vision import num_patches, skips_last
 
 # ---------------------------------------------------------------------- operations
 
@@ -85,7 +85,7 @@ def step_cost(model: nn.Module, text_length: int | None = None, accumulate: bool
         backward=text.backward + image.backward,
         scoring=scoring,
         recompute=text.recompute + image.recompute + again,
-        image_tokens=_num_patches(model.visual),
+        image_tokens=num_patches(model.visual),
         text_tokens=length,
         text_forward=text.forward,
         text_backward=text.backward,
@@ -115,7 +115,7 @@ def _count_text(count: _Operations, text: nn.Module, length: int, one_row: bool)
 
 def _count_image(count: _Operations, model: nn.Module) -> int:
     """Returns the operations of scoring, which are not in `count`."""
-    visual, scoring, last = model.visual, 0, _one_row_of_image(model) and model.visual.transformer.resblocks[-1]
+    visual, scoring, last = model.visual, 0, skips_last(model) and model.visual.transformer.resblocks[-1]
     count.product(visual.grid_size[0] * visual.grid_size[1], visual.conv1.weight)
     count.through(visual.class_embedding, visual.positional_embedding, visual.ln_pre)
     if _reduces(model) and model.reduction.uses_text and visual.proj is not None:
@@ -232,26 +232,13 @@ def _one_row_of_text(model: nn.Module) -> bool:
     return getattr(model, "shortcuts", False) and can_cut(model) and is_plain(text.transformer.resblocks[-1])
 
 
-def _one_row_of_image(model: nn.Module) -> bool:
-    """As `_one_row_of_text`."""
-    visual = model.visual
-    return getattr(model, "shortcuts", False) and only_cls(visual) and is_plain(visual.transformer.resblocks[-1])
-
-
-def _num_patches(visual: VisionTransformer) -> int:
-    """Patch tokens that enter the first layer in training, after patch dropout."""
-    patches = visual.grid_size[0] * visual.grid_size[1]
-    dropout = getattr(visual.patch_dropout, "prob", 0.0)
-    return max(1, int(patches * (1 - dropout))) if dropout else patches
-
-
 def _reduces(model: nn.Module) -> bool:
     return getattr(model, "reduction", None) is not None and model.reduces
 
 
 def _image_work(model: nn.Module) -> list[LayerWork]:
     """Of each layer of the image tower in training."""
-    patches = _num_patches(model.visual)
+    patches = num_patches(model.visual)
     if _reduces(model):
         return model.reduction.work(patches)
     return [_plain_work(1 + patches)] * len(model.visual.transformer.resblocks)
@@ -283,8 +270,8 @@ def activation_bytes(model: nn.Module, precision: str, text_length: int | None =
         size += pixels * (narrow + wide * autocast)  # the images, and autocast's copy
         work, width = _image_work(model), visual.transformer.width
         if any(map(_is_trained, stem)) and not isinstance(visual.ln_pre, nn.Identity):
-            size += _norm_bytes(width, 1 + _num_patches(visual), wide)
-        one_row, trained = _one_row_of_image(model), any(map(_is_trained, stem))
+            size += _norm_bytes(width, 1 + num_patches(visual), wide)
+        one_row, trained = skips_last(model), any(map(_is_trained, stem))
         size += _tower_bytes(visual.transformer, work, trained, wide, narrow, narrow, one_row)
         pooled = 1 if one_row else work[-1].mlp
         size += _norm_bytes(width, pooled, wide)

@@ -14,10 +14,9 @@ from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncode
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .blocks import is_plain
 from .reduction import METHODS, TokenReduction, check_blocks
 from .text import TextParts, can_cut, cut_text, encode_parts
-from .vision import can_drive, only_cls, pool, run_layer
+from .vision import can_drive, num_patches, only_cls, pool, run_layer, skips_last
 
 # Hugging Face text models whose first token is a `[CLS]`; the others (mT5, M2M100) have none and use what they pool.
 HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
@@ -185,10 +184,8 @@ class TextFirst(Shortcuts):
         return out if self.logit_bias is None else (*out, self.logit_bias)
 
     def num_patches(self) -> int:
-        """Patch tokens that enter the first layer in training (M): the grid, less what patch dropout removes."""
-        rows, columns = self.visual.grid_size
-        dropout = getattr(self.visual.patch_dropout, "prob", 0.0)
-        return max(1, int(rows * columns * (1 - dropout))) if dropout else rows * columns
+        """Patch tokens that enter the first layer in training (M); see `vision.num_patches`."""
+        return num_patches(self.visual)
 
     def token_counts(self) -> list[int]:
         """Sequence length in each layer of the image tower in training, `[CLS]` included."""
@@ -304,12 +301,6 @@ def _check_pairs(image: Tensor, captions: Tensor) -> None:
         raise ValueError(
             f"Token reduction needs one caption per image; got {len(image)} images and {len(captions)} captions."
         )
-
-
-def skips_last(model: nn.Module) -> bool:
-    """Whether the last layer of the image tower is computed for the one token that is pooled alone."""
-    visual = model.visual
-    return model.shortcuts and only_cls(visual) and is_plain(visual.transformer.resblocks[-1])
 
 
 def _plain_class(model: nn.Module) -> type[nn.Module]:

@@ -22,6 +22,19 @@ def only_cls(visual: VisionTransformer) -> bool:
     return visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
 
 
+def skips_last(model: nn.Module) -> bool:
+    """Whether a model computes the last layer of its image tower for the one token that is pooled alone."""
+    visual = model.visual
+    return getattr(model, "shortcuts", False) and only_cls(visual) and is_plain(visual.transformer.resblocks[-1])
+
+
+def num_patches(visual: nn.Module) -> int:
+    """Patch tokens that enter the first layer in training (M): the grid, less what patch dropout removes."""
+    rows, columns = visual.grid_size
+    dropout = getattr(visual.patch_dropout, "prob", 0.0)
+    return max(1, int(rows * columns * (1 - dropout))) if dropout else rows * columns
+
+
 def run_layer(
     visual: nn.Module, block: nn.Module, *tensors: Tensor, function: Callable | None = None, shortcuts: bool = True
 ):

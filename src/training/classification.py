@@ -12,8 +12,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
-from open_clip_elip.model import skips_last
-from open_clip_elip.vision import can_drive, pool, run_layer
+from open_clip_elip.vision import can_drive, pool, run_layer, skips_last
 
 from .augment import Mix
 from .distributed import Ranks

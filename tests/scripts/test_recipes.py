@@ -22,11 +22,12 @@ SHARDS = {
     "cc12m": [("cc12m", 1243), ("sbu", 100), ("mscoco", 60)],
 }
 GLOBAL_BATCH = {"ViT-S-16": 1760, "ViT-B-16": 920}
+SUFFIXES = ("", "-ELIP", "-EViT")
 RECIPES = [
-    (f"{data}_plus_{model.lower().replace('-', '_')}{'_elip' if elip else ''}", data, model, elip)
+    (f"{data}_plus_{(model + suffix).lower().replace('-', '_')}", data, model, suffix)
     for data in SHARDS
     for model in GLOBAL_BATCH
-    for elip in (False, True)
+    for suffix in SUFFIXES
 ]
 
 
@@ -37,11 +38,11 @@ def test_there_are_no_other_recipes():
     assert sorted(file.stem for file in PRETRAIN.glob("*.yaml")) == sorted(name for name, *_ in RECIPES)
 
 
-@pytest.mark.parametrize(("name", "data", "model", "elip"), RECIPES)
-def test_recipe(name, data, model, elip, monkeypatch):
+@pytest.mark.parametrize(("name", "data", "model", "suffix"), RECIPES)
+def test_recipe(name, data, model, suffix, monkeypatch):
     monkeypatch.setenv("DATA", "/some where/data")
     args = parse_args(["--config", str(PRETRAIN / f"{name}.yaml")])
-    assert args.model == model + ("-ELIP" if elip else "")
+    assert args.model == model + suffix
     assert 4 * args.batch_size * args.accum_freq == GLOBAL_BATCH[model]
     assert (args.epochs, args.lr, args.wd) == (32, 1e-3, 0.1)
     assert (args.beta1, args.beta2, args.eps, args.opt) == (0.9, 0.98, 1e-6, "adamw")
@@ -53,21 +54,21 @@ def test_recipe(name, data, model, elip, monkeypatch):
     assert all(os.path.basename(urls[0]) == "00000.tar" for urls in sources)
 
 
-@pytest.mark.parametrize(("name", "data", "model", "elip"), RECIPES)
-def test_all_else_is_the_default(name, data, model, elip, monkeypatch):
+@pytest.mark.parametrize(("name", "data", "model", "suffix"), RECIPES)
+def test_all_else_is_the_default(name, data, model, suffix, monkeypatch):
     """Also what has a default of its own for some models, and flags that come later than the recipes."""
     monkeypatch.setenv("DATA", "/data")
     recipe = resolved_config(parse_args(["--config", str(PRETRAIN / f"{name}.yaml")]))
     default = resolved_config(parse_args(["--train-data", "x.tar", "--model", model]))
-    own = {"train_data", "batch_size", "lr", "wd"} | ({"model"} if elip else set())
+    own = {"train_data", "batch_size", "lr", "wd"} | ({"model"} if suffix else set())
     assert {key for key in recipe if recipe[key] != default[key]} == own
 
 
-@pytest.mark.parametrize("model", [f"{name}{elip}" for name in GLOBAL_BATCH for elip in ("", "-ELIP")])
+@pytest.mark.parametrize("model", [name + suffix for name in GLOBAL_BATCH for suffix in SUFFIXES])
 def test_models_are_known(model):
     config = open_clip.get_model_config(model)
     assert config["vision_cfg"]["patch_size"] == 16
-    assert ("token_reduction" in config) == model.endswith("-ELIP")
+    assert ("token_reduction" in config) == model.endswith(SUFFIXES[1:])
 
 
 # --- the launchers ---

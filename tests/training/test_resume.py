@@ -63,6 +63,10 @@ SETTINGS = {
         ["--ema-decay", "0.9", "--grad-clip-norm", "1", "--force-patch-dropout", "0.3", "--precision", "amp_bf16"],
         [6],
     ),
+    "random dropping, all tokens at the end": (
+        ["--token-reduction", "random", "--full-tokens-last", "5", "--accum-freq", "2", "--batch-size", "4"], [9, 13],
+    ),
+    "adaptive": (["--token-reduction", "adaptive", "--spread", "0.5"], [5]),
     "siglip, lamb": (["--siglip", "--opt", "timm/lamb", "--lr", "1e-3", "--layer-decay", "0.8"], [9]),
 }
 
@@ -96,6 +100,34 @@ def test_interrupted_equals_uninterrupted(name, shards, tmp_path, interrupt, mon
         for run in (straight, stopped)
     ]
     assert skipped[0] == skipped[1] and len(skipped[0]) == 2
+
+
+def test_the_last_part_of_a_run_uses_all_tokens(shards, tmp_path):
+    flags = ["--token-reduction", "random", "--keep-ratio", "0.5", "--full-tokens-last", "25%"]
+    assert main(command(shards, tmp_path, *flags)) == 0
+    with (tmp_path / "run" / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ratios, operations = ([float(row[key]) for row in rows] for key in ("rrt", "gflops_per_pair"))
+    assert len(rows) == 16
+    assert ratios == pytest.approx([1 - 9 / 17] * 12 + [0.0] * 4, abs=1e-6)
+    assert min(operations[12:]) > 1.3 * max(operations[:12])
+    assert f"RRT {0.75 * (1 - 9 / 17):.1%}" in (tmp_path / "run" / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model", "Tiny", "--full-tokens-last", "10%"], "--full-tokens-last needs a model with token reduction"),
+        (["--token-reduction", "none", "--full-tokens-last", "10%"], "--full-tokens-last has nothing to end"),
+        (["--token-reduction", "tome", "--lam", "0.5"], "Unknown token_reduction option 'lam'"),
+        (["--token-reduction", "evit", "--keep-rate", "0.5", "--target-rrt", "0.3"], "either keep_rate or target_rrt"),
+        (["--target-rrt", "0.3"], "Unknown token_reduction option 'target_rrt'"),
+    ],
+)
+def test_options_of_another_method_are_refused(flags, sentence, shards, tmp_path, capsys, caplog):
+    assert main(command(shards, tmp_path, *flags)) == 2
+    assert sentence in capsys.readouterr().err + caplog.text
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_step_checkpoints_and_resume_from_any_of_them(shards, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..vision import num_patches
 from .errors import ProfileError
 from .flops import Flops
 from .timing import Spread
@@ -91,9 +92,7 @@ def tokens_per_layer(model: nn.Module) -> list[int]:
     visual = model.visual
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     if blocks is not None:
-        patches = visual.grid_size[0] * visual.grid_size[1]
-        dropout = getattr(visual.patch_dropout, "prob", 0.0)
-        return [1 + (max(1, int(patches * (1 - dropout))) if dropout else patches)] * len(blocks)
+        return [1 + num_patches(visual)] * len(blocks)
     trunk = getattr(visual, "trunk", None)  # timm's
     if hasattr(trunk, "blocks") and hasattr(getattr(trunk, "patch_embed", None), "num_patches"):
         return [trunk.patch_embed.num_patches + getattr(trunk, "num_prefix_tokens", 0)] * len(trunk.blocks)

@@ -39,13 +39,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     reduction = reduction_config(args)
     if reduction is not None:
         model_kwargs["token_reduction"] = reduction
-    brings_weights = ":" in args.model  # local-dir:... and hf-hub:...
-    replaced = brings_weights and bool(args.pretrained)  # open_clip would take the model's own instead
-    if replaced and not Path(args.pretrained).is_file():
-        raise UserError(
-            f"--pretrained {args.pretrained} is not a file, and {args.model} brings weights of its own; correct the "
-            "path, or leave out --pretrained."
-        )
+    replaced = replaces_weights(args.model, args.pretrained)
     size = args.force_image_size
     with creating(args.model, args.pretrained):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
@@ -73,8 +67,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
     if replaced:
-        state = checkpoint.load(args.pretrained)
-        checkpoint.load_weights(model, state.get("state_dict", state), args.pretrained)
+        load_replacement(model, args.pretrained)
     if args.full_tokens_last is not None and not hasattr(model, "reduction"):
         raise UserError(f"--full-tokens-last needs a model with token reduction; {args.model} has none.")
     model = with_shortcuts(model) if type(model) in SHORTCUT else model
@@ -106,10 +99,34 @@ def reduction_config(args: argparse.Namespace) -> dict | None:
     method = args.token_reduction or own.get("method")
     if method is None:
         raise UserError(
-            f"{args.model} has no token reduction for {', '.join(overrides)} to change; add --token-reduction METHOD."
+            f"{args.model} has no token reduction for {', '.join(overrides)} to change; "
+            "add --token-reduction elip, or another."
         )
     base = dict(own) if own.get("method") == method else {}
     return {**drop_alternatives(base, overrides), "method": method, **overrides}
+
+
+def replaces_weights(model: str, pretrained: str | None) -> bool:
+    """Whether `--pretrained` is a file in the place of the weights that a model brings along (`local-dir:`, `hf-hub:`).
+
+    open_clip would take the model's own. They are then left out, and the file is loaded by `load_replacement`.
+
+    Raises:
+        UserError: it is no file.
+    """
+    if ":" not in model or not pretrained:
+        return False
+    if not Path(pretrained).is_file():
+        raise UserError(
+            f"--pretrained {pretrained} is not a file, and {model} brings weights of its own; correct the path, or "
+            "leave out --pretrained."
+        )
+    return True
+
+
+def load_replacement(model: nn.Module, pretrained: str) -> None:
+    state = checkpoint.load(pretrained)
+    checkpoint.load_weights(model, state.get("state_dict", state), pretrained)
 
 
 def own_reduction(name: str) -> dict:

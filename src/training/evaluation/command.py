@@ -123,7 +123,7 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
     Raises:
         UserError: no such model, or weights that cannot be had or do not fit.
     """
-    from ..model_setup import check_model_name, creating, reduction_config  # registers the ELIP models
+    from .. import model_setup  # registers the models with token reduction
 
     config = _config_of(args.pretrained)
     if args.model is None:
@@ -132,28 +132,22 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
         raise UserError(f"--pretrained {args.pretrained} is not a file; correct the path, or add --model.")
     if args.model is None:
         raise UserError("--model is missing, and only a checkpoint of this trainer as --pretrained tells it by itself.")
-    brings_weights = ":" in args.model  # local-dir:... and hf-hub:...
-    if not brings_weights:
+    if ":" not in args.model:  # local-dir:... and hf-hub:... bring their weights along
         name = args.model.replace("/", "-")
-        check_model_name(name)
+        model_setup.check_model_name(name)
         if args.pretrained is None:
             raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
         if not Path(args.pretrained).is_file() and not open_clip.is_pretrained_cfg(name, args.pretrained):
             raise UserError(f"--pretrained {args.pretrained} is neither a file nor a name of weights for {args.model}.")
-    elif args.pretrained is not None and not Path(args.pretrained).is_file():
-        raise UserError(
-            f"--pretrained {args.pretrained} is not a file, and {args.model} brings weights of its own; correct the "
-            "path, or leave out --pretrained."
-        )
     if args.ema and not (args.pretrained and Path(args.pretrained).is_file()):
         raise UserError("--ema needs a checkpoint file of this trainer as --pretrained.")
     changes = {}
     if config.get("model") == args.model:
         changes = _changes_of(config)
-        reduction = reduction_config(argparse.Namespace(**config)) if args.vision_guided_reduction else None
+        reduction = model_setup.reduction_config(argparse.Namespace(**config)) if args.vision_guided_reduction else None
         changes |= {} if reduction is None else {"token_reduction": reduction}
-    replaced = brings_weights and args.pretrained is not None  # open_clip would take the model's own instead
-    with creating(args.model, args.pretrained):
+    replaced = model_setup.replaces_weights(args.model, args.pretrained)
+    with model_setup.creating(args.model, args.pretrained):
         model, _, preprocess = open_clip.create_model_and_transforms(
             args.model,
             args.pretrained,
@@ -165,8 +159,7 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
         )
         tokenizer = open_clip.get_tokenizer(args.model, context_length=changes.get("force_context_length"))
     if replaced:
-        state = checkpoint.load(args.pretrained)
-        checkpoint.load_weights(model, state.get("state_dict", state), args.pretrained)
+        model_setup.load_replacement(model, args.pretrained)
     if type(model) in SHORTCUT:
         model = with_shortcuts(model)
     if args.vision_guided_reduction:

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+PAGE = ROOT / "docs" / "results.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def _work(args: argparse.Namespace) -> int:
 
     from benchmarks.study.cells import expand, find_cell, load_study
     from benchmarks.study.costs import Costs
-    from benchmarks.study.report import read_rows, write_report
+    from benchmarks.study.report import read_rows
     from benchmarks.study.run import Setting, describe, run_all
 
     from training.errors import UserError
@@ -55,8 +57,7 @@ def _work(args: argparse.Namespace) -> int:
     overrides = {} if args.model is None else {"model": args.model}
     study = load_study(args.configs, budget=args.budget, data=args.data, overrides=overrides)
     if args.report and not any(args.out.glob("*.json")):
-        print(write_report(study, read_rows(args.results / "runs.csv"), args.results))
-        return 0
+        return _report(study, read_rows(args.results / "runs.csv"), args.results)
     marker = study.data / "dataset.json"
     if not marker.is_file():
         raise UserError(f"There are no pictures in {study.data}; make them with scripts/make_study_data.py --out DIR.")
@@ -90,10 +91,20 @@ def _work(args: argparse.Namespace) -> int:
                     print(f"    {setting.row_file(run)}")
             return 1 if failed else 0
     rows = {name: row for name, run in of_cell.items() if (row := setting.finished(run)) is not None}
-    print(write_report(study, rows, args.results))
+    _report(study, rows, args.results)
     if failed:
         print(f"{len(failed)} runs failed: {', '.join(f'{run.name} seed {run.seed}' for run in failed)}")
     return 1 if failed else 0
+
+
+def _report(study, rows, folder: Path) -> int:
+    """Into `folder` and, if that is the committed one, into the tables of docs/results.md."""
+    from benchmarks.study.report import fill_page, write_report
+
+    print(write_report(study, rows, folder))
+    if rows and folder == RESULTS:
+        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), study, rows), encoding="utf-8")
+    return 0
 
 
 def _list(runs: Sequence, setting) -> None:
@@ -117,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="another model, such as ViT-S-16-ELIP with pictures of 224 px")
     add("--budget", type=float, default=1.0, metavar="X", help="factor for the samples of all runs (default: 1)")
     add("--out", type=Path, default=Path("logs/study"), metavar="DIR", help="finished runs (default: logs/study)")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "study", metavar="DIR",
+    add("--results", type=Path, default=RESULTS, metavar="DIR",
         help="tables and plots (default: benchmarks/results/study)")  # fmt: skip
     add("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     add("--threads", type=int, default=1,
@@ -130,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep-weights", action="store_true", help="keep the last checkpoint of each run, about 120 MB")
     add("--list", action="store_true", help="only show the runs and their cost")
     add("--report", action="store_true",
-        help="only write tables and plots, of the finished runs or, if there are none here, of runs.csv in --results")  # fmt: skip
+        help="only write tables and plots: of the finished runs or, without any, of runs.csv in --results")  # fmt: skip
     return parser
 
 

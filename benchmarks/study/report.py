@@ -231,13 +231,13 @@ def markdown(table: Table, rows: Rows) -> str:
 
 def short_table(table: Table, rows: Rows) -> str:
     """One table of figures, bold where they differ clearly from the reference's."""
-    own = {cell: [row for (name, _), row in sorted(rows.items()) if name == cell.full_name] for cell in table.cells}
+    own = [(cell, [row for (name, _), row in sorted(rows.items()) if name == cell.full_name]) for cell in table.cells]
     metrics = [
         metric for metric in METRICS if metric.key in SHORT
-        and any(value(row, metric.key, cell) is not None for cell, found in own.items() for row in found)
+        and any(value(row, metric.key, cell) is not None for cell, found in own for row in found)
     ]  # fmt: skip
     lines = [["", "seeds", "RRT", "GFLOP a pair", "samples", *(metric.heading for metric in metrics)]]
-    for cell, found in own.items():
+    for cell, found in own:
         if not found:
             continue
         name = f"`{cell.name}`" + (" (reference)" if cell.name == table.reference else "")

@@ -1,6 +1,7 @@
 """The study: cells and runs, going on after an interruption, reports of known figures, and a real run of one cell."""
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -152,6 +153,70 @@ def test_known_means_spreads_and_paired_differences(tmp_path):
     assert float(elip["seen_top1_difference"]) == pytest.approx(-0.16 / 3, rel=1e-4)
 
 
+def test_a_report_can_be_made_again_from_its_table(tmp_path):
+    study = cells.load_study(write_configs(tmp_path, TABLE, seeds=(0, 1, 2)))
+    report.write_report(study, made_up_rows(3), tmp_path / "first")
+    rows = report.read_rows(tmp_path / "first" / "runs.csv")
+    assert rows["steps/elip", 2] == made_up_rows(3)["steps/elip", 2]
+    report.write_report(study, rows, tmp_path / "again")
+    for name in ("README.md", "runs.csv", "cells.csv"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "again" / name).read_text()
+    with pytest.raises(UserError, match="nothing to report"):
+        report.read_rows(tmp_path / "runs.csv")
+
+
+def test_the_committed_report_is_that_of_the_committed_runs(tmp_path):
+    folder = ROOT / "benchmarks" / "results" / "study"
+    study, rows = cells.load_study(CONFIGS), report.read_rows(folder / "runs.csv")
+    report.write_report(study, rows, tmp_path)
+    for name in ("README.md", "cells.csv"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert report.fill_page(page, study, rows) == page
+    assert page.count("<!-- table") == len(study.tables)
+
+
+def test_tables_of_a_page(tmp_path):
+    study = cells.load_study(write_configs(tmp_path, TABLE, seeds=(0, 1, 2)))
+    page = "# A\n<!-- table steps -->\nold\n<!-- end -->\nB\n"
+    filled = report.fill_page(page, study, made_up_rows(3))
+    assert "| `none` (reference) | 3 | 25.0 % | 1.000 | 1,280 | 50.0 ± 10.0 |" in filled
+    assert "| `elip` | 3 | 25.0 % | 1.000 | 1,280 | **44.7 ± 9.5** |" in filled
+    assert "old" not in filled and filled.startswith("# A\n") and filled.endswith("<!-- end -->\nB\n")
+    assert report.fill_page(filled, study, made_up_rows(3)) == filled
+    with pytest.raises(UserError, match="no table other"):
+        report.fill_page(page.replace("steps", "other"), study, {})
+
+
+@pytest.mark.parametrize("method", ["none", "elip", "adaptive", "evit", "tome", "random"])
+def test_profile_log_and_study_count_alike(method, data, tmp_path):
+    """The ratio of removed tokens, the tokens of each layer and the operations of a method."""
+    from open_clip_elip.cost import step_cost
+    from open_clip_elip.profile.flops import count_flops
+    from open_clip_elip.text import TextParts
+
+    study = cells.load_study(write_configs(tmp_path, TABLE, data=str(data)))
+    setting = run.Setting(study, tmp_path / "out")
+    job = cells.Run("x", {"token-reduction": method}, 0, 16, 1, ["steps/x"])
+    assert run.trainer.main(run.command_line(job, setting)) == 0
+    row = run.read_training(setting.out / "runs" / "x")
+    with (setting.out / "runs" / "x" / "train.csv").open() as file:
+        logged = list(csv.DictReader(file))[-1]
+
+    costs = Costs(study)
+    model = costs.model(job.options).train()
+    assert row["rrt"] == pytest.approx(getattr(model, "rrt", float)(), abs=1e-6)
+    if method != "none":
+        assert row["tokens_per_layer"] == model.token_counts()
+    assert row["gflops"] == pytest.approx(float(logged["gflops_per_pair"]), rel=1e-6)
+    length = 9
+    image = torch.randn(4, 3, *model.visual.image_size)
+    counted = count_flops(model, image, TextParts((torch.randint(1, 40, (4, length)),), torch.arange(4)))
+    assert counted.total == 4 * step_cost(model, length).total
+    planned = costs.flops(job.options)
+    assert planned == step_cost(model, costs.text_length).total == pytest.approx(1e9 * row["gflops"], rel=0.05)
+
+
 def test_a_part_of_the_results_is_reported(tmp_path):
     study = cells.load_study(write_configs(tmp_path, TABLE, seeds=(0, 1, 2)))
     rows = made_up_rows(2)
@@ -259,7 +324,8 @@ def test_all_methods_begin_alike(data, tmp_path):
 
     study = cells.load_study(write_configs(tmp_path, TABLE, data=str(data)))
     found = set()
-    for options in ({"token-reduction": "none"}, {}, {"lam": 1.0, "merge": False}, {"token-reduction": "random"}):
+    others = [{"token-reduction": name} for name in ("none", "adaptive", "evit", "tome", "random")]
+    for options in ({}, {"lam": 1.0, "merge": False}, *others):
         line = run.command_line(cells.Run("x", options, 3, 16, 1, ["steps/x"]), run.Setting(study, tmp_path))
         args = parse_args(line)
         seed_everything(args.seed)

@@ -159,7 +159,7 @@ def _runs_csv(rows: Rows) -> str:
     for key, row in sorted(unique.items(), key=lambda item: (cells[item[0]], item[1]["seed"])):
         plain = {name: v if isinstance(v, (int, float, str)) else json.dumps(v) for name, v in row.items()}
         lines.append({"cells": " ".join(cells[key]), **plain})
-    return _csv(lines, digits=10)
+    return _csv(lines, digits=17)  # all of them
 
 
 def _cells_csv(study: Study, rows: Rows) -> str:

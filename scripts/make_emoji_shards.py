@@ -373,6 +373,18 @@ def read_finished(out: Path) -> dict | None:
     raise UserError(f"{out} exists and was not made by this script: move it away or choose another --out")
 
 
+def check_settings(size: int, shard_size: int, holdout: float, limit: int | None) -> None:
+    """Raises UserError for the first that is out of range."""
+    for name, value, good, allowed in (
+        ("--size", size, size >= 8, "at least 8"),
+        ("--shard-size", shard_size, shard_size >= 1, "at least 1"),
+        ("--holdout", holdout, 0 < holdout < 1, "between 0 and 1"),
+        ("--limit", limit, limit is None or limit >= 1, "at least 1"),
+    ):
+        if not good:
+            raise UserError(f"{name} must be {allowed}, not {value}")
+
+
 def build(
     out: Path,
     size: int,
@@ -390,15 +402,7 @@ def build(
     Raises:
         UserError: a setting out of range, a missing package, or something else already at `out`.
     """
-    for name, value, good in (
-        ("--size", size, size >= 8),
-        ("--shard-size", shard_size, shard_size >= 1),
-        ("--holdout", holdout, 0 < holdout < 1),
-        ("--limit", limit, limit is None or limit >= 1),
-    ):
-        if not good:
-            allowed = {"--size": "at least 8", "--holdout": "between 0 and 1"}.get(name, "at least 1")
-            raise UserError(f"{name} must be {allowed}, not {value}")
+    check_settings(size, shard_size, holdout, limit)
     settings = {
         "recipe": RECIPE,
         "size": size,

@@ -40,6 +40,7 @@ from make_emoji_shards import (
     MAX_HELD_OUT_TWINS,
     MIN_CLASS_SIZE,
     UserError,
+    check_settings,
     phrase_of,
     read_finished,
     replaced_folder,
@@ -281,14 +282,7 @@ def build(
     Raises:
         UserError: a setting out of range, a package that cannot be had or read, or something else already at `out`.
     """
-    for name, value, good, allowed in (
-        ("--size", size, size >= 8, "at least 8"),
-        ("--holdout", holdout, 0 < holdout < 1, "between 0 and 1"),
-        ("--shard-size", shard_size, shard_size >= 1, "at least 1"),
-        ("--limit", limit, limit is None or limit >= 1, "at least 1"),
-    ):
-        if not good:
-            raise UserError(f"{name} must be {allowed}, not {value}")
+    check_settings(size, shard_size, holdout, limit)
     settings = {
         "recipe": RECIPE,
         "size": size,

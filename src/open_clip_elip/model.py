@@ -115,17 +115,13 @@ class TextFirst(Shortcuts):
         """
         if guidance is not None:
             _check_pairs(image, guidance)
-        if reduce is None:
-            reduce = guidance is not None or self.vision_guided
-        if not reduce:
+        if not self._is_reduced(guidance, reduce):
             return super().encode_image(image, normalize=normalize)
         return self.pool_image(self.encode_tokens(image, guidance, reduce), normalize)
 
     def encode_tokens(self, image: Tensor, guidance: Tensor | None = None, reduce: bool | None = None) -> Tensor:
         """As in `Shortcuts`, reduced as in `encode_image`."""
-        if reduce is None:
-            reduce = guidance is not None or self.vision_guided
-        if not reduce:
+        if not self._is_reduced(guidance, reduce):
             return super().encode_tokens(image)
         captioned = guidance is not None and self.reduction.uses_text
         if not (captioned or self.training or self.reduction.works_alone):
@@ -133,6 +129,9 @@ class TextFirst(Shortcuts):
         x = self.visual._embeds(image)
         blocks = self.visual.transformer.resblocks
         return self.reduction(blocks, x, guidance, run=self.run_vision_block, only_cls=skips_last(self))
+
+    def _is_reduced(self, guidance: Tensor | None, reduce: bool | None) -> bool:
+        return guidance is not None or self.vision_guided if reduce is None else reduce
 
     def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
         """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.

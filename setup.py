@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"open_clip_elip": ["model_configs/*.json"], "training": ["evaluation/names/*"]},
+    package_data={"open_clip_elip": ["model_configs/*.json"], "training": ["data/sets/names/*"]},
     install_requires=[
         "torch>=2.4",
         "torchvision",

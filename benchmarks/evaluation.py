@@ -46,8 +46,8 @@ from training.data.transforms import with_decoding
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation.command import image_encoder
-from training.evaluation.encode import EncodeSettings
-from training.evaluation.pictures import ImageFiles, LabelledImages
+from training.evaluation.passes import EncodeSettings
+from training.data.sets.labelled import ImageFiles, LabelledImages
 from training.zero_shot import TEMPLATES, classify, zero_shot_classifier
 
 PROMPTS, TENSORS, FILES = "prompts to classifier", "tensors to features", "JPEG files to accuracy"

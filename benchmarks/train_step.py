@@ -39,9 +39,9 @@ from open_clip_elip.registry import plain_name
 from training.distributed import Ranks
 from training.errors import UserError
 from training.main import pretraining
-from training.model_setup import wrap
+from training.models import wrap
 from training.optim import create_optimizer
-from training.params import parse_args
+from training.options.params import parse_args
 from training.trainer import Trainer
 
 MODELS = ("ViT-S-16-ELIP", "ViT-S-16-ELIP:scoring_depth=1", "ViT-B-16-ELIP", "ViT-B-16-ELIP:scoring_depth=1")

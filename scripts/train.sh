@@ -50,7 +50,7 @@ batch_size="$("$PYTHON" - "$((NNODES * NPROC))" "$GLOBAL_BATCH" "$CONFIG" "$@" <
 import sys
 
 from training.errors import EXIT_USER_ERROR, UserError
-from training.params import parse_args
+from training.options.params import parse_args
 
 RECIPE_PROCESSES = 4
 

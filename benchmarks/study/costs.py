@@ -14,10 +14,10 @@ from torch import nn
 from open_clip_elip.cost import step_cost
 from training.durations import Duration
 from training.errors import UserError
-from training.evaluation.layouts import list_shards
-from training.model_setup import build_model
-from training.params import parse_args
-from training.task import training_rrt
+from training.data.sets.folders import list_shards
+from training.models import build_model
+from training.options.params import parse_args
+from training.tasks.contrastive import training_rrt
 
 from .cells import Study, words
 

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from training.distributed import Ranks
 from training.errors import UserError
-from training.evaluation.captions import load_captions
+from training.data.sets.captioned import load_captions
 from training.evaluation.command import LoadedModel, add_common_options, load_model
-from training.evaluation.datasets import load_data
-from training.evaluation.encode import STOP, EncodeSettings, ImagePass, collect
+from training.data.sets.registry import load_data
+from training.evaluation.passes import STOP, EncodeSettings, ImagePass, collect
 from training.evaluation.feature_rows import FeatureRows, Part
 from training.evaluation.features import feature_encoder
 from training.evaluation.logistic import SolverSettings, all_logits, fit
-from training.evaluation.pictures import LabelledImages
+from training.data.sets.labelled import LabelledImages
 from training.evaluation.scores import score
 from training.evaluation.sweep import stratified_sample
-from training.metrics import contrastive_loss, mean_per_class_recall, predictions, retrieval_metrics, topk_hits
+from training.evaluation.metrics import contrastive_loss, mean_per_class_recall, predictions, retrieval_metrics, topk_hits
 from training.retrieval import encode_captions
 from training.zero_shot import zero_shot_classifier
 

@@ -21,7 +21,7 @@ import torch
 from training import main as trainer
 from training.checkpoint import newest
 from training.errors import UserError
-from training.evaluation.layouts import list_shards
+from training.data.sets.folders import list_shards
 
 from .cells import FULL, REDUCED, Run, Study, words
 from .evaluate import evaluate

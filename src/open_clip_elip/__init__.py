@@ -1,5 +1,5 @@
 """ELIP token reduction for OpenCLIP. Importing this package registers the models with `open_clip`."""
-from .model import (
+from .clip import (
     TextFirstCLIP,
     TextFirstCustomTextCLIP,
     with_shortcuts,

@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 from open_clip import factory, pretrained
 
-from .model import TEXT_FIRST
+from .clip import TEXT_FIRST
 
 MODEL_CONFIGS = Path(__file__).parent / "model_configs"
 # What a model's name has behind the name of the plain model, by method.

@@ -23,8 +23,8 @@ import yaml
 from torch import Tensor, nn
 
 from . import checkpoint, wise_ft
-from .augment import Augmentation, Mix, train_transform
-from .classification import ClassificationTask, add_drop_path, random_classifier, zero_shot_head
+from .tasks.augment import Augmentation, Mix, train_transform
+from .tasks.classification import ClassificationTask, add_drop_path, random_classifier, zero_shot_head
 from .data import TrainData
 from .data.samples import RawSample
 from .data.sources import RowSource
@@ -32,13 +32,13 @@ from .distributed import Ranks, end, seed_everything
 from .ema import Ema
 from .errors import UserError
 from .evaluation.command import hash_weights
-from .evaluation.datasets import load_data
-from .evaluation.pictures import LabelledImages
+from .data.sets.registry import load_data
+from .data.sets.labelled import LabelledImages
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
 from .main import Parts, command_line, run
-from .model_setup import build_model, own_reduction
-from .params import (
+from .models import build_model, own_reduction
+from .options.params import (
     FRACTION,
     FRACTION_ABOVE_0,
     FRACTION_BELOW_1,

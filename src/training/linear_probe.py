@@ -33,11 +33,11 @@ from .evaluation.command import (
     run_command,
     table,
 )
-from .evaluation.datasets import load_data
+from .data.sets.registry import load_data
 from .evaluation.feature_rows import FeatureRows, Part, memory_need
 from .evaluation.features import DTYPES, FeatureSet, extract_features
 from .evaluation.logistic import LinearClassifier, SolverSettings, all_logits, fit, held_out_score
-from .evaluation.pictures import LabelledImages
+from .data.sets.labelled import LabelledImages
 from .evaluation.results import Results
 from .evaluation.scores import check_classes, score
 from .evaluation.sweep import Trial, patient, stratified_sample, sweep

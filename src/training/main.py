@@ -29,11 +29,11 @@ from .distributed import Ranks, end, init_ranks, launch_rank, leave, seed_everyt
 from .ema import Ema
 from .errors import EXIT_USER_ERROR, UserError
 from .log import RunLog, setup_logging
-from .model_setup import build_model, build_teacher, wrap
+from .models import build_model, build_teacher, wrap
 from .optim import create_optimizer
-from .params import PRETRAINING, Command, parse_args, resolved_config
+from .options.params import PRETRAINING, Command, parse_args, resolved_config
 from .sharding import check_optimizer
-from .task import ClipTask, Task, training_rrt
+from .tasks.contrastive import ClipTask, Task, training_rrt
 from .trainer import Trainer, describe, evaluate
 from .zero_shot import load_zero_shot_data
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .distributed import Ranks, end
 from .errors import UserError
-from .evaluation.captions import CaptionedImages, CaptionOptions, load_captions
+from .data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
 from .evaluation.command import (
     LoadedModel,
     Parser,
@@ -33,8 +33,8 @@ from .evaluation.command import (
     run_command,
     table,
 )
-from .evaluation.encode import EncodeSettings, Halving, ImagePass, collect
-from .metrics import caption_retrieval_metrics, gather_ordered
+from .evaluation.passes import EncodeSettings, Halving, ImagePass, collect
+from .evaluation.metrics import caption_retrieval_metrics, gather_ordered
 
 DIRECTIONS = {"TR": "image_to_text", "IR": "text_to_image"}
 

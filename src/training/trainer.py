@@ -41,7 +41,7 @@ from .sharding import (
     no_sync,
     unscale,
 )
-from .task import Batch, Task
+from .tasks.contrastive import Batch, Task
 
 
 class Trainer:

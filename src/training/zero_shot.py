@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .distributed import Ranks, end
 from .errors import UserError
-from .evaluate import evaluation_mode
+from .evaluation.pairs import evaluation_mode
 from .evaluation.command import (
     LoadedModel,
     Parser,
@@ -35,11 +35,11 @@ from .evaluation.command import (
     run_command,
     table,
 )
-from .evaluation.datasets import load_data
-from .evaluation.encode import EncodeSettings, ImagePass, all_skipped
-from .evaluation.layouts import read_lines, read_templates
-from .evaluation.pictures import LabelledImages
-from .metrics import gather_ordered, mean_per_class_recall, predictions, topk_hits
+from .data.sets.registry import load_data
+from .evaluation.passes import EncodeSettings, ImagePass, all_skipped
+from .data.sets.folders import read_lines, read_templates
+from .data.sets.labelled import LabelledImages
+from .evaluation.metrics import gather_ordered, mean_per_class_recall, predictions, topk_hits
 
 CLASSES_PER_BATCH = 10  # prompts of this many classes go through the text tower together
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}

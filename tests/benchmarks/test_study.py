@@ -319,8 +319,8 @@ def test_all_methods_begin_alike(data, tmp_path):
     from training.data import build_train_data
     from training.distributed import seed_everything
     from training.evaluation.command import hash_weights
-    from training.model_setup import build_model
-    from training.params import parse_args
+    from training.models import build_model
+    from training.options.params import parse_args
 
     study = cells.load_study(write_configs(tmp_path, TABLE, data=str(data)))
     found = set()

@@ -14,7 +14,7 @@ from open_clip_elip.cost import batch_cost
 from open_clip_elip.profile.captions import typical_lengths
 from open_clip_elip.profile.command import COMPILED
 from open_clip_elip.profile.models import ModelSpec
-from training.task import COMPILED_MULTIPLE, COMPILED_PARTS
+from training.tasks.contrastive import COMPILED_MULTIPLE, COMPILED_PARTS
 
 TINY = "ViT-Ti-8-64-ELIP"
 CPU = torch.device("cpu")

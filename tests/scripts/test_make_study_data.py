@@ -88,8 +88,8 @@ def test_labels_are_lines_of_classnames(made):
 
 
 def test_the_evaluators_read_the_folders(made):
-    from training.evaluation.captions import load_captions
-    from training.evaluation.datasets import load_data
+    from training.data.sets.captioned import load_captions
+    from training.data.sets.registry import load_data
 
     out, dataset = made
     assert len(load_data(f"webdataset={out / 'seen'}")) == dataset["counts"]["seen"]

@@ -13,7 +13,7 @@ import pytest
 from braceexpand import braceexpand
 
 import open_clip_elip  # noqa: F401  (makes the models known)
-from training.params import parse_args, resolved_config
+from training.options.params import parse_args, resolved_config
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "configs" / "pretrain"

@@ -19,9 +19,9 @@ import open_clip_elip  # noqa: F401  (makes the models known)
 from tests.training.runs import picture, register_models
 from training.data.report import DataReport
 from training.data.shards import read_shard
-from training.evaluation.captions import CaptionOptions, load_captions
+from training.data.sets.captioned import CaptionOptions, load_captions
 from training.main import main as train
-from training.params import parse_args, resolved_config
+from training.options.params import parse_args, resolved_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "finetune"

@@ -15,10 +15,10 @@ from training import checkpoint
 from training.control import EXIT_INTERRUPTED
 from training.distributed import Ranks
 from training.errors import UserError
-from training.evaluation.datasets import load_data
+from training.data.sets.registry import load_data
 from training.finetune import FINETUNING, class_numbers, finetuning, main, share_of
 from training.finetune import LabelledRows as Rows
-from training.params import parse_args, resolved_config
+from training.options.params import parse_args, resolved_config
 from training.trainer import Trainer
 
 from ..processes import torchrun

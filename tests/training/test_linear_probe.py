@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 
 from training import linear_probe
 from training.evaluation import features as features_module
-from training.evaluation.datasets import load_data
-from training.evaluation.pictures import ArrayImages, LabelledImages
+from training.data.sets.registry import load_data
+from training.data.sets.labelled import ArrayImages, LabelledImages
 
 from ..processes import spawn
 from .colours import write_colours

@@ -14,9 +14,9 @@ from torchvision.transforms.functional import to_tensor
 from training import retrieval
 from training.distributed import Ranks, leave
 from training.errors import UserError
-from training.evaluation.captions import CaptionOptions, load_captions
-from training.evaluation.encode import EncodeSettings
-from training.metrics import caption_retrieval_metrics
+from training.data.sets.captioned import CaptionOptions, load_captions
+from training.evaluation.passes import EncodeSettings
+from training.evaluation.metrics import caption_retrieval_metrics
 from training.retrieval import encode_captions, evaluate_retrieval
 
 from ..processes import spawn

@@ -12,9 +12,9 @@ from training import checkpoint, sharding
 from training.distributed import Ranks
 from training.ema import Ema
 from training.errors import UserError
-from training.evaluate import evaluation_mode
+from training.evaluation.pairs import evaluation_mode
 from training.optim import create_optimizer
-from training.task import ClipTask
+from training.tasks.contrastive import ClipTask
 from training.trainer import Trainer
 
 from ..processes import spawn

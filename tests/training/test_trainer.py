@@ -13,7 +13,7 @@ from training.distributed import Ranks
 from training.errors import UserError
 from training.log import RunLog
 from training.optim import create_optimizer
-from training.task import ClipTask
+from training.tasks.contrastive import ClipTask
 from training.trainer import Trainer
 
 from ..processes import spawn

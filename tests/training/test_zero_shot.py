@@ -20,14 +20,14 @@ from training import zero_shot
 from training.distributed import Ranks, leave
 from training.errors import UserError
 from training.evaluation.command import hash_weights
-from training.evaluation.datasets import load_data
-from training.evaluation.encode import EncodeSettings
-from training.evaluation.imagenet import imagenet_synsets
-from training.evaluation.pictures import ArrayImages, LabelledImages
+from training.data.sets.registry import load_data
+from training.evaluation.passes import EncodeSettings
+from training.data.sets.imagenet import imagenet_synsets
+from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.zero_shot import load_zero_shot_data, run_zero_shot_suite, zero_shot_classification
 
 from ..processes import spawn
-from .evaluation.layout_files import write_folder, write_shard
+from .data.sets.layout_files import write_folder, write_shard
 
 ONE = Ranks(torch.device("cpu"))
 COLOURS = {

@@ -14,7 +14,7 @@ import open_clip
 import torch
 from torch import nn
 
-from ..model import with_shortcuts
+from ..clip import with_shortcuts
 from ..reduction import drop_alternatives
 from .errors import ProfileError
 

@@ -1,7 +1,7 @@
 """Training and validation data: webdataset shards, CSV tables, synthetic samples."""
 
 from training.data.build import build_train_data, build_val_data
-from training.data.datasets import TrainData, ValData
+from training.data.batches import TrainData, ValData
 from training.data.report import DataReport
 
 __all__ = ["DataReport", "TrainData", "ValData", "build_train_data", "build_val_data"]

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from training.data.datasets import TrainData, ValData
+from training.data.batches import TrainData, ValData
 from training.data.images import jpeg_decoder
 from training.data.pixels import PLAIN, PixelTransform
 from training.data.shards import ShardSet, check_shards, expand_shards

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip_elip import with_shortcuts
-from open_clip_elip.model import SHORTCUT, TextFirst
+from open_clip_elip.clip import SHORTCUT, TextFirst
 
 from .. import checkpoint
 from ..data.pixels import FAST, PLAIN, REDUCED
@@ -23,7 +23,7 @@ from ..data.transforms import with_decoding
 from ..distributed import Ranks, init_ranks, launch_rank, leave
 from ..errors import EXIT_USER_ERROR, UserError
 from ..log import setup_logging
-from .encode import SKIP, STOP, EncodeSettings
+from .passes import SKIP, STOP, EncodeSettings
 from .results import Results
 
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
@@ -123,7 +123,7 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
     Raises:
         UserError: no such model, or weights that cannot be had or do not fit.
     """
-    from .. import model_setup  # registers the models with token reduction
+    from .. import models as model_setup  # registers the models with token reduction
 
     config = _config_of(args.pretrained)
     if args.model is None:

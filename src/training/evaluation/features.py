@@ -22,14 +22,14 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from open_clip_elip.model import Shortcuts
+from open_clip_elip.clip import Shortcuts
 
 from ..distributed import Ranks
 from ..errors import UserError
 from ..files import written_whole
 from .command import LoadedModel
-from .encode import STOP, EncodeSettings, ImagePass, all_skipped
-from .pictures import LabelledImages
+from .passes import STOP, EncodeSettings, ImagePass, all_skipped
+from ..data.sets.labelled import LabelledImages
 
 log = logging.getLogger(__name__)
 

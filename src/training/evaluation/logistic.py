@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..metrics import full_float32, predictions
+from .metrics import full_float32, predictions
 from .feature_rows import FeatureRows
 
 log = logging.getLogger(__name__)

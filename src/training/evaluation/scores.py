@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..metrics import mean_per_class_recall, predictions, topk_accuracy
-from .pictures import LabelledImages
+from .metrics import mean_per_class_recall, predictions, topk_accuracy
+from ..data.sets.labelled import LabelledImages
 
 IMAGENET_CLASSES = 1000
 METRICS = ("top1", "top5", "mean_per_class_recall", "num_samples")  # of `score`

@@ -17,9 +17,9 @@ from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation import features as module
 from training.evaluation.command import LoadedModel
-from training.evaluation.encode import EncodeSettings
+from training.evaluation.passes import EncodeSettings
 from training.evaluation.features import extract_features, feature_encoder
-from training.evaluation.pictures import ArrayImages, LabelledImages
+from training.data.sets.labelled import ArrayImages, LabelledImages
 
 from ..tiny import tiny_clip
 

@@ -6,7 +6,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from training.errors import UserError
-from training.evaluation.pictures import ArrayImages, LabelledImages
+from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.evaluation.scores import check_classes, class_scores, is_imagenet, score
 
 

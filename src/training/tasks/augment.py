@@ -1,0 +1,179 @@
+"""What is done to labelled images in training: timm's transforms for each picture, mixup and cutmix for each batch."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to one picture, in this order: crop, flip, policy, colours, erasing.
+
+    Attributes:
+        crop_scale, crop_ratio: area of the random crop, as a share of the picture's, and its width / height.
+        hflip: probability of a mirror image.
+        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `augmix-m3`, `v0`, ...), or None.
+        color_jitter: strength of changes of brightness, contrast and saturation; 0: none. Not with a policy.
+        erasing, erasing_mode: probability that a rectangle is filled with noise (pixel), one random colour (rand) or
+            the mean colour (const).
+        interpolation: bicubic, bilinear, or random for either.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    erasing_mode: str = "pixel"
+    interpolation: str = "bicubic"
+
+
+def train_transform(
+    augmentation: Augmentation, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Image.Image], Tensor]:
+    """From an RGB picture to a normalised tensor (3, *size), by timm's parts.
+
+    Its randomness comes from the global generators of Python, NumPy and torch, which the loader seeds for each sample.
+
+    Raises:
+        UserError: a policy that timm does not know.
+    """
+    from timm.data.transforms_factory import transforms_imagenet_train  # takes a second, and only training needs it
+
+    try:
+        transform = transforms_imagenet_train(
+            size,
+            scale=augmentation.crop_scale,
+            ratio=augmentation.crop_ratio,
+            hflip=augmentation.hflip,
+            auto_augment=augmentation.auto_augment,
+            color_jitter=augmentation.color_jitter or None,
+            interpolation=augmentation.interpolation,
+            mean=mean,
+            std=std,
+            re_prob=augmentation.erasing,
+            re_mode=augmentation.erasing_mode,
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"timm knows no augmentation policy {augmentation.auto_augment!r} ({str(error) or type(error).__name__}); "
+            "write it like rand-m9-mstd0.5-inc1."
+        ) from error
+    _mend_posterize(transform)
+    return transform
+
+
+def _mend_posterize(transform: Callable) -> None:
+    """timm's policies also ask for 0 bits a colour, which Pillow answered with black and now refuses."""
+    from timm.data import auto_augment
+
+    for step in transform.transforms:
+        for op in _flat([getattr(step, "ops", []), getattr(step, "policy", [])]):
+            if getattr(op, "aug_fn", None) is auto_augment.posterize:
+                op.aug_fn = _posterize
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+    from timm.data import auto_augment
+
+    return auto_augment.posterize(picture, bits, **options) if bits > 0 else Image.new(picture.mode, picture.size)
+
+
+class Mix:
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of a batch with itself in reverse order, and soft targets.
+
+    One draw a batch, as in timm's batch mode. All randomness comes from torch's generator on the CPU: it is in each
+    checkpoint, and setting it back gives the same mix again. Batches may have any length.
+
+    Args:
+        num_classes: C.
+        mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the mixing weight; 0: never.
+        prob: how often a batch is mixed at all.
+        switch_prob: how often it is cutmix, where both are on.
+        smoothing: share of the target that is spread evenly over all classes.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        smoothing: float = 0.0,
+    ):
+        self.num_classes, self.smoothing = num_classes, smoothing
+        self.mixup, self.cutmix = mixup, cutmix
+        self.prob, self.switch_prob = prob, switch_prob
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            images: (B, 3, H, W); stays as it is.
+            labels: (B,) int64.
+
+        Returns:
+            Images (B, 3, H, W) and targets (B, C) float32, each row with sum 1.
+        """
+        target = self.one_hot(labels)
+        if not (self.mixup or self.cutmix) or torch.rand(()) >= self.prob:
+            return images, target
+        if self.cutmix and (not self.mixup or torch.rand(()) < self.switch_prob):
+            images, weight = cutmix(images, _beta(self.cutmix))
+        else:
+            weight = _beta(self.mixup)
+            images = images * weight + images.flip(0) * (1 - weight)
+        return images, target * weight + target.flip(0) * (1 - weight)
+
+    def one_hot(self, labels: Tensor) -> Tensor:
+        """(B,) -> (B, C) float32 with the label smoothing of Szegedy et al. (2016)."""
+        return F.one_hot(labels, self.num_classes) * (1 - self.smoothing) + self.smoothing / self.num_classes
+
+
+def cutmix(images: Tensor, weight: float) -> tuple[Tensor, float]:
+    """Puts a rectangle of each image's partner in its place, at random; the partner is that in the reverse order.
+
+    Args:
+        images: (B, 3, H, W); stays as it is.
+        weight: share of the area that the image itself should keep.
+
+    Returns:
+        The images, and the share that it did keep: less of the rectangle may lie within the image.
+    """
+    height, width = images.shape[-2:]
+    side = math.sqrt(1 - weight)
+    rows, columns = _interval(height, side), _interval(width, side)
+    mixed = images.clone()
+    mixed[..., rows, columns] = images.flip(0)[..., rows, columns]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return mixed, 1 - area / (height * width)
+
+
+def _interval(length: int, share: float) -> slice:
+    """`share` of a length around a random centre, cut off at the ends."""
+    half = int(length * share) // 2
+    centre = int(torch.randint(length, ()))
+    return slice(max(0, centre - half), min(length, centre + half))
+
+
+def _beta(alpha: float) -> float:
+    concentration = torch.tensor(alpha, dtype=torch.float64)
+    return float(torch.distributions.Beta(concentration, concentration).sample())

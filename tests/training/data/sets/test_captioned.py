@@ -1,0 +1,460 @@
+"""Captioned image sets in the layouts that people have on disk; every file here is made by the test."""
+
+import csv
+import io
+import json
+import tarfile
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.errors import UserError
+from training.data.sets.captioned import CaptionOptions, load_captions
+
+from .layout_files import write_shard
+
+SPLITS = ("train", "restval", "val", "test")
+
+
+def encoded(number, mode="RGB", format="JPEG"):
+    pixels = np.full((6, 8, 3), number % 256, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+def write_images(root, names, **kwargs):
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(10 * number, **kwargs))
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def load(spec, **options):
+    return load_captions(str(spec), CaptionOptions(**options))
+
+
+def contents(data):
+    """Image name and captions of each image."""
+    captions = [[] for _ in range(len(data))]
+    for caption, image in zip(data.captions, data.image_of.tolist(), strict=True):
+        captions[image].append(caption)
+    return [(data.images.name(i), texts) for i, texts in enumerate(captions)]
+
+
+def names(data, root):
+    return [name.removeprefix(f"{root}/") for name, _ in contents(data)]
+
+
+def refused(spec, message, **options):
+    with pytest.raises(UserError) as error:
+        load(spec, **options)
+    assert message in str(error.value), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- COCO, Karpathy's split ---
+
+COCO_FILES = {
+    split: f"COCO_{'train' if split == 'train' else 'val'}2014_{i:012d}.jpg" for i, split in enumerate(SPLITS)
+}
+
+
+def coco_karpathy(folder, images=True):
+    """One image of each split, the test image with five captions."""
+    items = [
+        {
+            "filepath": "train2014" if split == "train" else "val2014",
+            "filename": file,
+            "split": split,
+            "sentences": [{"raw": f"{split} {n}", "tokens": [split]} for n in range(5 if split == "test" else 2)],
+            "cocoid": 1,
+        }
+        for split, file in COCO_FILES.items()
+    ]
+    write_json(folder / "dataset_coco.json", {"dataset": "coco", "images": items})
+    if images:
+        write_images(folder, [f"{item['filepath']}/{item['filename']}" for item in items])
+    return folder
+
+
+def test_karpathy_coco(tmp_path):
+    data = load(f"coco={coco_karpathy(tmp_path)}")
+    assert (data.name, data.split, len(data)) == ("coco", "test", 1)
+    assert contents(data) == [(f"{tmp_path}/val2014/{COCO_FILES['test']}", [f"test {n}" for n in range(5)])]
+    assert data.image_of.dtype == torch.int64 and data.image_of.tolist() == [0] * 5
+    assert data.left_out == {"empty_captions": 0, "images_without_caption": 0}
+
+
+@pytest.mark.parametrize("spec", ["", "dataset_coco.json"])
+def test_splits_of_karpathy(tmp_path, spec):
+    path = coco_karpathy(tmp_path) / spec
+    assert names(load(path, split="val"), tmp_path) == [f"val2014/{COCO_FILES['val']}"]
+    training = load(path, split="train+restval")
+    assert training.split == "train+restval" and training.name == "coco"
+    assert names(training, tmp_path) == [f"train2014/{COCO_FILES['train']}", f"val2014/{COCO_FILES['restval']}"]
+    refused(path, "has no split 'dev', only train, restval, val, test; choose with --split", split="dev")
+
+
+def test_pictures_of_coco_2017(tmp_path):
+    coco_karpathy(tmp_path, images=False)
+    write_images(tmp_path, ["train2017/000000000001.jpg", "val2017/000000000003.jpg", "train2017/000000000000.jpg"])
+    assert names(load(tmp_path), tmp_path) == ["val2017/000000000003.jpg"]
+    training = load(tmp_path, split="train+restval")
+    assert names(training, tmp_path) == ["train2017/000000000000.jpg", "train2017/000000000001.jpg"]
+
+
+def test_pictures_elsewhere(tmp_path):
+    captions = coco_karpathy(tmp_path / "captions", images=False) / "dataset_coco.json"
+    write_images(tmp_path / "pictures", [f"val2014/{COCO_FILES['test']}"])
+    refused(captions, "1 of the 1 images")
+    assert names(load(captions, images=tmp_path / "pictures"), tmp_path) == [f"pictures/val2014/{COCO_FILES['test']}"]
+    flat = tmp_path / "pictures" / "val2014"
+    assert names(load(captions, images=flat), flat) == [COCO_FILES["test"]]
+    refused(captions, "There is no folder", images=tmp_path / "nowhere")
+
+
+def test_missing_pictures_are_counted_and_named(tmp_path):
+    """Listed before anything is encoded; an empty folder and a picture under another name do not count."""
+    items = [{"image": f"flickr30k-images/{n}.jpg", "caption": ["a", "b"]} for n in range(5)]
+    write_json(tmp_path / "flickr30k_test.json", items)
+    write_images(tmp_path, ["flickr30k-images/0.jpg", "flickr30k-images/3.jpg", "flickr30k-images/1.JPG"])
+    message = f"3 of the 5 images of {tmp_path} are not in {tmp_path}, the first of them flickr30k-images/1.jpg"
+    refused(tmp_path, message)
+
+
+def test_same_file_name_in_several_folders(tmp_path):
+    """Two pictures must not become one because a folder is left out of the search."""
+    file = write_json(tmp_path / "set.json", [{"image": f"{n}/x.jpg", "caption": n} for n in "ab"])
+    write_images(tmp_path, ["pictures/x.jpg"])
+    refused(file, "2 of the 2 images", images=tmp_path / "pictures")
+    write_images(tmp_path, ["a/x.jpg", "b/x.jpg"])
+    assert contents(load(file)) == [(f"{tmp_path}/{n}/x.jpg", [n]) for n in "ab"]
+
+
+# --- Flickr30K ---
+
+
+@pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images", "images", ""])
+def test_karpathy_flickr(tmp_path, folder):
+    items = [
+        {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"{n} {k}"} for k in range(5)], "imgid": n}
+        for n, split in enumerate(["train", "test", "test"])
+    ]
+    write_json(tmp_path / "dataset_flickr30k.json", {"images": items, "dataset": "flickr30k"})
+    write_images(tmp_path / folder, ["0.jpg", "1.jpg", "2.jpg"])
+    for data in (load(f"flickr30k={tmp_path}"), load(tmp_path / "dataset_flickr30k.json")):
+        assert (data.name, data.split) == ("flickr30k", "test")
+        assert names(data, tmp_path / folder) == ["1.jpg", "2.jpg"]
+        assert data.captions == [f"{n} {k}" for n in (1, 2) for k in range(5)]
+        assert data.image_of.tolist() == [0] * 5 + [1] * 5
+
+
+def test_two_sets_in_one_folder(tmp_path):
+    for name in ("coco", "flickr30k"):
+        items = [{"filename": f"{name}.jpg", "split": "test", "sentences": [{"raw": name}]}]
+        write_json(tmp_path / f"dataset_{name}.json", {"images": items})
+        write_images(tmp_path / "images", [f"{name}.jpg"])
+    refused(tmp_path, "holds the captions of coco and flickr30k; say which with --data coco=...")
+    assert load(f"flickr30k={tmp_path}").captions == ["flickr30k"]
+
+
+# --- ALBEF's lists ---
+
+
+def albef(folder):
+    write_images(folder / "val2014", ["COCO_val2014_1.jpg", "COCO_val2014_2.jpg"])
+    write_images(folder / "train2014", ["COCO_train2014_3.jpg"])
+    test = [
+        {"image": "val2014/COCO_val2014_2.jpg", "caption": [f"two {n}" for n in range(5)]},
+        {"image": "val2014/COCO_val2014_1.jpg", "caption": ["one"]},
+    ]
+    # One caption an entry, and the pictures come again, not in one piece.
+    train = [
+        {"caption": "three", "image": "train2014/COCO_train2014_3.jpg", "image_id": "coco_3"},
+        {"caption": "one", "image": "val2014/COCO_val2014_1.jpg", "image_id": "coco_1"},
+        {"caption": "three again", "image": "train2014/COCO_train2014_3.jpg", "image_id": "coco_3"},
+    ]
+    write_json(folder / "coco_test.json", test)
+    write_json(folder / "coco_train.json", train)
+    return folder
+
+
+def test_albef_lists(tmp_path):
+    data = load(f"coco={albef(tmp_path)}")
+    assert (data.name, data.split) == ("coco", "test")
+    assert [texts for _, texts in contents(data)] == [[f"two {n}" for n in range(5)], ["one"]]
+    assert names(data, tmp_path) == ["val2014/COCO_val2014_2.jpg", "val2014/COCO_val2014_1.jpg"]
+    assert data.image_of.tolist() == [0, 0, 0, 0, 0, 1]
+    refused(tmp_path, "has no split 'val', only test, train", split="val")
+
+
+def test_repeated_images_are_grouped(tmp_path):
+    data = load(albef(tmp_path), split="train")
+    assert [texts for _, texts in contents(data)] == [["three", "three again"], ["one"]]
+    assert names(data, tmp_path) == ["train2014/COCO_train2014_3.jpg", "val2014/COCO_val2014_1.jpg"]
+
+
+def test_a_list_by_its_name(tmp_path):
+    data = load(albef(tmp_path) / "coco_test.json")
+    assert (data.name, data.split) == ("coco", "test")
+    refused(tmp_path / "coco_test.json", "holds the split test: there is no 'val' in it", split="val")
+    (tmp_path / "coco_test.json").rename(tmp_path / "mine.json")
+    data = load(tmp_path / "mine.json")
+    assert (data.name, data.split) == ("mine", "all")
+    refused(tmp_path / "mine.json", "is not divided into splits", split="val")
+
+
+def test_paths_of_another_machine(tmp_path):
+    file = write_json(tmp_path / "list.json", [{"image": "/export/coco/images/val2014/a.jpg", "caption": "a"}])
+    write_images(tmp_path, ["val2014/a.jpg"])
+    assert names(load(file), tmp_path) == ["val2014/a.jpg"]
+
+
+# --- COCO's own annotations, CLIP_benchmark's files ---
+
+
+def coco_annotations(path, year="2017"):
+    images = [{"id": n, "file_name": f"{n:012d}.jpg", "coco_url": "u"} for n in (139, 7, 285)]
+    annotations = [{"image_id": n, "id": i, "caption": f"of {n}, {i}"} for i, n in enumerate([7, 139, 7, 139, 139])]
+    return write_json(path, {"info": {}, "licenses": [], "images": images, "annotations": annotations})
+
+
+@pytest.mark.parametrize("folder", ["val2017", "images/val2017"])
+def test_coco_annotations(tmp_path, folder, caplog):
+    file = coco_annotations(tmp_path / "annotations" / "captions_val2017.json")
+    write_images(tmp_path / folder, [f"{n:012d}.jpg" for n in (139, 7)])
+    for data in (load(f"coco={tmp_path}", split="val2017"), load(file)):
+        assert (data.name, data.split) == ("coco", "val2017")
+        assert contents(data) == [
+            (f"{tmp_path}/{folder}/000000000139.jpg", ["of 139, 1", "of 139, 3", "of 139, 4"]),
+            (f"{tmp_path}/{folder}/000000000007.jpg", ["of 7, 0", "of 7, 2"]),
+        ]
+        assert data.left_out == {"empty_captions": 0, "images_without_caption": 1}
+    assert "1 images without" in caplog.text
+    refused(tmp_path, "has no split 'test', only val2017")
+
+
+def test_files_of_clip_benchmark(tmp_path):
+    coco = {
+        "images": [{"id": 1, "file_name": "COCO_val2014_000000000001.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "c"}],
+    }
+    write_json(tmp_path / "coco" / "coco_test_karpathy.json", coco)
+    write_images(tmp_path / "coco" / "val2014", ["COCO_val2014_000000000001.jpg"])
+    assert names(load(tmp_path / "coco"), tmp_path) == ["coco/val2014/COCO_val2014_000000000001.jpg"]
+
+    lines = 'image,caption\n10.jpg,A man, smiling , waves .\n9.jpg,"quoted", not closed\n10.jpg,Again .\n'
+    (tmp_path / "flickr30k_test_karpathy.txt").write_text(lines)
+    write_images(tmp_path, ["9.jpg", "10.jpg"])
+    data = load(f"flickr30k={tmp_path}")
+    assert [texts for _, texts in contents(data)] == [
+        ["A man, smiling , waves .", "Again ."],
+        ['"quoted", not closed'],
+    ]
+    assert names(data, tmp_path) == ["10.jpg", "9.jpg"]
+
+
+# --- captions ---
+
+
+def albef_of(folder, captions, **options):
+    """A set with one image for each entry of `captions`."""
+    write_images(folder, [f"{n}.jpg" for n in range(len(captions))])
+    entries = [{"image": f"{n}.jpg", "caption": texts} for n, texts in enumerate(captions)]
+    return load(write_json(folder / "set.json", entries), **options)
+
+
+def test_line_breaks_in_captions_are_whitespace(tmp_path):
+    data = albef_of(tmp_path, [["A dog\nruns.", " two\r\n\n  lines\t"], "one\n"])
+    assert data.captions == ["A dog runs.", "two lines", "one"]
+    assert data.image_of.tolist() == [0, 0, 1]
+
+
+def test_unicode(tmp_path):
+    texts = ["Ein Hund läuft über die Straße", "一只狗 在跑", "🐕 run", "no\u00a0break\u2028line"]
+    data = albef_of(tmp_path, [texts])
+    assert data.captions == [*texts[:3], "no break line"]
+
+
+def test_empty_captions_and_images_without(tmp_path, caplog):
+    data = albef_of(tmp_path, [["a", "", " \n"], [], [""], ["b"]])
+    assert data.captions == ["a", "b"]
+    assert names(data, tmp_path) == ["0.jpg", "3.jpg"]
+    assert data.left_out == {"empty_captions": 3, "images_without_caption": 2}
+    assert "left out 3 empty captions and 2 images without one" in caplog.text
+    with pytest.raises(UserError, match="has no caption for any of 2 images"):
+        albef_of(tmp_path, [[""], []])
+
+
+def test_duplicated_captions_stay(tmp_path):
+    data = albef_of(tmp_path, [["a dog", "a dog", "A  Dog"], ["a cat", "a dog"], ["caf\u00e9"], ["Cafe\u0301"]])
+    assert data.captions == ["a dog", "a dog", "A Dog", "a cat", "a dog", "caf\u00e9", "Cafe\u0301"]
+    assert unicodedata.normalize("NFC", data.captions[-1]) != data.captions[-1]
+    assert data.same_text().tolist() == [0, 0, 0, 1, 0, 2, 2]
+
+
+def test_first_captions_of_each_image(tmp_path):
+    captions = [["", "a", "b", "c"], ["d"]]
+    assert albef_of(tmp_path, captions, per_image=2).captions == ["a", "b", "d"]
+
+
+def test_gray_pictures_become_rgb(tmp_path):
+    write_images(tmp_path, ["0.jpg"], mode="L")
+    file = write_json(tmp_path / "set.json", [{"image": "0.jpg", "caption": "gray"}])
+    picture = load(file).images.load(0)
+    assert (picture.mode, picture.size) == ("RGB", (8, 6))
+
+
+def test_fingerprint(tmp_path):
+    first = albef_of(tmp_path / "a", [["a", "b"], ["c"]]).fingerprint()
+    assert first == albef_of(tmp_path / "b", [["a", "b"], ["c"]]).fingerprint()
+    for other in ([["a"], ["b", "c"]], [["a", "b"], ["d"]], [["b", "a"], ["c"]], [["a", "b"], ["c"], ["d"]]):
+        assert albef_of(tmp_path / "c", other).fingerprint() != first
+
+
+# --- CSV ---
+
+
+@pytest.mark.parametrize(("name", "separator"), [("table.csv", "\t"), ("table.csv", ","), ("table.tsv", "\t")])
+def test_csv(tmp_path, name, separator):
+    write_images(tmp_path, ["pictures/a.jpg", "pictures/b.jpg"])
+    rows = [("pictures/b.jpg", "b, first"), ("pictures/a.jpg", 'an "a"\nwith a break'), ("pictures/b.jpg", "b again")]
+    rows.append((str(tmp_path / "pictures" / "a.jpg"), ""))
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows([("filepath", "title"), *rows])
+    data = load(tmp_path / name)
+    assert [texts for _, texts in contents(data)] == [["b, first", "b again"], ['an "a" with a break']]
+    assert names(data, tmp_path) == ["pictures/b.jpg", "pictures/a.jpg"]
+    assert (data.name, data.split, data.left_out["empty_captions"]) == ("table", "all", 1)
+    refused(tmp_path / name, "has no column 'text'", csv_caption_column="text")
+
+
+# --- shards ---
+
+
+def test_shards_with_json(tmp_path):
+    members = {
+        "a.jpg": encoded(1), "a.json": json.dumps({"captions": ["a 1", "a\n2"], "caption": "no"}), "a.txt": "no\nno",
+        "x/b.PNG": encoded(2, format="PNG"), "x/b.json": json.dumps({"caption": "b", "url": "u"}), "x/b.txt": "b",
+        "c.webp": encoded(3, format="WEBP"), "c.json": json.dumps({"caption": ["c 1", "c 2"]}),
+        "d.jpeg": encoded(4, mode="L"), "d.json": "{}", "d.txt": "d",
+    }  # fmt: skip
+    write_shard(tmp_path / "0.tar", members)
+    write_shard(tmp_path / "1.tar", {"a.jpg": encoded(5), "a.txt": "another a"})
+    data = load(tmp_path)
+    texts = [["a 1", "a 2"], ["b"], ["c 1", "c 2"], ["d"], ["another a"]]
+    assert contents(data) == list(
+        zip([*(f"{tmp_path}/0.tar: {n}" for n in ("a.jpg", "x/b.PNG", "c.webp", "d.jpeg")), f"{tmp_path}/1.tar: a.jpg"],
+            texts, strict=True)
+    )  # fmt: skip
+    pixels = [np.asarray(data.images.load(i))[0, 0].tolist() for i in range(5)]
+    assert pixels == [[n] * 3 for n in range(1, 6)]
+    for spec in (tmp_path / "1.tar", f"{tmp_path}/{{1..1}}.tar"):
+        assert load(spec).captions == ["another a"]
+
+
+def test_what_a_txt_is(tmp_path):
+    """Nothing is guessed: several lines are captions only where something says so."""
+    folder = tmp_path / "test"
+    write_shard(folder / "0.tar", {"a.jpg": encoded(1), "a.txt": "one\n\ntwo \\n lines\n", "b.jpg": encoded(2)})
+    refused(folder, "the .txt of a.jpg has 2 lines; say with --txt-captions")
+    assert load(folder, txt="lines").captions == ["one", "two lines"]
+    whole = load(folder, txt="whole")
+    assert whole.captions == ["one two \\n lines"]
+    assert whole.left_out == {"empty_captions": 0, "images_without_caption": 1}
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    assert load(folder).captions == load(tmp_path).captions == ["one", "two lines"]
+    assert load(tmp_path).split == "test"
+
+
+def test_splits_in_folders_of_shards(tmp_path):
+    for split in ("train", "test"):
+        write_shard(tmp_path / split / "0.tar", {"a.jpg": encoded(1), "a.txt": split})
+    data = load(f"mine={tmp_path}", split="train+test")
+    assert (data.captions, data.name, data.split) == (["train", "test"], "mine", "train+test")
+    assert load(tmp_path / "train", split="train").captions == ["train"]
+    refused(tmp_path / "train", "not divided into splits", split="val")
+    refused(tmp_path, "has no split 'val', only test, train", split="val")
+    refused(tmp_path, "leave it out", images=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("member", "place", "left"),
+    [("c.jpg", "data", "ab"), ("c.jpg", "end", "abc"), ("c.jpg", "header", "ab"), ("c.txt", "data", "ab")],
+)
+def test_damaged_shard(tmp_path, caplog, member, place, left):
+    members = {f"{key}.{kind}": value for key in "abc" for kind, value in (("txt", key), ("jpg", encoded(1)))}
+    path = write_shard(tmp_path / "0.tar", members)
+    with tarfile.open(path) as tar:
+        info = tar.getmember(member)
+    cut = {"header": info.offset + 100, "data": info.offset_data, "end": info.offset_data + info.size}[place]
+    path.write_bytes(path.read_bytes()[:cut])
+    assert load(tmp_path).captions == list(left)
+    assert f"0.tar is cut off or damaged after {len(left)} samples" in caplog.text
+
+
+def test_no_tar(tmp_path):
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"\x1f\x8b something else" * 100)
+    refused(tmp_path, "0.tar is not a readable tar file")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.txt": "a caption"}, "a has a caption and no picture"),
+        ({"a.jpg": b"", "a.json": "{"}, "the JSON of a cannot be read"),
+        ({"a.jpg": b"", "a.json": '{"captions": [1]}'}, "neither a text nor a list of texts"),
+        ({"a.jpg": b""}, "has no caption for any of 1 images"),
+        ({"readme": "x"}, "has no caption for any of 0 images"),
+    ],
+)
+def test_mistakes_in_shards(tmp_path, members, message):
+    refused(write_shard(tmp_path / "0.tar", members), message)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"a": 1}', "'images' is missing"),
+        ("[1]", "'image' is missing in 1"),
+        ("3", "'images' is missing in 3"),
+        ('[{"image": "x.jpg", "text": "x"}]', "'caption' is missing"),
+        ('[{"image": "x.jpg", "caption": 3}]', "3 is no text"),
+        ('{"images": [{"filename": "x", "split": "test"}]}', "'sentences' is missing"),
+        ('{"images": [{"filename": "x", "split": "test", "sentences": [{"tokens": []}]}]}', "'raw' is missing"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"bbox": 1}]}', "'image_id' is missing"),
+        ('{"images": [], "annotations": [{"image_id": 1, "caption": ""}]}', "a caption for image 1, but no such image"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": []}', "has no caption for any of 1 images"),
+        ("[]", "has no caption for any of 0 images"),
+    ],
+)
+def test_files_of_unknown_shape(tmp_path, content, message):
+    (tmp_path / "set.json").write_text(content)
+    refused(tmp_path / "set.json", message)
+
+
+def test_nothing_there(tmp_path):
+    refused(tmp_path / "nowhere", "does not exist")
+    refused(tmp_path / "nowhere.json", "There is no file")
+    refused(tmp_path / "nowhere.tar", "do not exist")
+    refused(tmp_path / "nowhere.csv", "does not exist")
+    (tmp_path / "notes.md").write_text("")
+    refused(tmp_path / "notes.md", "is no folder, JSON, CSV or tar file")
+    refused(tmp_path, "holds no captions")
+    (tmp_path / "set.json").write_bytes("[\"façade\"]".encode("latin-1"))
+    refused(tmp_path / "set.json", "is not UTF-8")

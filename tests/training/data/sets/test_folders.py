@@ -1,0 +1,307 @@
+import io
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.errors import UserError
+from training.data.sets.registry import load_data
+from training.data.sets.folders import find_splits, list_pictures, load_named, packaged_lines
+
+from .layout_files import contents, encoded, make_folders, write_folder, write_shard
+
+
+def message_of(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class TestFolders:
+    def test_names_in_sorted_order(self, tmp_path):
+        pictures = {"zebra/x.png": b"z", "ant/deep/y.JPG": b"y", "ant/a.webp": b"w"}
+        data = load_named(write_folder(tmp_path, pictures, classnames="an ant\na zebra\n\n"))
+        assert data.classnames == ["an ant", "a zebra"]
+        assert data.templates == ("a photo of a {}.",)
+        assert contents(data) == [("an ant", b"w"), ("an ant", b"y"), ("a zebra", b"z")]
+        assert data.labels.dtype == torch.int64 and data.imagenet_classes is None
+
+    def test_numbered_folders_are_in_numeric_order(self, tmp_path):
+        pictures = {f"{i}/x.png": b"picture %d" % i for i in range(12)}
+        root = write_folder(tmp_path, pictures, classnames="\n".join(f"name {i}" for i in range(12)))
+        assert contents(load_named(root)) == [(f"name {i}", b"picture %d" % i) for i in range(12)]
+
+    def test_names_by_folder(self, tmp_path):
+        pictures = {"n01/x.png": b"1", "n02/x.png": b"2", "10/x.png": b"3"}
+        root = write_folder(tmp_path, pictures, classnames="n02\ttwo of them\n10\tten\nn01\tone\n")
+        assert sorted(contents(load_named(root))) == [("one", b"1"), ("ten", b"3"), ("two of them", b"2")]
+
+    def test_hidden_and_other_files_are_no_pictures(self, tmp_path):
+        pictures = {
+            "a/x.png": b"1", "a/._x.png": b"2", "a/notes.md": b"3", ".cache/x.png": b"4", "x.png": b"5",
+            "a/.thumbs/x.png": b"6", "a/b.png/y.png": b"7",
+        }  # fmt: skip
+        root = write_folder(tmp_path, pictures, classnames="\ufeffonly")
+        assert contents(load_named(root)) == [("only", b"7"), ("only", b"1")]
+
+    def test_linked_folders_count(self, tmp_path):
+        write_folder(tmp_path / "elsewhere", {"x.png": b"1", "deep/y.png": b"2"})
+        root = write_folder(tmp_path / "data", {}, classnames="only")
+        (root / "a").mkdir()
+        os.symlink(tmp_path / "elsewhere", root / "a" / "link")
+        assert list_pictures(root, "a") == ["a/link/deep/y.png", "a/link/x.png"]
+        assert len(load_named(root)) == 2
+
+    def test_templates(self, tmp_path):
+        root = write_folder(tmp_path, {"a/x.png": b""}, classnames="a", templates="a {}.\n\n")
+        assert load_named(root).templates == ["a {}."]
+
+    @pytest.mark.parametrize(
+        "texts,message",
+        [
+            ({}, "has no classnames.txt"),
+            ({"classnames": "one\ntwo\nthree"}, "has 2 class folders, but its classnames.txt names 3"),
+            ({"classnames": "one"}, "has 2 class folders, but its classnames.txt names 1"),
+            ({"classnames": "one\n\ntwo"}, "nothing on line 2"),
+            ({"classnames": " \n"}, "is empty"),
+            ({"classnames": "a\tone\nc\ttwo"}, "class folder b"),
+            ({"classnames": "a\tone\nb"}, "class folder b"),
+            ({"classnames": "a\tone\na\ttwo"}, "class folder b"),
+            ({"classnames": "a\tone\nb\ttwo\nc\tthree\nd\tfour"}, "2 of the 4 class folders of classnames.txt are in"),
+            ({"classnames": "a\tone\nb\ttwo\nc\tthree\nd\tfour"}, "missing c, d"),
+            ({"classnames": "one\ntwo", "templates": "a photo"}, "'a photo' must have {}"),
+            ({"classnames": "one\ntwo", "templates": "a {name}"}, "'a {name}' must have {}"),
+            ({"classnames": "one\ntwo", "templates": "a {"}, "'a {' must have {}"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, texts, message):
+        root = write_folder(tmp_path, {"a/x.png": b"", "b/x.png": b""}, **texts)
+        assert message in message_of(load_named, root)
+
+    def test_no_folder_no_classes_no_images(self, tmp_path):
+        assert "There is no folder" in message_of(load_named, tmp_path / "missing")
+        assert "neither class folders nor .tar shards" in message_of(load_named, tmp_path)
+        root = write_folder(tmp_path, {"a/x.txt": b""}, classnames="a")
+        assert "hold no images" in message_of(load_named, root)
+
+    def test_names_that_are_not_utf8(self, tmp_path):
+        write_folder(tmp_path, {"a/x.png": b""})
+        (tmp_path / "classnames.txt").write_bytes("façade".encode("latin-1"))
+        assert "UTF-8" in message_of(load_named, tmp_path)
+
+    def test_the_order_and_the_fingerprint_do_not_depend_on_the_disk(self, tmp_path):
+        names = [f"{folder}/{i}.png" for folder in "ab" for i in range(20)]
+        for root, order in (("1", names), ("2", names[::-1])):
+            write_folder(tmp_path / root, {name: name.encode() for name in order}, classnames="a\nb")
+        first, second = load_named(tmp_path / "1"), load_named(tmp_path / "2")
+        assert contents(first) == contents(second)
+        assert first.fingerprint() == second.fingerprint()
+        (tmp_path / "2" / "b" / "7.png").rename(tmp_path / "2" / "a" / "7b.png")
+        assert load_named(tmp_path / "2").fingerprint() != first.fingerprint()
+
+
+class TestSplits:
+    def divided(self, root):
+        pictures = {f"{split}/{name}/x.png": f"{split} {name}".encode() for split in ("train", "val") for name in "ab"}
+        return write_folder(root, pictures, classnames="an a\na b")
+
+    def test_the_one_asked_for(self, tmp_path):
+        root = self.divided(tmp_path)
+        data = load_named(root, "train")
+        assert data.split == "train" and contents(data) == [("an a", b"train a"), ("a b", b"train b")]
+        assert contents(load_named(root, "val")) == [("an a", b"val a"), ("a b", b"val b")]
+
+    def test_without_test_people_report_on_val(self, tmp_path):
+        root = self.divided(tmp_path)
+        assert load_named(root).split == "val"
+        write_folder(root / "test", {"a/x.png": b"1", "b/x.png": b"2"})
+        data = load_named(root)
+        assert data.split == "test" and contents(data) == [("an a", b"1"), ("a b", b"2")]
+
+    def test_names_of_the_split_come_first(self, tmp_path):
+        root = self.divided(tmp_path)
+        write_folder(root / "val", {}, classnames="other a\nother b", templates="the {}")
+        assert load_named(root, "val").classnames == ["other a", "other b"]
+        assert load_named(root, "val").templates == ["the {}"]
+        assert load_named(root, "train").classnames == ["an a", "a b"]
+        (root / "classnames.txt").unlink()
+        assert load_named(root, "val").classnames == ["other a", "other b"]
+        assert "has no classnames.txt" in message_of(load_named, root, "train")
+
+    def test_a_class_may_be_called_train(self, tmp_path):
+        """As one of CIFAR-100's is: then not all of the folders are splits."""
+        root = write_folder(tmp_path, {"train/x.png": b"1", "tram/x.png": b"2"}, classnames="train\ntram")
+        assert contents(load_named(root)) == [("train", b"1"), ("tram", b"2")]
+
+    def test_other_words_and_spellings(self, tmp_path):
+        make_folders(tmp_path, ["Training", "validation", ".git"])
+        assert {split: place.folder.name for split, place in find_splits(tmp_path).items()} == {
+            "train": "Training",
+            "val": "validation",
+        }
+        (tmp_path / "val").mkdir()
+        assert "has both val and validation" in message_of(find_splits, tmp_path)
+
+    def test_a_folder_called_after_its_split(self, tmp_path):
+        root = self.divided(tmp_path)
+        for split in ("train", "val"):
+            write_folder(root / split, {}, classnames="an a\na b")
+        assert contents(load_named(root / "train", "train")) == contents(load_named(root, "train"))
+        assert load_named(root / "val").split == "val"
+        message = message_of(load_named, root / "train", "test")
+        assert f"{root / 'train'} has no test split, only train;" in message
+
+    def test_missing_ones(self, tmp_path):
+        root = write_folder(tmp_path / "pets", {"a/x.png": b"1"}, classnames="a")
+        message = message_of(load_named, root, "train")
+        assert f"{root} has no train split, only test;" in message and str(root / "train") in message
+        assert load_named(root).split == "test"
+        divided = self.divided(tmp_path / "divided")
+        (divided / "test").mkdir()
+        (divided / "val").rename(tmp_path / "elsewhere")
+        assert "has no val split, only train and test" in message_of(load_named, divided, "val")
+
+    def test_splits_with_other_classes(self, tmp_path):
+        """The names are by place: b would be called as c is in the other split."""
+        root = write_folder(
+            tmp_path,
+            {"train/a/x.png": b"", "train/c/x.png": b"", "val/a/x.png": b"", "val/b/x.png": b""},
+            classnames="a\nb",
+        )
+        message = message_of(load_named, root, "val")
+        assert "1 of the 2 class folders of the val split" in message
+        assert "missing b; unknown: c" in message
+
+    def test_the_archive_next_to_what_it_held(self, tmp_path):
+        root = self.divided(tmp_path)
+        write_shard(root / "pets.tar", {"a/x.png": b"not a sample"})
+        assert len(load_named(root)) == 2
+
+    def test_shards_in_folders(self, tmp_path):
+        write_folder(tmp_path, {}, classnames="zero\none")
+        write_shard(tmp_path / "train" / "0.tar", {"a.png": b"1", "a.cls": "0"})
+        write_shard(tmp_path / "test" / "0.tar", {"a.png": b"2", "a.cls": "1"})
+        assert contents(load_named(tmp_path, "train")) == [("zero", b"1")]
+        assert contents(load_named(tmp_path)) == [("one", b"2")]
+
+    def test_shards_by_name(self, tmp_path):
+        write_folder(tmp_path, {}, classnames="zero\none")
+        for name in ("set1k-train-0001", "set1k-train-0000", "set1k-validation-00"):
+            write_shard(tmp_path / f"{name}.tar", {"a.png": name.encode(), "a.cls": "0"})
+        data = load_named(tmp_path, "train")
+        assert [content for _, content in contents(data)] == [b"set1k-train-0000", b"set1k-train-0001"]
+        assert [content for _, content in contents(load_named(tmp_path))] == [b"set1k-validation-00"]
+        assert load_named(tmp_path).split == "val"
+        write_shard(tmp_path / "more.tar", {"a.png": b"", "a.cls": "0"})
+        assert "but more.tar names none" in message_of(load_named, tmp_path)
+
+
+class TestShards:
+    def test_samples(self, tmp_path):
+        write_folder(tmp_path, {"._00000.tar": b"resource fork"}, classnames="zero\none\ntwo", templates="{}")
+        write_shard(tmp_path / "00000.tar", {"a.png": b"1", "a.cls": "2", "a.json": "", "b.cls": "0\n", "b.jpg": b"2"})
+        write_shard(tmp_path / "00001.tar", {"x/a.cls": "1", "x/a.WEBP": b"333", "y/a.jpeg": b"4", "y/a.cls": "0"})
+        data = load_named(tmp_path)
+        assert contents(data) == [("two", b"1"), ("zero", b"2"), ("one", b"333"), ("zero", b"4")]
+        assert (data.classnames, data.templates) == (["zero", "one", "two"], ["{}"])
+        assert data.images.name(2) == f"{tmp_path / '00001.tar'}: x/a.WEBP"
+
+    @pytest.mark.parametrize(
+        "members,message",
+        [
+            ({"a.png": b"1", "a.cls": "3"}, "class 3, but classnames.txt names 3 classes"),
+            ({"a.png": b"1", "a.cls": "-1"}, "class -1, but classnames.txt names 3 classes"),
+            ({"a.png": b"1", "a.cls": "cat"}, "a.cls must hold a class number, but holds b'cat'"),
+            ({"a.png": b"1"}, "the sample a needs a .cls file and an image"),
+            ({"a.gif": b"1", "a.cls": "0"}, "the sample a needs a .cls file and an image"),
+            ({}, "hold no sample"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, members, message):
+        write_folder(tmp_path, {}, classnames="zero\none\ntwo")
+        write_shard(tmp_path / "0.tar", members)
+        assert message in message_of(load_named, tmp_path)
+
+    def test_not_a_tar(self, tmp_path):
+        write_folder(tmp_path, {"0.tar": b"\x1f\x8b something else" * 100}, classnames="zero")
+        assert "0.tar is not a readable tar file" in message_of(load_named, tmp_path)
+
+    def test_no_classnames(self, tmp_path):
+        write_shard(tmp_path / "0.tar", {"a.png": b"1", "a.cls": "0"})
+        assert "has no classnames.txt" in message_of(load_named, tmp_path)
+
+    # Each member takes 1024 bytes: cut between samples, in a header, between cls and image, and in the image.
+    @pytest.mark.parametrize("size,readable", [(4096, 2), (4300, 2), (5120, 2), (5632, 3), (5640, 3), (6144, 3)])
+    def test_cut_off_shard_gives_what_is_left_and_a_warning(self, tmp_path, caplog, size, readable):
+        write_folder(tmp_path, {}, classnames="zero\none\ntwo")
+        members = {f"{key}.{kind}": value for key in "abc" for kind, value in (("cls", "1"), ("png", b"1" * 300))}
+        shard = write_shard(tmp_path / "0.tar", members)
+        shard.write_bytes(shard.read_bytes()[:size])
+        assert [label for label, _ in contents(load_named(tmp_path))] == ["one"] * readable
+        assert "0.tar is cut off or damaged" in caplog.text
+
+    def test_whole_shard_gives_no_warning(self, tmp_path, caplog):
+        write_folder(tmp_path, {}, classnames="zero")
+        write_shard(tmp_path / "0.tar", {"a.png": b"1", "a.cls": "0"})
+        assert len(load_named(tmp_path)) == 1
+        assert caplog.text == ""
+
+
+class TestPictures:
+    """What real data sets have among their pictures; shards and files give the same."""
+
+    def kinds(self) -> dict[str, bytes]:
+        deep = io.BytesIO()
+        Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)).save(deep, "PNG")
+        return {
+            "cmyk.jpg": encoded((0, 255, 255, 0), "JPEG", "CMYK"),
+            "deep.png": deep.getvalue(),
+            "gray.jpeg": encoded(77, "JPEG", "L"),
+            "palette.png": encoded(0, "PNG", "P"),
+            "png.jpg": encoded((1, 2, 3), "PNG"),  # as one file of ImageNet's training set is
+        }
+
+    def test_all_are_rgb(self, tmp_path):
+        kinds = self.kinds()
+        files = load_named(write_folder(tmp_path / "f", {f"a/{k}": v for k, v in kinds.items()}, classnames="a"))
+        members = {}
+        for name, content in kinds.items():
+            members |= {name: content, f"{name.split('.')[0]}.cls": "0"}
+        write_folder(tmp_path / "s", {}, classnames="a")
+        write_shard(tmp_path / "s" / "0.tar", members)
+        shards = load_named(tmp_path / "s")
+        colors = [(255, 0, 0), (128, 128, 128), (77, 77, 77), (0, 0, 0), (1, 2, 3)]
+        for data in (files, shards, files.subset(torch.arange(5))):
+            images = [data.images.load(i) for i in range(5)]
+            assert [image.mode for image in images] == ["RGB"] * 5
+            for image, color in zip(images, colors, strict=True):
+                assert np.abs(np.asarray(image).astype(int) - color).max() <= 3
+
+    def test_broken_ones_are_listed_and_raise_when_loaded(self, tmp_path):
+        whole = encoded((9, 9, 9), "JPEG", size=(64, 64))
+        pictures = {"a/0.jpg": whole, "a/1.jpg": whole[: len(whole) // 2], "a/2.jpg": b"", "a/3.png": b"<html>"}
+        data = load_named(write_folder(tmp_path, pictures, classnames="a"))
+        assert len(data) == 4 and data.images.load(0).size == (64, 64)
+        for i in (1, 2, 3):
+            with pytest.raises(Exception):  # noqa: B017  PIL raises almost anything
+                data.images.load(i)
+            assert data.images.name(i) == str(tmp_path / "a" / f"{i}.{'jpg' if i < 3 else 'png'}")
+
+
+def test_packaged_names():
+    assert packaged_lines("mnist-classes.txt") == [str(i) for i in range(10)]
+    assert len(packaged_lines("fashion-mnist-classes.txt")) == 10
+    assert len(packaged_lines("cifar-templates.txt")) == 18  # as in CLIP's paper
+    for name in ("cifar", "mnist", "fashion-mnist"):
+        for template in packaged_lines(f"{name}-templates.txt"):
+            assert template.count("{}") == 1 and not template.startswith("#")
+
+
+def test_listing_does_not_log(tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG):
+        load_data(str(write_folder(tmp_path, {"a/x.png": b""}, classnames="a")))
+    assert caplog.text == ""

@@ -1,0 +1,535 @@
+"""What is read from shards, tables and pictures, what is left out of them, and what is refused from the start."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from training.data.images import load_rgb
+from training.errors import UserError
+
+from ..data_helpers import (
+    BROKEN_IMAGE,
+    assert_same_batches,
+    encode,
+    key_of,
+    keys,
+    sample,
+    train_data,
+    truncate,
+    val_data,
+    write_csv,
+    write_damaged_shards,
+    write_shard,
+    write_shards,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def saved(image: Image.Image, format: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+# Pictures
+
+
+def test_transparent_pictures_are_put_on_white():
+    def pixel(encoded):
+        image = load_rgb(encoded)
+        assert (image.mode, image.size) == ("RGB", (2, 2))
+        return image.getpixel((0, 0))
+
+    assert pixel(saved(Image.new("RGBA", (2, 2), (10, 20, 30, 0)))) == (255, 255, 255)
+    assert pixel(saved(Image.new("RGBA", (2, 2), (10, 20, 30, 255)))) == (10, 20, 30)
+    assert pixel(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 102)))) == (153, 153, 153)
+    assert pixel(saved(Image.new("LA", (2, 2), (7, 0)))) == (255, 255, 255)
+    assert pixel(saved(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3))) == (255, 255, 255)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 40, 50, 60])
+    assert pixel(saved(palette)) == (40, 50, 60)
+    assert pixel(saved(palette, transparency=1)) == (255, 255, 255)
+    assert pixel(saved(Image.new("RGBA", (2, 2), (10, 20, 30, 0)), "webp", lossless=True)) == (255, 255, 255)
+
+
+def test_gray_and_cmyk_pictures_become_rgb():
+    assert load_rgb(saved(Image.new("L", (2, 2), 77))).getpixel((0, 0)) == (77, 77, 77)
+    assert load_rgb(saved(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(numpy.full((2, 2), 0x80FF, dtype=numpy.uint16))
+    assert load_rgb(saved(deep)).getpixel((0, 0)) == (128, 128, 128)
+    red = load_rgb(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg", quality=100)).getpixel((4, 4))
+    assert numpy.allclose(red, (255, 0, 0), atol=3)
+
+
+@pytest.mark.parametrize("data", [BROKEN_IMAGE, b"", encode(0)[:-40], b"\x89PNG\r\n\x1a\n" + b"x" * 30])
+def test_a_broken_picture_fails_when_it_is_loaded(data):
+    with pytest.raises(Exception):  # noqa: B017 - whatever PIL raises
+        load_rgb(data)
+
+
+# Shards
+
+
+def test_a_shard_is_read_in_its_order(tmp_path):
+    files = {
+        "00/a": {"json": b"{}", "png": encode(1, "png"), "txt": "été".encode()},
+        "00/b": {"txt": b"text first", "JPEG": encode(2)},
+        "c": {"webp": encode(3, "webp"), "txt": b"caption", "seg.png": b"no picture of ours"},
+    }
+    write_shard(tmp_path / "x.tar", files)
+    (batch,) = val_data(str(tmp_path / "x.tar"))
+    assert batch["key"] == ["00/a", "00/b", "c"]
+    assert batch["image"].shape == (3, 3, 4, 4) and batch["image"].dtype == torch.float32
+    assert batch["text"].dtype == torch.long
+    assert bytes(batch["text"][0].tolist()).decode().strip() == "été"
+
+
+def test_samples_that_cannot_be_used_are_counted_with_examples(tmp_path):
+    data = val_data(write_damaged_shards(tmp_path))
+    good = {0: range(7), 1: (0, 1, 3), 2: range(7), 3: range(4), 4: (1,), 5: range(7)}
+    assert keys(data) == [key_of(shard, n) for shard, numbers in good.items() for n in numbers]
+    report = data.report()
+    assert report.skipped == {
+        "unreadable image": 2,
+        "no caption": 1,
+        "empty caption": 1,
+        "no image": 1,
+        "broken shard": 1,
+    }
+    url = f"{tmp_path}/00001.tar"
+    assert f"{url}: {key_of(1, 2)}: not an image" in report.examples
+    assert f"{url}: {key_of(1, 4)}: no caption" in report.examples
+    assert len(report.examples) == 5
+    assert report.sentence().startswith("Skipped in the data: 1 x broken shard, 1 x empty caption, 1 x no caption, ")
+
+    list(data)
+    assert data.report() == report  # of one iteration, not of all
+
+
+def test_nothing_skipped_nothing_said(tmp_path):
+    data = train_data(write_shards(tmp_path, [4]))
+    list(data.epoch(0))
+    assert data.report().skipped == {}
+    assert data.report().sentence() == ""
+
+
+def test_training_reports_by_epoch(tmp_path):
+    data = train_data(write_damaged_shards(tmp_path), train_num_samples=29, batch_size=29)  # 29 are good
+    assert len(set(keys(data.epoch(0)))) == 29
+    in_shards = {"no caption": 1, "empty caption": 1, "no image": 1, "broken shard": 1}
+    assert data.report().skipped.items() >= in_shards.items()
+    batches = data.epoch(1)
+    assert data.report().skipped == {}
+    list(batches)
+    assert data.report().skipped.items() >= in_shards.items()
+
+
+def test_the_report_is_the_readers_own(tmp_path):
+    data = val_data(write_damaged_shards(tmp_path))
+    list(data)
+    data.report().clear()
+    assert data.report().skipped
+
+
+@pytest.mark.parametrize("file_of_sample", ["image", "caption"])
+@pytest.mark.parametrize("place", ["before", "header", "data"])
+@pytest.mark.parametrize("keep", [1, 6])
+def test_a_shard_that_breaks_off_keeps_what_is_before(keep, place, file_of_sample, tmp_path):
+    pattern = write_shards(tmp_path, [7, 7])
+    truncate(tmp_path / "00000.tar", keep, file_of_sample, place)
+    data = val_data(pattern)
+    assert keys(data) == [key_of(0, n) for n in range(keep)] + [key_of(1, n) for n in range(7)]
+    assert data.report().skipped == {"broken shard": 1}
+
+
+def test_a_compressed_shard(tmp_path):
+    write_shards(tmp_path, [3])
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
+    data = val_data(str(tmp_path / "x.tar.gz"), dataset_type="webdataset")
+    assert len(keys(data)) == 3
+    assert data.report().skipped == {}
+
+
+def test_a_shard_that_vanishes(tmp_path):
+    data = val_data(write_shards(tmp_path, [3, 3]))
+    (tmp_path / "00000.tar").unlink()
+    assert keys(data) == [key_of(1, n) for n in range(3)]
+    assert data.report().examples == [f"{tmp_path}/00000.tar: No such file or directory"]
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    pattern = write_shards(tmp_path, [40])
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        header = tar.getmembers()[10].offset
+    with open(tmp_path / "00000.tar", "r+b") as file:
+        file.seek(header)
+        file.write(b"\x07" * 512)
+    data = val_data(pattern)
+    assert keys(data) == [key_of(0, n) for n in range(5)]
+    assert data.report().skipped == {"broken shard": 1}
+
+
+def test_a_key_that_comes_twice_gives_two_samples(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in (1, 2):
+            for extension, content in sample(number).items():
+                info = tarfile.TarInfo(f"same.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        for name in ("no_extension", ".hidden", "__meta__.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    (batch,) = val_data(str(path))
+    assert batch["key"] == ["same", "same"]
+    captions = [bytes(text.tolist()).decode().strip() for text in batch["text"]]
+    assert captions == ["caption 1", "caption 2"]
+
+
+def test_pipes_are_opened_by_webdataset(tmp_path):
+    write_shards(tmp_path, [4, 4])
+    pipe = f"pipe:cat {tmp_path}/{{00000..00001}}.tar"
+    data = train_data(pipe, dataset_type="webdataset", train_num_samples=8)
+    assert len(set(keys(data.epoch(0)))) == 8
+    with pytest.raises(UserError, match="not on this machine.*give --train-num-samples"):
+        train_data(pipe, dataset_type="webdataset")
+
+
+# How many samples there are
+
+
+def test_each_source_has_its_own_sizes(tmp_path):
+    sources = [write_shards(tmp_path / "a", [8] * 3), write_shards(tmp_path / "b", [16] * 2)]
+    data = train_data("::".join(sources))
+    assert (data.num_batches, data.num_samples) == (14, 56)
+    assert "3 shards, 24 samples" in data.describe() and "2 shards, 32 samples" in data.describe()
+
+
+def test_sizes_of_the_shards_that_are_used(tmp_path):
+    write_shards(tmp_path, [8, 8, 8, 16])
+    assert train_data(f"{tmp_path}/{{00002..00003}}.tar").num_samples == 24
+
+
+def test_len_counts_a_whole_folder(tmp_path):
+    pattern = write_shards(tmp_path, [8] * 3, info=False)
+    (tmp_path / "__len__").write_text("24\n")
+    assert train_data(pattern).num_samples == 24
+    with pytest.raises(UserError, match="__len__ counts 1 more shards.*give --train-num-samples"):
+        train_data(f"{tmp_path}/{{00000..00001}}.tar")
+
+
+def test_sizes_come_before_len_and_the_flag_before_both(tmp_path):
+    pattern = write_shards(tmp_path, [8] * 3)
+    (tmp_path / "__len__").write_text("100")
+    assert train_data(pattern).num_samples == 24
+    assert train_data(pattern, train_num_samples=40).num_samples == 40
+
+
+def test_unknown_sizes_name_their_folders(tmp_path):
+    known = write_shards(tmp_path / "known", [8])
+    unknown = [write_shards(tmp_path / name, [8], info=False) for name in ("first", "second")]
+    with pytest.raises(UserError, match="give --train-num-samples") as error:
+        train_data("::".join([known, *unknown]))
+    assert f"{tmp_path}/first (no" in str(error.value) and f"{tmp_path}/second (no" in str(error.value)
+    assert "known (" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("sizes.json", json.dumps({"00000.tar": 8}), "no entry for 00001.tar"),
+        ("sizes.json", "{", "not a table"),
+        ("sizes.json", json.dumps({"00000.tar": 8, "00001.tar": None}), "not a table"),
+        ("sizes.json", json.dumps({"00000.tar": 0, "00001.tar": 0}), "there are no samples"),
+        ("__len__", "many", "does not hold a number"),
+    ],
+)
+def test_damaged_sizes(name, content, match, tmp_path):
+    pattern = write_shards(tmp_path, [8] * 2, info=False)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=match):
+        train_data(pattern)
+
+
+@pytest.mark.parametrize("workers, world_size, batches", [(0, 1, 9), (1, 1, 9), (2, 1, 10), (2, 3, 4), (3, 2, 6)])
+def test_batches_are_rounded_up_to_equally_many_for_each_worker(workers, world_size, batches, tmp_path):
+    data = train_data(write_shards(tmp_path, [6] * 6), batch_size=4, workers=workers, world_size=world_size)
+    assert data.num_batches == batches
+    assert data.num_samples == batches * 4 * world_size
+    assert f"{data.num_samples} samples per epoch" in data.describe()
+    assert f"{data.num_samples - 36} more than that" in data.describe()
+    assert len(list(data.epoch(0))) == batches
+
+
+# Tables
+
+
+def test_csv_paths_are_tried_as_given_then_beside_the_table(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "here", 4)
+    data = train_data(path)
+    beside = list(data.epoch(0))
+    assert beside[0]["image"].shape == (4, 3, 4, 4) and data.report().skipped == {}
+    write_csv(tmp_path / "there", 4, broken=(0, 1, 2, 3))
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(UserError, match="not one usable sample"):
+        list(data.epoch(0))
+    monkeypatch.chdir(tmp_path / "here")
+    assert_same_batches(list(data.epoch(0)), beside)
+
+
+def test_csv_columns_separator_and_missing_files(tmp_path):
+    write_csv(tmp_path, 5)
+    lines = ["text,id,file", *(f"NA,{n},{tmp_path}/images/{n:03d}.png" for n in range(5)), "gone,5,gone.png"]
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    flags = {"csv_separator": ",", "csv_img_key": "file", "csv_caption_key": "text", "dataset_type": "csv"}
+    data = train_data(str(tmp_path / "t.txt"), batch_size=3, **flags)
+    assert data.num_batches == 2
+    batches = list(data.epoch(0))
+    assert all(bytes(text.tolist()).decode().strip() == "NA" for batch in batches for text in batch["text"])
+    assert set(data.report().skipped) == {"unreadable image"}
+    assert "gone.png" in data.report().examples[0]
+
+
+def test_csv_rows_without_caption_are_left_out_and_counted(tmp_path, caplog):
+    path = write_csv(tmp_path, 10)
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    lines[3], lines[5] = lines[3].split("\t")[0] + "\t", lines[5].split("\t")[0] + "\t  "
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    data = train_data(path)
+    assert caplog.messages == [f"{path}: 2 of 10 rows have no caption and are left out."]
+    assert data.num_batches == 2
+    assert sorted(keys(data.epoch(0))) == [f"images/{n:03d}.png" for n in range(10) if n not in (2, 4)]
+    assert "8 rows (2 more have no caption)" in data.describe()
+    assert torch.cat([batch["index"] for batch in val_data(path)]).tolist() == [0, 1, 3, 5, 6, 7, 8, 9]
+
+    caplog.clear()
+    train_data(path, rank=1, world_size=2)
+    assert caplog.messages == []
+
+
+def test_csv_rounds_down(tmp_path):
+    data = train_data(write_csv(tmp_path, 11))
+    assert (data.num_batches, data.num_samples) == (2, 8)
+    assert "3 of them" in data.describe() and "no caption" not in data.describe()
+
+
+def test_synthetic_samples(tmp_path):
+    data = train_data(None, dataset_type="synthetic", train_num_samples=20)
+    batches = list(data.epoch(0))
+    assert (data.num_batches, data.num_samples) == (5, 20)
+    assert len(set(keys(batches))) == 20
+    assert len({tuple(text.tolist()) for batch in batches for text in batch["text"]}) > 5
+    val = val_data("-", dataset_type="synthetic", val_num_samples=6)
+    assert val.num_samples == len(keys(val)) == 6
+
+
+# Validation
+
+
+@pytest.mark.parametrize("sizes", [[5, 3], [9], [1, 2, 3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 0), (1, 3), (3, 2)])
+def test_validation_gives_every_sample_exactly_once(sizes, world_size, workers, tmp_path):
+    pattern = write_shards(tmp_path, sizes)
+    ranks = [
+        val_data(pattern, rank=rank, world_size=world_size, workers=workers, batch_size=2) for rank in range(world_size)
+    ]
+    batches = [batch for data in ranks for batch in data]
+    expected = {key_of(shard, n): (shard << 32) + n for shard, size in enumerate(sizes) for n in range(size)}
+    indices = torch.cat([batch["index"] for batch in batches])
+    assert indices.dtype == torch.long
+    assert len(indices) == len(expected)
+    assert dict(zip(keys(batches), indices.tolist(), strict=True)) == expected
+    assert {data.num_samples for data in ranks} == {sum(sizes)}
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 2), (5, 2)])
+def test_validation_counts_what_is_skipped_once_over_all_readers(world_size, workers, tmp_path):
+    pattern = write_damaged_shards(tmp_path)
+    ranks = [val_data(pattern, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
+    seen = [key for data in ranks for key in keys(data)]
+    assert len(seen) == len(set(seen)) == 29
+    total = {}
+    for data in ranks:
+        for reason, count in data.report().skipped.items():
+            total[reason] = total.get(reason, 0) + count
+    assert total == {"unreadable image": 2, "no caption": 1, "empty caption": 1, "no image": 1, "broken shard": 1}
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 3), (3, 1)])
+def test_validation_on_a_table(world_size, workers, tmp_path):
+    path = write_csv(tmp_path, 10, broken=(9,))
+    ranks = [val_data(path, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
+    batches = [batch for data in ranks for batch in data]
+    found = dict(zip(torch.cat([batch["index"] for batch in batches]).tolist(), keys(batches), strict=True))
+    assert found == {n: f"images/{n:03d}.png" for n in range(9)}
+    assert len(keys(batches)) == 9
+    assert sum(data.report().skipped.get("unreadable image", 0) for data in ranks) == 1
+    assert ranks[0].num_samples == 10
+
+
+def test_validation_again_gives_the_same(tmp_path):
+    data = val_data(write_shards(tmp_path, [5, 3]), workers=2)
+    assert_same_batches(list(data), list(data))
+
+
+def test_the_last_validation_batch_is_smaller(tmp_path):
+    assert [len(batch["key"]) for batch in val_data(write_shards(tmp_path, [9]))] == [4, 4, 1]
+
+
+def test_validation_size_may_be_unknown(tmp_path):
+    pattern = write_shards(tmp_path, [3], info=False)
+    assert val_data(pattern).num_samples is None
+    assert val_data(pattern, val_num_samples=3).num_samples == 3
+    (tmp_path / "sizes.json").write_text("{}")
+    assert val_data(pattern).num_samples is None
+
+
+# What is refused
+
+
+def test_no_data_is_no_data():
+    assert train_data(None) is None
+    assert val_data(None) is None
+
+
+@pytest.mark.parametrize("build, flag", [(train_data, "--train-data"), (val_data, "--val-data")])
+class TestRefusedBeforeAnyWork:
+    def test_missing_shards(self, build, flag, tmp_path):
+        write_shards(tmp_path, [2] * 3)
+        with pytest.raises(UserError, match=rf"2 of the 5 shards .* in {flag} .* {tmp_path}/00003.tar: correct"):
+            build(f"{tmp_path}/{{00000..00004}}.tar")
+        with pytest.raises(UserError, match=rf"1 of the 1 shards .* {tmp_path}/nowhere/x.tar: correct"):
+            build(f"{tmp_path}/nowhere/x.tar")
+
+    @pytest.mark.parametrize("pattern, which", [("{}::", "2 of 2"), ("::{}", "1 of 2"), ("{}:: ::{}", "2 of 3")])
+    def test_an_empty_source(self, build, flag, pattern, which, tmp_path):
+        shard = write_shards(tmp_path, [2])
+        with pytest.raises(UserError, match=f"Source {which} in {flag} is empty"):
+            build(pattern.replace("{}", shard))
+
+    def test_an_empty_flag(self, build, flag):
+        with pytest.raises(UserError, match=f"{flag} is empty"):
+            build("")
+
+    def test_a_first_shard_that_is_no_tar(self, build, flag, tmp_path):
+        for content, problem in [(b"", "is empty"), (b"not a tar" * 200, "is not a tar file")]:
+            pattern = write_shards(tmp_path, [2] * 3)
+            (tmp_path / "00000.tar").write_bytes(content)
+            with pytest.raises(UserError, match=f"{tmp_path}/00000.tar in {flag} {problem}"):
+                build(pattern)
+        with pytest.raises(UserError, match="is a folder"):
+            build(str(tmp_path), dataset_type="webdataset")
+
+    def test_braces_that_do_not_close(self, build, flag, tmp_path):
+        with pytest.raises(UserError, match=f"braces of .* in {flag}"):
+            build(f"{tmp_path}/{{00000..00004.tar")
+
+    @pytest.mark.parametrize("name", ["folder/", "data.parquet", "data"])
+    def test_an_unknown_kind_of_data(self, build, flag, name):
+        with pytest.raises(UserError, match=f"{flag} .*--dataset-type"):
+            build(name)
+
+    def test_a_missing_or_empty_or_odd_csv(self, build, flag, tmp_path):
+        with pytest.raises(UserError, match=f"nowhere.csv of {flag} does not exist"):
+            build(str(tmp_path / "nowhere.csv"))
+        (tmp_path / "empty.csv").touch()
+        with pytest.raises(UserError, match=f"empty.csv of {flag} is empty"):
+            build(str(tmp_path / "empty.csv"))
+        (tmp_path / "odd.csv").write_text('filepath\ttitle\na\t"b\n')
+        with pytest.raises(UserError, match=f"odd.csv of {flag} cannot be read"):
+            build(str(tmp_path / "odd.csv"))
+
+    def test_a_missing_csv_column(self, build, flag, tmp_path):
+        (tmp_path / "t.csv").write_text("filepath,caption\na.png,b\n")
+        with pytest.raises(UserError, match=r"no column 'title', only \['filepath', 'caption'\].*--csv-caption-key"):
+            build(str(tmp_path / "t.csv"), csv_separator=",")
+        with pytest.raises(UserError, match=r"no column 'filepath', only \['filepath,caption'\].*--csv-separator"):
+            build(str(tmp_path / "t.csv"))
+
+    def test_a_csv_without_captions(self, build, flag, tmp_path):
+        (tmp_path / "t.csv").write_text("filepath\ttitle\na.png\t\nb.png\t \nc.png\n")
+        with pytest.raises(UserError, match="Not one of the 3 rows"):
+            build(str(tmp_path / "t.csv"))
+
+
+def test_fewer_shards_than_readers(tmp_path):
+    pattern = write_shards(tmp_path, [8] * 5)
+    train_data(pattern, workers=5)
+    with pytest.raises(UserError) as error:
+        train_data(pattern, workers=3, world_size=2)
+    for part in ("5 shards", "3 workers", "2 ranks", "6 readers"):
+        assert part in str(error.value)
+    assert str(error.value).endswith("use fewer --workers, add --dataset-resampled, or make more shards.")
+    train_data(pattern, workers=3, world_size=2, dataset_resampled=True)
+
+
+@pytest.mark.parametrize(
+    "factors, resampled, match",
+    [
+        ("1::2", False, "needs --dataset-resampled"),
+        ("1", True, "has 1 number, but --train-data 2 sources"),
+        ("1::2::3", True, "has 3 numbers"),
+        ("1::x", True, "must be numbers"),
+        ("1::-1", True, "must be numbers"),
+        ("0::0", True, "must be numbers"),
+        ("nan::1", True, "must be numbers"),
+        ("", True, "must be numbers"),
+    ],
+)
+def test_upsampling_factors(factors, resampled, match, tmp_path):
+    sources = f"{write_shards(tmp_path / 'a', [8])}::{write_shards(tmp_path / 'b', [8])}"
+    with pytest.raises(UserError, match=match):
+        train_data(sources, train_data_upsampling_factors=factors, dataset_resampled=resampled)
+
+
+def test_too_few_rows_for_a_batch(tmp_path):
+    path = write_csv(tmp_path, 7)
+    train_data(path)
+    with pytest.raises(UserError, match="only 7 usable rows.*2 ranks.*--batch-size"):
+        train_data(path, world_size=2)
+
+
+@pytest.mark.parametrize("number", [None, 0, -1])
+def test_synthetic_samples_need_a_number(number):
+    with pytest.raises(UserError, match="--train-num-samples"):
+        train_data(None, dataset_type="synthetic", train_num_samples=number)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resampled", [False, True])
+def test_nothing_usable_ends_in_one_sentence(workers, resampled, tmp_path):
+    for shard in range(2):
+        write_shard(tmp_path / f"{shard}.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}, "b": {"jpg": encode(0)}})
+    flags = {"train_num_samples": 8, "workers": workers, "dataset_resampled": resampled}
+    data = train_data(f"{tmp_path}/{{0..1}}.tar", **flags)
+    with pytest.raises(UserError, match="not one usable sample .* x no caption, .* x unreadable image") as error:
+        list(data.epoch(0))
+    assert "Traceback" not in str(error.value)
+
+
+def test_nothing_usable_after_a_resume(tmp_path):
+    pattern = write_shards(tmp_path, [8])
+    data = train_data(pattern)
+    batches = data.epoch(0)
+    next(batches)
+    resumed = train_data(pattern)
+    write_shard(tmp_path / "00000.tar", {"a": {"jpg": encode(0)}})
+    resumed.load_state_dict(data.state_dict())
+    with pytest.raises(UserError, match="not one usable sample"):
+        list(resumed.epoch(0))
+
+
+def test_shards_that_vanish_during_an_epoch(tmp_path):
+    data = train_data(write_shards(tmp_path, [8]), train_num_samples=40)
+    batches = data.epoch(0)
+    next(batches)
+    (tmp_path / "00000.tar").unlink()
+    assert len(next(batches)["key"]) == 4  # was in the shuffle buffer
+    with pytest.raises(UserError, match="No such file or directory"):
+        list(batches)

@@ -1,0 +1,232 @@
+"""Shards that are not plain files here: commands, http, fsspec; and that each source is tried before any work."""
+
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import shutil
+import threading
+
+import fsspec
+import pytest
+
+from training.data.report import DataReport
+from training.data.shards import read_shard
+from training.data.streams import open_stream
+from training.errors import UserError
+
+from ..data_helpers import (
+    BROKEN_IMAGE,
+    encode,
+    key_of,
+    keys,
+    sample,
+    train_data,
+    truncate,
+    val_data,
+    write_shard,
+    write_shards,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+ALL = sorted(key_of(shard, n) for shard in range(2) for n in range(4))
+
+
+def read(url) -> tuple[list[str], DataReport]:
+    report = DataReport()
+    return [sample.key for sample in read_shard(url, report)], report
+
+
+# Files and commands
+
+
+@pytest.mark.parametrize("prefix", ["file:", "file://"])
+def test_file_urls_are_files(prefix, tmp_path):
+    pattern = write_shards(tmp_path, [4, 4])
+    data = train_data(prefix + pattern)
+    assert data.num_samples == 8
+    assert sorted(keys(data.epoch(0))) == ALL
+    with pytest.raises(UserError, match=f"1 of the 3 shards .* {tmp_path}/00002.tar"):
+        train_data(f"{prefix}{tmp_path}/{{00000..00002}}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_commands(workers, tmp_path):
+    write_shards(tmp_path, [4, 4])
+    flags = {"dataset_type": "webdataset", "train_num_samples": 8, "workers": workers}
+    data = train_data(f"pipe:cat {tmp_path}/{{00000..00001}}.tar", **flags)
+    assert sorted(keys(data.epoch(0))) == ALL
+    assert data.report().skipped == {}
+
+
+def test_a_command_that_fails_is_told_and_what_it_gave_is_used(tmp_path):
+    write_shards(tmp_path, [4])
+    for _ in range(5):  # whether its end is noticed is no matter of luck
+        found, report = read(f"pipe:cat {tmp_path}/00000.tar; exit 3")
+        assert found == [key_of(0, n) for n in range(4)]
+        assert report.examples == [f"pipe:cat {tmp_path}/00000.tar; exit 3: its command ended with status 3"]
+    found, report = read(f"pipe:gzip < {tmp_path}/00000.tar; exit 3")
+    assert len(found) == 4 and report.skipped == {"broken shard": 1}
+    assert read("pipe:exit 4")[1].examples == ["pipe:exit 4: its command ended with status 4"]
+    found, report = read(f"pipe:head -c 3000 {tmp_path}/00000.tar")
+    assert found == [key_of(0, 0)] and report.skipped == {"broken shard": 1}
+
+
+def test_closing_a_stream_ends_its_command(tmp_path):
+    pid = tmp_path / "pid"
+    stream = open_stream(f"pipe:echo $$ > {pid}; echo text; sleep 60 & wait")
+    assert stream.read(5) == b"text\n"
+    stream.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+# http
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_http(workers, server, tmp_path):
+    write_shards(tmp_path, [4, 4])
+    data = train_data(f"{server}/{{00000..00001}}.tar", workers=workers)
+    assert data.num_samples == 8  # by the sizes.json beside them
+    assert sorted(keys(data.epoch(0))) == ALL
+    assert data.report().skipped == {}
+
+
+def test_http_without_sizes_or_shards(server, tmp_path):
+    write_shards(tmp_path, [4, 4], info=False)
+    pattern = f"{server}/{{00000..00001}}.tar"
+    with pytest.raises(UserError, match=r"not on this machine.*give --train-num-samples"):
+        train_data(pattern)
+    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 4}))
+    with pytest.raises(UserError, match=r"not on this machine.*give --train-num-samples"):
+        train_data(pattern)
+    with pytest.raises(UserError, match=rf"first shard {server}/00007.tar .*\(curl ended with status 22\)"):
+        train_data(f"{server}/00007.tar", train_num_samples=8)
+    (tmp_path / "00001.tar").unlink()
+    data = train_data(pattern, train_num_samples=8)
+    list(data.epoch(0))
+    assert data.report().examples[0] == f"{server}/00001.tar: curl ended with status 22"
+
+
+# fsspec
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A file system that fsspec alone knows; it lives in this process."""
+    files = fsspec.filesystem("memory")
+    write_shards(tmp_path, [4, 4])
+    files.put(f"{tmp_path}/", "/bucket/", recursive=True)
+    yield "memory://bucket"
+    files.rm("/bucket", recursive=True)
+
+
+def test_other_schemes_go_through_fsspec(memory):
+    data = train_data(f"{memory}/{{00000..00001}}.tar")
+    assert data.num_samples == 8
+    assert sorted(keys(data.epoch(0))) == ALL
+    assert data.report().skipped == {}
+    assert sorted(keys(val_data(f"{memory}/{{00000..00001}}.tar"))) == ALL
+
+
+def test_several_kinds_of_sources(memory, tmp_path):
+    local = write_shards(tmp_path / "local", [8], first=5)
+    data = train_data(f"{memory}/{{00000..00001}}.tar::{local}")
+    assert data.num_samples == 16
+    assert sorted(keys(data.epoch(0))) == ALL + [key_of(5, n) for n in range(8)]
+
+
+def test_fsspec_where_the_client_is_missing(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(shutil, "which", lambda name: asked.append(name))
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: fsspec.core.open_files(str(tmp_path / "x"), mode)[0])
+    (tmp_path / "x").write_text("text")
+    for url, client in [("http://x/y.tar", "curl"), ("gs://x/y.tar", "gsutil")]:
+        with open_stream(url) as stream:
+            assert stream.read() == b"text"
+        assert asked[-1] == client
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
+def test_what_has_to_be_installed_is_said():
+    with pytest.raises(UserError, match=r"first shard s3://x/0.tar in --train-data cannot be read \(.*s3fs"):
+        train_data("s3://x/{0..3}.tar", train_num_samples=8)
+
+
+def test_an_unknown_scheme_is_said():
+    with pytest.raises(UserError, match=r"first shard zip2://0.tar .*\(Protocol not known: zip2\)"):
+        train_data("zip2://{0..3}.tar", train_num_samples=8)
+
+
+# Tried before any work
+
+
+@pytest.mark.parametrize("build, flag", [(train_data, "--train-data"), (val_data, "--val-data")])
+class TestTheFirstShardOfEachSource:
+    flags = {"dataset_type": "webdataset", "train_num_samples": 8}
+
+    def sources(self, tmp_path, bad):
+        return f"{write_shards(tmp_path / 'good', [4, 4])}::{bad}"
+
+    def test_must_have_a_usable_sample(self, build, flag, tmp_path):
+        pattern = write_shards(tmp_path / "bad", [4, 4])
+        write_shard(tmp_path / "bad/00000.tar", {"a": {"jpg": encode(0)}, "b": {"txt": b"x"}, "c": {"cls": b"1"}})
+        with pytest.raises(UserError) as error:
+            build(self.sources(tmp_path, pattern), **self.flags)
+        assert str(error.value) == (
+            f"The first shard {tmp_path}/bad/00000.tar in {flag} has not one usable sample (1 x no caption, 2 x no "
+            f"image (for example {tmp_path}/bad/00000.tar: a: no caption; {tmp_path}/bad/00000.tar: b: no image)): "
+            "each needs an image (jpg, jpeg, png, webp) and a caption (txt) of the same name."
+        )
+
+    def test_must_not_be_empty(self, build, flag, tmp_path):
+        write_shard(tmp_path / "bad/00000.tar", {})
+        with pytest.raises(UserError, match=rf"00000.tar in {flag} has not one usable sample \(it is empty\)"):
+            build(self.sources(tmp_path, f"{tmp_path}/bad/00000.tar"), **self.flags)
+
+    def test_may_be_damaged_behind_its_first_sample(self, build, flag, tmp_path):
+        pattern = write_shards(tmp_path / "bad", [4])
+        write_shard(tmp_path / "bad/00000.tar", {"a": {"jpg": encode(0)}, **{str(n): sample(n) for n in range(4)}})
+        truncate(tmp_path / "bad/00000.tar", keep=2)
+        assert build(self.sources(tmp_path, pattern), **self.flags) is not None
+
+    def test_must_not_break_off_at_once(self, build, flag, tmp_path):
+        pattern = write_shards(tmp_path / "bad", [4])
+        truncate(tmp_path / "bad/00000.tar", keep=0)
+        with pytest.raises(UserError, match=rf"00000.tar in {flag} cannot be read \(unexpected end of data\): correct"):
+            build(self.sources(tmp_path, pattern), **self.flags)
+
+    def test_is_tried_if_it_is_a_command_too(self, build, flag, tmp_path):
+        bad = f"pipe:cat {tmp_path}/nothing/{{0..3}}.tar 2>&-"
+        with pytest.raises(UserError, match=rf"nothing/0.tar 2>&- in {flag} cannot be read \(its command ended with"):
+            build(self.sources(tmp_path, bad), **self.flags)
+
+    def test_is_not_decoded(self, build, flag, tmp_path):
+        write_shard(tmp_path / "bad/00000.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}})
+        assert build(self.sources(tmp_path, f"{tmp_path}/bad/00000.tar"), **self.flags) is not None
+
+    def test_is_not_read_beyond_its_first_sample(self, build, flag, tmp_path):
+        write_shards(tmp_path, [4])
+        end = tmp_path / "end"
+        bad = f"pipe:cat {tmp_path}/00000.tar; sleep 60; touch {end}"
+        assert build(self.sources(tmp_path, bad), **self.flags) is not None
+        assert not end.exists()

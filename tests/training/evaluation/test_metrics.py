@@ -1,0 +1,405 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training.evaluation.metrics import (
+    best_ranks,
+    caption_retrieval_metrics,
+    contrastive_loss,
+    gather_ordered,
+    mean_per_class_recall,
+    predictions,
+    retrieval_metrics,
+    retrieval_ranks,
+    topk_accuracy,
+)
+
+from ...processes import spawn
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def ranks_by_sorting(query, gallery, target):
+    order = (query.double() @ gallery.double().T).argsort(dim=1, descending=True)
+    return (order == target[:, None]).nonzero()[:, 1]
+
+
+class TestRetrievalRanks:
+    def test_hand_made(self):
+        gallery = torch.eye(3)
+        query = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, -1.0, 5.0]])
+        assert retrieval_ranks(query, gallery, torch.tensor([0, 1, 2, 1])).tolist() == [0, 1, 2, 2]
+
+    @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
+    @pytest.mark.parametrize("queries,items", [(50, 50), (50, 20), (13, 64)])
+    def test_equals_sorting(self, queries, items, chunk):
+        query, gallery, target = unit(queries, 8), unit(items, 8), torch.randint(items, (queries,))
+        ranks = retrieval_ranks(query, gallery, target, chunk)
+        assert ranks.dtype == torch.int64
+        assert torch.equal(ranks, ranks_by_sorting(query, gallery, target))
+
+    def test_ties_count_against_the_model(self):
+        gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        assert retrieval_ranks(query, gallery, torch.tensor([0, 3, 2])).tolist() == [2, 2, 0]
+
+    @pytest.mark.parametrize("items,width", [(257, 512), (33, 100), (17, 3)])
+    def test_collapsed_gallery_has_the_worst_rank(self, items, width):
+        gallery = unit(width).expand(items, width)
+        ranks = retrieval_ranks(unit(items, width), gallery, torch.arange(items), chunk=64)
+        assert ranks.tolist() == [items - 1] * items
+
+    def test_rounding_error_does_not_break_a_tie(self):
+        # What an encoder gives for one and the same input in batches of different lengths.
+        point = unit(64)
+        gallery = point + point * torch.finfo(torch.float32).eps * torch.randint(-1, 2, (50, 64))
+        assert len((gallery @ point).unique()) > 1
+        ranks = retrieval_ranks(point.expand(50, 64), gallery, torch.arange(50))
+        assert ranks.tolist() == [49] * 50
+
+    def test_small_differences_beyond_rounding_count(self):
+        gallery = torch.tensor([[1.0, 0.0], [1.0 - 1e-5, 0.0]])
+        assert retrieval_ranks(gallery[:1], gallery, torch.tensor([0])).tolist() == [0]
+
+    def test_nan_has_the_worst_rank(self):
+        query = gallery = torch.full((4, 2), torch.nan)
+        assert retrieval_ranks(query, gallery, torch.arange(4)).tolist() == [3] * 4
+
+    def test_nan_elsewhere_counts_against_the_model(self):
+        gallery = torch.tensor([[1.0, 0.0], [torch.nan, 0.0]])
+        assert retrieval_ranks(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([0])).tolist() == [1]
+
+    def test_low_precision_features_are_compared_in_float32(self):
+        query, gallery = unit(40, 64).bfloat16(), unit(40, 64).bfloat16()
+        target = torch.arange(40)
+        assert torch.equal(retrieval_ranks(query, gallery, target), ranks_by_sorting(query, gallery, target))
+
+    def test_never_holds_more_than_a_chunk_of_similarities(self):
+        largest = 0
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal largest
+                out = func(*args, **(kwargs or {}))
+                largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+                return out
+
+        features = unit(300, 4)
+        with Watch():
+            retrieval_metrics(features, features, chunk=10)
+        assert largest == 10 * 300
+
+    def test_leaves_the_precision_of_matrix_products_as_it_was(self):
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high")
+            retrieval_metrics(unit(3, 4), unit(3, 4))
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class TestRetrievalMetrics:
+    def test_hand_made(self):
+        # image_to_text ranks 0, 1, 0, 2; text_to_image (columns) ranks 1, 1, 0, 0
+        similarity = torch.tensor([[4.0, 3, 2, 1], [5, 2, 1, 0], [1, 0, 9, 2], [3, 1, 4, 2.5]])
+        metrics = retrieval_metrics(similarity, torch.eye(4))
+        assert metrics == {
+            "image_to_text_mean_rank": 1.75,
+            "image_to_text_median_rank": 1,  # the median of 0, 0, 1, 2 is 0.5, rounded down, plus 1
+            "image_to_text_R@1": 0.5,
+            "image_to_text_R@5": 1.0,
+            "image_to_text_R@10": 1.0,
+            "text_to_image_mean_rank": 1.5,
+            "text_to_image_median_rank": 1,
+            "text_to_image_R@1": 0.5,
+            "text_to_image_R@5": 1.0,
+            "text_to_image_R@10": 1.0,
+        }
+
+    def test_recall_counts_ranks_below_k(self):
+        # image i has i texts above its own: ranks 0 ... 19
+        own = [-i - 0.5 for i in range(20)]
+        similarity = torch.tensor([[own[i] if j == i else -float((j - i) % 20) for j in range(20)] for i in range(20)])
+        metrics = retrieval_metrics(similarity, torch.eye(20))
+        assert [metrics[f"image_to_text_R@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
+        assert metrics["image_to_text_mean_rank"] == 10.5
+        assert metrics["image_to_text_median_rank"] == 10
+
+    def test_perfect_and_collapsed(self):
+        features = unit(30, 16)
+        perfect = retrieval_metrics(features, features)
+        assert perfect["image_to_text_R@1"] == perfect["text_to_image_R@1"] == 1
+        assert perfect["image_to_text_mean_rank"] == perfect["image_to_text_median_rank"] == 1
+        point = features[:1].expand(30, 16)
+        for image, text in ((point, point), (features, point), (point, features)):
+            collapsed = retrieval_metrics(image, text)
+            assert collapsed["image_to_text_R@1"] <= 1 / 30 and collapsed["text_to_image_R@1"] <= 1 / 30
+        assert retrieval_metrics(point, point)["image_to_text_R@10"] == 0
+
+    def test_single_pair(self):
+        metrics = retrieval_metrics(unit(1, 4), unit(1, 4))
+        assert set(metrics.values()) == {1.0}
+
+
+def slow_best_ranks(similarity, right):
+    """By definition, in float64, query by query: wrong items that are not less similar than the best right one."""
+    ranks = []
+    for row, own in zip(np.asarray(similarity, dtype=np.float64), np.asarray(right), strict=True):
+        best = max((s for s in row[own] if not np.isnan(s)), default=-np.inf)
+        ranks.append(sum(not s < best for s in row[~own]))
+    return ranks
+
+
+def ranks_of(similarity, image_of, same_text=None, chunk=1024):
+    """Ranks of images (rows) and of captions (columns) of a similarity matrix, by the function and by definition."""
+    similarity = torch.as_tensor(similarity, dtype=torch.float32)
+    n, m = similarity.shape
+    image_of, texts = torch.as_tensor(image_of), torch.arange(m)
+    pairs = set(zip(image_of.tolist(), image_of.tolist() if same_text is None else same_text, strict=True))
+    image_labels = tuple(torch.tensor(sorted(pairs)).T)
+    text_labels = (texts, image_of if same_text is None else torch.as_tensor(same_text))
+    right = np.array([[(i, t) in pairs for t in text_labels[1].tolist()] for i in range(n)])
+    fast = (
+        best_ranks(similarity, torch.eye(m), image_labels, text_labels, chunk).tolist(),
+        best_ranks(similarity.T, torch.eye(n), text_labels, image_labels, chunk).tolist(),
+    )
+    return fast, (slow_best_ranks(similarity, right), slow_best_ranks(similarity.T, right.T))
+
+
+class TestBestRanks:
+    # three images; captions 0 and 1 are of image 0, caption 2 of image 1, captions 3 and 4 of image 2
+    image_of = [0, 0, 1, 2, 2]
+    similarity = [
+        [9, 8, 1, 2, 3],  # both own captions in front
+        [7, 6, 5, 4, 3],  # two before the only own one
+        [4, 1, 3, 2, 4],  # its best own one, the last, is tied with a wrong one
+    ]
+
+    def test_hand_made(self):
+        (images, captions), slow = ranks_of(self.similarity, self.image_of)
+        assert images == [0, 2, 1]
+        assert captions == [0, 0, 0, 2, 0]
+        assert (images, captions) == slow
+
+    def test_other_captions_of_the_image_do_not_count(self):
+        (images, _), _ = ranks_of([[5, 6, 7, 8, 9], [1, 2, 0, 0, 0]], [1, 0, 0, 0, 0])
+        assert images == [0, 1]
+        (images, _), _ = ranks_of([[5, 6, 7, 8, 9]], [0] * 5)
+        assert images == [0]
+
+    def test_equal_captions_are_hits(self):
+        # captions 1 and 2 have the same text: image 1 finds it as image 0's, and captions find either image
+        similarity = [[1, 9, 9, 0], [2, 8, 8, 7]]
+        assert ranks_of(similarity, [0, 0, 1, 1]) == (([1, 1], [1, 0, 1, 0]),) * 2
+        assert ranks_of(similarity, [0, 0, 1, 1], [0, 1, 1, 2]) == (([0, 0], [1, 0, 0, 0]),) * 2
+        # one image has the text twice
+        assert ranks_of([[1, 9, 2], [8, 9, 9]], [0, 0, 1], [5, 5, 5]) == (([0, 0], [0, 0, 0]),) * 2
+
+    def test_ties_count_against_the_model(self):
+        (images, captions), slow = ranks_of(np.ones((3, 5)), self.image_of)
+        assert images == [3, 4, 3]
+        assert captions == [2] * 5
+        assert (images, captions) == slow
+
+    @pytest.mark.parametrize("items,width", [(257, 512), (33, 100), (17, 3)])
+    def test_collapsed_gallery_has_the_worst_rank(self, items, width):
+        gallery = unit(width).expand(items, width)
+        labels = torch.arange(items) // 3
+        queries = torch.arange(int(labels[-1]) + 1)
+        ranks = best_ranks(unit(len(queries), width), gallery, (queries, queries), (torch.arange(items), labels))
+        assert ranks.tolist() == (items - labels.bincount()).tolist()
+
+    def test_nan(self):
+        nan = float("nan")
+        features = torch.tensor([[1.0, 0], [0, 1], [nan, nan]])
+        queries = torch.arange(3)
+        text = torch.tensor([[1.0, 0], [nan, 0], [0, 1], [0, 1], [0.5, 0.5]])
+        labels = (torch.arange(5), torch.tensor([0, 0, 1, 1, 2]))
+        # image 0: its NaN caption is not the best and does not count; image 1: that one does; image 2: worst of all
+        assert best_ranks(features, text, (queries, queries), labels).tolist() == [0, 1, 4]
+        # caption 1 is NaN, and each caption has the NaN image before its own
+        assert best_ranks(text, features, labels, (queries, queries)).tolist() == [1, 2, 1, 1, 2]
+        assert best_ranks(features, text * nan, (queries, queries), labels).tolist() == [3, 3, 4]
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_equals_the_definition(self, seed):
+        """On small whole numbers, so that float32 is exact and ties are many."""
+        random = np.random.default_rng(seed)
+        n = int(random.integers(1, 9))
+        image_of = random.permutation(np.concatenate([np.arange(n), random.integers(0, n, random.integers(0, 30))]))
+        similarity = random.integers(-4, 5, (n, len(image_of))).astype(np.float32)
+        for same_text in (None, random.integers(0, 2 + len(image_of) // 2, len(image_of)).tolist()):
+            fast, slow = ranks_of(similarity, image_of, same_text, chunk=int(random.integers(1, 9)))
+            assert fast == slow
+
+    @pytest.mark.parametrize("chunk", [1, 7, 40, 1024])
+    def test_one_caption_each_is_the_plain_rank(self, chunk):
+        query, gallery, each = unit(40, 8), unit(40, 8), torch.arange(40)
+        ranks = best_ranks(query, gallery, (each, each), (each, each), chunk)
+        assert ranks.dtype == torch.int64
+        assert torch.equal(ranks, retrieval_ranks(query, gallery, each, chunk))
+
+    def test_never_holds_more_than_a_chunk_of_similarities(self):
+        largest = 0
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal largest
+                out = func(*args, **(kwargs or {}))
+                largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+                return out
+
+        text, image_of = unit(300, 4), torch.arange(300) // 5
+        with Watch():
+            caption_retrieval_metrics(unit(60, 4), text, image_of, torch.zeros(300, dtype=torch.int64), chunk=10)
+        assert largest == 10 * 300
+
+
+class TestCaptionRetrievalMetrics:
+    def test_hand_made(self):
+        similarity = torch.tensor(TestBestRanks.similarity, dtype=torch.float32)
+        image_of = torch.tensor(TestBestRanks.image_of)
+        metrics = caption_retrieval_metrics(similarity, torch.eye(5), image_of)
+        assert metrics == {
+            "image_to_text_mean_rank": 2.0,  # ranks 0, 2, 1
+            "image_to_text_median_rank": 2.0,
+            "image_to_text_R@1": 1 / 3,
+            "image_to_text_R@5": 1.0,
+            "image_to_text_R@10": 1.0,
+            "text_to_image_mean_rank": pytest.approx(1.4),  # ranks 0, 0, 0, 2, 0
+            "text_to_image_median_rank": 1.0,
+            "text_to_image_R@1": 4 / 5,
+            "text_to_image_R@5": 1.0,
+            "text_to_image_R@10": 1.0,
+        }
+
+    def test_one_caption_each_is_plain_retrieval(self):
+        image, text = unit(30, 8), unit(30, 8)
+        assert caption_retrieval_metrics(image, text, torch.arange(30)) == retrieval_metrics(image, text)
+
+    def test_equal_captions(self):
+        image, image_of = unit(20, 8), torch.arange(20).repeat_interleave(2)
+        text = image[image_of]
+        text[1::2] = image[(image_of[1::2] + 1) % 20]  # the second caption of each is the first of the next
+        same_text = torch.stack([torch.arange(20), (torch.arange(20) + 1) % 20], dim=1).flatten()
+        plain = caption_retrieval_metrics(image, text, image_of)
+        equal = caption_retrieval_metrics(image, text, image_of, same_text)
+        assert (plain["image_to_text_R@1"], plain["text_to_image_R@1"]) == (0, 0.5)
+        assert (equal["image_to_text_R@1"], equal["text_to_image_R@1"]) == (1, 1)
+        different = caption_retrieval_metrics(image, text, image_of, torch.arange(40))
+        assert different == plain
+
+    @pytest.mark.parametrize("k", [1, 5, 10])
+    def test_equals_clip_benchmark(self, k):
+        """Its recall at k on the same features, where no two similarities are equal."""
+        theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+        image, image_of = unit(37, 6), torch.arange(37).repeat_interleave(torch.randint(1, 7, (37,)))
+        text = F.normalize(image[image_of] + 0.6 * torch.randn(len(image_of), 6), dim=-1)
+        ours = caption_retrieval_metrics(image, text, image_of)
+        scores = text @ image.T
+        positive = torch.zeros_like(scores, dtype=torch.bool)
+        positive[torch.arange(len(scores)), image_of] = True
+        for name, recall in (
+            ("text_to_image", theirs.recall_at_k(scores, positive, k)),
+            ("image_to_text", theirs.recall_at_k(scores.T, positive.T, k)),
+        ):
+            hits = recall > 0  # theirs is the share of the captions that are found
+            assert ours[f"{name}_R@{k}"] == hits.sum().item() / len(hits)
+            assert 0.1 < ours[f"{name}_R@{k}"] < 1
+
+
+class TestContrastiveLoss:
+    def test_equals_open_clip_by_batches_weighted_by_length(self):
+        from open_clip.loss import ClipLoss  # here, so that the processes below start quickly
+
+        image, text = unit(25, 8), unit(25, 8)
+        loss = contrastive_loss(image, text, 14.0, batch_size=10)
+        batches = [slice(0, 10), slice(10, 20), slice(20, 25)]
+        scale = torch.tensor(14.0)
+        expected = sum(ClipLoss()(image[b], text[b], scale).item() * len(image[b]) for b in batches) / 25
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+    def test_equals_open_clip_siglip(self):
+        from open_clip.loss import SigLipLoss
+
+        image, text = unit(25, 8), unit(25, 8)
+        loss = contrastive_loss(image, text, 14.0, -10.0, siglip=True, batch_size=10)
+        batches = [slice(0, 10), slice(10, 20), slice(20, 25)]
+        scale, bias = torch.tensor(14.0), torch.tensor(-10.0)
+        expected = sum(SigLipLoss()(image[b], text[b], scale, bias).item() * len(image[b]) for b in batches) / 25
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+    def test_bias_does_not_change_the_softmax_loss(self):
+        image, text = unit(6, 8), unit(6, 8)
+        without = contrastive_loss(image, text, 5.0, batch_size=6)
+        assert contrastive_loss(image, text, 5.0, -10.0, batch_size=6) == pytest.approx(without, rel=1e-5)
+
+    def test_collapsed_is_the_logarithm_of_the_batch_size(self):
+        point = torch.ones(8, 4) / 2
+        assert contrastive_loss(point, point, 100.0, batch_size=4) == pytest.approx(torch.tensor(4.0).log().item())
+
+
+class TestClassification:
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
+
+    def test_topk_counts(self):
+        target = torch.tensor([0, 4, 5, 1])
+        assert topk_accuracy(self.logits, target) == {1: 2.0, 5: 3.0}
+        assert topk_accuracy(self.logits, target, ks=(2, 6, 100)) == {2: 2.0, 6: 4.0, 100: 4.0}
+
+    def test_fewer_classes_than_k(self):
+        assert topk_accuracy(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0, 1])) == {1: 1.0, 5: 2.0}
+
+    def test_equals_torch_topk(self):
+        logits, target = torch.randn(100, 12), torch.randint(12, (100,))
+        for k, count in topk_accuracy(logits, target, ks=(1, 3, 5)).items():
+            assert count == (logits.topk(k).indices == target[:, None]).sum()
+
+    def test_ties_go_to_the_lower_class(self):
+        logits, target = torch.zeros(6, 6), torch.arange(6)
+        assert topk_accuracy(logits, target, ks=(1, 2, 5)) == {1: 1.0, 2: 2.0, 5: 5.0}
+        assert predictions(logits).tolist() == [0] * 6
+
+    def test_nan_is_never_right(self):
+        logits = torch.tensor([[torch.nan] * 3, [torch.nan, 1.0, 0.0], [1.0, torch.nan, 0.0]])
+        assert topk_accuracy(logits, torch.tensor([0, 0, 0]), ks=(1, 5)) == {1: 0.0, 5: 1.0}
+        assert predictions(logits).tolist() == [-1, -1, -1]
+
+    def test_predictions(self):
+        assert predictions(self.logits).tolist() == [0, 0, 0, 1]
+
+    def test_mean_per_class_recall(self):
+        target = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+        pred = torch.tensor([0, 0, 0, 3, 1, 0, -1])  # recalls 3/4, 1/2, 0; class 2 does not occur
+        assert mean_per_class_recall(pred, target, 4) == pytest.approx((0.75 + 0.5 + 0) / 3, rel=1e-12)
+        assert mean_per_class_recall(target, target, 100) == 1.0
+
+
+class TestGatherOrdered:
+    def test_one_process_sorts(self):
+        rows = gather_ordered({"x": torch.tensor([[1.0], [2.0], [3.0]])}, torch.tensor([2, 0, 1]), 1)
+        assert rows["x"].tolist() == [[2.0], [3.0], [1.0]]
+
+    def test_one_process_without_rows(self):
+        assert gather_ordered({"x": torch.empty(0, 3)}, torch.empty(0, dtype=torch.int64), 1) == {}
+
+    def test_two_processes(self):
+        spawn(rank_main)
+
+
+def rank_main(rank: int) -> None:
+    """Each case: the rows that each of the two processes has, by their place in the global order."""
+    whole = {"a": torch.arange(14.0).reshape(7, 2), "b": torch.arange(7), "c": torch.arange(84).reshape(7, 3, 4)}
+    for places in ([[0, 2, 4, 6], [1, 3, 5]], [[6, 1], [5, 0, 4, 3, 2]], [list(range(7)), []], [[], list(range(7))]):
+        index = torch.tensor(places[rank], dtype=torch.int64)
+        gathered = gather_ordered({name: rows[index] for name, rows in whole.items()}, index, 2)
+        assert all(torch.equal(gathered[name], whole[name]) for name in whole), places
+    # A process without rows need not know what the rows look like.
+    index = torch.arange(7) if rank == 1 else torch.empty(0, dtype=torch.int64)
+    gathered = gather_ordered(whole if rank == 1 else {}, index, 2)
+    assert all(torch.equal(gathered[name], whole[name]) for name in whole)
+    assert gather_ordered({} if rank else {"a": torch.empty(0, 2)}, torch.empty(0, dtype=torch.int64), 2) == {}

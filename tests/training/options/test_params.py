@@ -1,0 +1,659 @@
+"""Flags, config files and their checks; compatibility is tested against the installed `open_clip_train.params`."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from open_clip_train import params as openclip
+
+from training.errors import UserError
+from training.options.params import parse_args, reduction_overrides, resolved_config
+
+DOCS = Path(__file__).parents[2] / "docs" / "flags.md"
+SYNTHETIC = ["--dataset-type", "synthetic"]  # the shortest command line that has something to do
+REFUSED = {"horovod", "use_bnb_linear", "torchscript", "trace"}
+COCA_WEIGHTS = {"coca_caption_loss_weight", "coca_contrastive_loss_weight"}
+CHANGED = {"local_loss": True, "gather_with_grad": True}
+NEW_DEFAULTS = dict.fromkeys(
+    [
+        "token_reduction", "stage_depths", "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth",
+        "target_rrt", "full_tokens_last", "spread", "keep_rate", "reduce_layers", "merge_per_layer", "prop_attn",
+        "zeroshot_data", "progress", "duration", "layer_decay", "ema_decay", "save_every_n_steps",
+        "save_every_n_minutes", "keep_last",
+    ]
+) | {
+    "nonfinite": "stop", "allow_elastic": False, "fsdp": False, "stall_seconds": 60.0, "shortcuts": True,
+    "image_decode": "fast",
+}  # fmt: skip
+NEW = set(NEW_DEFAULTS)
+
+# Each OpenCLIP option that is carried over, with a value that is not its default.
+FULL_COMMAND = [
+    *("--train-data", "a/{00..12}.tar::b/{00..03}.tar", "--train-data-upsampling-factors", "1::0.5"),
+    *("--val-data", "v.tar", "--train-num-samples", "1000", "--val-num-samples", "100"),
+    *("--dataset-type", "webdataset", "--dataset-resampled", "--csv-separator", ",", "--csv-img-key", "image"),
+    *("--csv-caption-key", "caption", "--imagenet-val", "in/val", "--imagenet-v2", "in/v2", "--cache-dir", "cache"),
+    *("--logs", "runs", "--log-local", "--name", "first", "--workers", "2", "--batch-size", "440", "--epochs", "30"),
+    *("--epochs-cooldown", "3", "--lr", "1e-3", "--beta1", "0.85", "--beta2", "0.95", "--eps", "1e-7", "--wd", "0.1"),
+    *("--momentum", "0.8", "--warmup", "2000", "--opt", "timm/lamb", "--use-bn-sync", "--skip-scheduler"),
+    *("--lr-scheduler", "const-cooldown", "--lr-cooldown-end", "1e-6", "--lr-cooldown-power", "2"),
+    *("--save-frequency", "5", "--save-most-recent", "--zeroshot-frequency", "3", "--val-frequency", "4"),
+    *("--resume", "latest", "--precision", "amp_bf16", "--model", "ViT-B-16", "--pretrained", "openai"),
+    *("--pretrained-image", "--lock-image", "--lock-image-unlocked-groups", "2", "--lock-image-freeze-bn-stats"),
+    *("--image-mean", "0.5", "0.4", "0.3", "--image-std", "0.2", "0.2", "0.1", "--image-interpolation", "bilinear"),
+    *("--image-resize-mode", "squash", "--aug-cfg", "scale=(0.4,1.0)", "color_jitter=[0.1, 0.2]", "use_timm=True"),
+    *("--grad-checkpointing", "--local-loss", "--gather-with-grad", "--force-context-length", "32"),
+    *("--force-image-size", "224", "256", "--force-quick-gelu", "--force-patch-dropout", "0.5", "--force-custom-text"),
+    *("--torchcompile", "--accum-freq", "2", "--device", "cpu", "--dist-url", "env://", "--dist-backend", "gloo"),
+    *("--report-to", "wandb,tensorboard", "--wandb-notes", "n", "--wandb-project-name", "p", "--debug"),
+    *("--copy-codebase", "--ddp-static-graph", "--no-set-device-rank", "--seed", "7", "--grad-clip-norm", "1.0"),
+    *("--lock-text", "--lock-text-unlocked-layers", "1", "--lock-text-freeze-layer-norm", "--log-every-n-steps", "10"),
+    *("--remote-sync", "s3://bucket", "--remote-sync-frequency", "60", "--remote-sync-protocol", "fsspec"),
+    *("--delete-previous-checkpoint", "--siglip", "--loss-dist-impl", "gather"),
+]
+
+
+@pytest.fixture
+def openclip_parser(monkeypatch) -> argparse.ArgumentParser:
+    """The parser that OpenCLIP's parse_args builds and keeps to itself."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(parser, *_):
+        raise Caught(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        with pytest.raises(Caught) as caught:
+            openclip.parse_args([])
+    return caught.value.args[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file; returns the words that name it."""
+
+    def write(text: str, name: str = "run.yaml") -> list[str]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def complaint(argv: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        parse_args(argv)
+    return str(error.value)
+
+
+# --- compatibility with OpenCLIP ---
+
+
+@pytest.mark.parametrize("model", ["RN50", "ViT-B-16", "ViT-S-16-ELIP", "hf-hub:someone/VIT"])
+@pytest.mark.parametrize("optimizer", [[], ["--opt", "timm/lamb", "--lr", "0.1"], ["--lr", "1e-3", "--eps", "1e-5"]])
+def test_defaults_are_openclips_but_for_the_listed_ones(model, optimizer):
+    argv = [*SYNTHETIC, "--model", model, *optimizer]
+    theirs, ours = vars(openclip.parse_args(argv)), vars(parse_args(argv))
+    expected = {name: value for name, value in theirs.items() if name not in REFUSED} | CHANGED
+    assert {name: value for name, value in ours.items() if name not in NEW} == expected
+    assert {name: ours[name] for name in NEW} == NEW_DEFAULTS
+
+
+def test_default_model_is_openclips():
+    assert parse_args(SYNTHETIC).model == "RN50"
+
+
+def test_full_openclip_command_line_gives_openclips_values(openclip_parser):
+    theirs, ours = vars(openclip.parse_args(FULL_COMMAND)), vars(parse_args(FULL_COMMAND))
+    assert {name: ours[name] for name in theirs if name not in REFUSED} == {
+        name: value for name, value in theirs.items() if name not in REFUSED
+    }
+    left_out = {a.dest for a in openclip_parser._actions if not set(a.option_strings) & set(FULL_COMMAND)}
+    assert left_out == {"help", "distill_model", "distill_pretrained"} | REFUSED | COCA_WEIGHTS
+
+
+def test_distillation_flags():
+    args = parse_args([*SYNTHETIC, "--distill-model", "ViT-L-14", "--distill-pretrained", "openai"])
+    assert (args.distill_model, args.distill_pretrained) == ("ViT-L-14", "openai")
+
+
+def test_command_line_of_the_paper():
+    args = parse_args(
+        "--train-data cc3m/{00000..00331}.tar::cc12m/{00000..01242}.tar --dataset-type webdataset --train-num-samples "
+        "2800000 --batch-size 440 --lr 1e-3 --wd 0.1 --epochs 32 --model ViT-S-16-ELIP".split()
+    )
+    assert (args.train_data, args.train_num_samples) == ("cc3m/{00000..00331}.tar::cc12m/{00000..01242}.tar", 2800000)
+    assert (args.batch_size, args.lr, args.wd, args.epochs, args.warmup) == (440, 1e-3, 0.1, 32, 10000)
+    assert (args.model, args.beta1, args.beta2, args.eps) == ("ViT-S-16-ELIP", 0.9, 0.98, 1e-6)
+    assert reduction_overrides(args) == {}
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["scale=[0.4, 1.0]", "re_prob=0.1"], {"scale": [0.4, 1.0], "re_prob": 0.1}),
+        (["use_timm=True", "color_jitter=None"], {"use_timm": True, "color_jitter": None}),
+        (["ratio=word", "scale=a=b"], {"ratio": "word", "scale": "a=b"}),
+        (["ratio=[0.4,", "scale=", "re_count='1'"], {"ratio": "[0.4,", "scale": "", "re_count": "1"}),
+        ([], {}),
+    ],
+)
+def test_aug_cfg(words, expected):
+    assert parse_args([*SYNTHETIC, "--aug-cfg", *words]).aug_cfg == expected
+
+
+def test_last_aug_cfg_wins_as_a_whole():
+    argv = [*SYNTHETIC, "--aug-cfg", "re_prob=0.1", "--aug-cfg", "re_count=2"]
+    assert parse_args(argv).aug_cfg == openclip.parse_args(argv).aug_cfg == {"re_count": 2}
+
+
+# --- switches, new flags ---
+
+
+def test_every_openclip_switch_can_be_turned_off(openclip_parser):
+    switches = {a.option_strings[0] for a in openclip_parser._actions if a.nargs == 0 and a.dest not in REFUSED}
+    switches -= {"-h", "--no-set-device-rank"}
+    assert len(switches) > 20
+    for flag in switches:
+        off = "--no-" + flag.removeprefix("--")
+        dest = flag.removeprefix("--").replace("-", "_")
+        assert vars(parse_args([*SYNTHETIC, flag, off]))[dest] is False
+        assert vars(parse_args([*SYNTHETIC, off, flag]))[dest] is True
+
+
+def test_flag_that_starts_with_no_has_no_second_form():
+    assert parse_args([*SYNTHETIC, "--no-set-device-rank"]).no_set_device_rank is True
+    assert complaint([*SYNTHETIC, "--no-no-set-device-rank"]) == (
+        "Unknown option --no-no-set-device-rank; did you mean --no-set-device-rank?"
+    )
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], {}),
+        (["--token-reduction", "elip"], {}),
+        (["--lam", "0"], {"lam": 0.0}),
+        (["--no-merge"], {"merge": False}),
+        (["--merge", "--keep-count", "9", "4"], {"merge": True, "keep_count": [9, 4]}),
+        (
+            "--stage-depths 2 4 --keep-ratio 1 .5 --text-scale none --scoring-depth 1".split(),
+            {"depths": [2, 4], "keep_ratio": [1.0, 0.5], "text_scale": "none", "scoring_depth": 1},
+        ),
+    ],
+)
+def test_reduction_overrides_holds_what_was_given(words, expected):
+    assert reduction_overrides(parse_args([*SYNTHETIC, *words])) == expected
+
+
+def test_progress_is_undecided_unless_given():
+    assert [parse_args([*SYNTHETIC, *w]).progress for w in ([], ["--progress"], ["--no-progress"])] == [
+        None,
+        True,
+        False,
+    ]
+
+
+def test_new_evaluation_flags():
+    assert parse_args(["--zeroshot-data", "pictures"]).zeroshot_data == "pictures"
+    assert parse_args([*SYNTHETIC, "--report-to", "csv, wandb"]).report_to == "csv,wandb"
+    assert parse_args([*SYNTHETIC, "--report-to", "all"]).report_to == "all"
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--horovod"], "--horovod is not supported: start several processes with torchrun instead."),
+        (
+            ["--use-bnb-linear", "SwitchBackLinearGlobal"],
+            "--use-bnb-linear is not supported: use --precision amp_bf16 to save time and memory instead.",
+        ),
+        (["--torchscript"], "--torchscript is not supported: use --torchcompile instead."),
+        (["--trace"], "--trace is not supported: use --torchcompile instead."),
+        (
+            ["--coca-caption-loss-weight", "2.0"],
+            "--coca-caption-loss-weight belongs to CoCa models, which this trainer does not train: leave it out.",
+        ),
+        (
+            ["--coca-contrastive-loss-weight=0"],
+            "--coca-contrastive-loss-weight belongs to CoCa models, which this trainer does not train: leave it out.",
+        ),
+        (
+            ["--model", "coca_ViT-B-32"],
+            "--model coca_ViT-B-32 is a CoCa model: this trainer trains contrastive models only, choose one.",
+        ),
+        (
+            ["--distill-model", "hf-hub:laion/CoCa-ViT-B-32", "--distill-pretrained", "x"],
+            "--distill-model hf-hub:laion/CoCa-ViT-B-32 is a CoCa model: this trainer trains contrastive models only, "
+            "choose one.",
+        ),
+    ],
+)
+def test_what_is_not_carried_over_says_what_to_use(words, sentence):
+    assert complaint([*SYNTHETIC, *words]) == sentence
+
+
+def test_folder_of_a_local_model_may_be_called_anything():
+    assert parse_args([*SYNTHETIC, "--model", "local-dir:/home/coca/vit"]).model == "local-dir:/home/coca/vit"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--batchsize", "64"], "Unknown option --batchsize; did you mean --batch-size?"),
+        (["--batch_size=64"], "Unknown option --batch_size; did you mean --batch-size?"),
+        (["--batch", "64"], "Unknown option --batch; did you mean --batch-size?"),
+        (["--no-localloss"], "Unknown option --no-localloss; did you mean --no-local-loss?"),
+        (["--konfig", "x"], "Unknown option --konfig; did you mean --config?"),
+        (["--qqqq"], "Unknown option --qqqq; --help lists all options."),
+        (["stray"], "Unexpected word 'stray' on the command line: every option starts with --."),
+        (["--batch-size", "many"], "--batch-size must be a whole number of at least 1, not 'many'."),
+        (["--batch-size", "0"], "--batch-size must be a whole number of at least 1, not '0'."),
+        (["--batch-size", "1.5"], "--batch-size must be a whole number of at least 1, not '1.5'."),
+        (["--batch-size"], "--batch-size needs a value."),
+        (["--keep-ratio"], "--keep-ratio needs at least one value."),
+        (["--local-loss=true"], "--local-loss takes no value, but was given 'true'."),
+        (["--epochs", "-1"], "--epochs must be a whole number of at least 0, not '-1'."),
+        (["--workers", "-1"], "--workers must be a whole number of at least 0, not '-1'."),
+        (["--accum-freq", "0"], "--accum-freq must be a whole number of at least 1, not '0'."),
+        (["--warmup", "-5"], "--warmup must be a length like 500, 2ep, 1e6samples or 5%, not '-5'."),
+        (["--duration", "2weeks"], "--duration must be a length like 500, 2ep, 1e6samples or 5%, not '2weeks'."),
+        (["--duration", "5%"], "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %."),
+        (["--nonfinite", "ignore"], "--nonfinite must be one of stop, skip, not 'ignore'."),
+        (["--keep-last", "0"], "--keep-last must be a whole number of at least 1, not '0'."),
+        (["--log-every-n-steps", "0"], "--log-every-n-steps must be a whole number of at least 1, not '0'."),
+        (["--seed", "4294967296"], "--seed must be a whole number from 0 to 2**32 - 1, not '4294967296'."),
+        (["--lr", "0"], "--lr must be a number above 0, not '0'."),
+        (["--lr", "nan"], "--lr must be a number above 0, not 'nan'."),
+        (["--wd", "inf"], "--wd must be a number of at least 0, not 'inf'."),
+        (["--beta2", "1"], "--beta2 must be a number from 0 to 1, below 1, not '1'."),
+        (["--lam", "1.1"], "--lam must be a number from 0 to 1, not '1.1'."),
+        (["--keep-ratio", "1", "0"], "--keep-ratio must be a number from 0 to 1, above 0, not '0'."),
+        (["--image-std", "0"], "--image-std must be a number above 0, not '0'."),
+        (["--image-mean", "0", "0"], "--image-mean takes one number, or three (red, green, blue)."),
+        (["--image-std", "1", "1"], "--image-std takes one number, or three (red, green, blue)."),
+        (["--force-image-size", "3", "3", "3"], "--force-image-size takes one number, or two (height, width)."),
+        (["--dataset-type", "tar"], "--dataset-type must be one of webdataset, csv, synthetic, auto, not 'tar'."),
+        (
+            ["--token-reduction", "tomes"],
+            "--token-reduction must be one of elip, adaptive, evit, tome, random, none, not 'tomes'.",
+        ),
+        (["--lr-scheduler", "step"], "--lr-scheduler must be one of cosine, const, const-cooldown, not 'step'."),
+        (
+            ["--precision", "fp8"],
+            "--precision must be one of amp, amp_bf16, amp_bfloat16, bf16, fp16, pure_bf16, pure_fp16, fp32, "
+            "not 'fp8'.",
+        ),
+        (["--report-to", "csv,mail"], "--report-to must name wandb, tensorboard, csv or all, not 'mail'."),
+        (["--opt", "sgd"], "--opt must be adamw, or timm/NAME for an optimizer of timm, not 'sgd'."),
+        (["--opt", "timm/"], "--opt must be adamw, or timm/NAME for an optimizer of timm, not 'timm/'."),
+        (["--aug-cfg", "scale"], "--aug-cfg must be given as key=value, not 'scale'."),
+        (
+            ["--aug-cfg", "scales=1"],
+            "--aug-cfg has no setting 'scales': it knows scale, ratio, color_jitter, re_prob, re_count, use_timm, "
+            "color_jitter_prob, gray_scale_prob.",
+        ),
+        (
+            ["--lr-scheduler", "const-cooldown"],
+            "--lr-scheduler const-cooldown needs --epochs-cooldown, the number of epochs at the end to cool down in.",
+        ),
+        (
+            ["--lr-scheduler", "const-cooldown", "--epochs", "3", "--epochs-cooldown", "4"],
+            "--epochs-cooldown 4 is more than --epochs 3: lower it.",
+        ),
+        (
+            ["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"],
+            "--opt timm/lamb needs both --beta1 and --beta2, or neither.",
+        ),
+        (["--opt", "timm/lamb"], "--opt timm/lamb has no default learning rate to schedule: give --lr."),
+        (
+            ["--distill-model", "ViT-B-16"],
+            "--distill-model and --distill-pretrained belong together: give both, or neither.",
+        ),
+        (
+            ["--distill-pretrained", "openai"],
+            "--distill-model and --distill-pretrained belong together: give both, or neither.",
+        ),
+        (
+            ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--accum-freq", "2"],
+            "--distill-model cannot be used with --accum-freq: leave one out.",
+        ),
+        (
+            ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--siglip"],
+            "--distill-model needs the softmax loss: leave out --siglip.",
+        ),
+        (
+            ["--keep-ratio", "1", "--keep-count", "9"],
+            "--keep-ratio and --keep-count say the same thing in two ways: give only one.",
+        ),
+    ],
+)
+def test_bad_options_are_one_sentence(words, sentence):
+    assert complaint([*SYNTHETIC, *words]) == sentence
+
+
+def test_values_at_the_edge_are_taken():
+    words = "--epochs 0 --workers 0 --warmup 0 --lam 1 --beta1 0 --keep-ratio 1 --save-frequency 0 --val-frequency 0"
+    assert parse_args([*SYNTHETIC, *words.split(), "--seed", str(2**32 - 1)]).seed == 2**32 - 1
+    args = parse_args([*SYNTHETIC, "--lr-scheduler", "const-cooldown", "--epochs", "3", "--epochs-cooldown", "3"])
+    assert args.epochs_cooldown == 3
+    assert parse_args([*SYNTHETIC, "--opt", "timm/lamb", "--skip-scheduler"]).lr is None
+    assert parse_args(["--val-data", "v.tar", "--opt", "timm/lamb"]).lr is None
+
+
+def test_something_has_to_be_asked_for():
+    assert complaint([]) == (
+        "There is nothing to do: give --train-data to train, or --val-data, --zeroshot-data or --imagenet-val to "
+        "evaluate."
+    )
+    for flag in ("--train-data", "--val-data", "--zeroshot-data", "--imagenet-val", "--imagenet-v2"):
+        assert vars(parse_args([flag, "x"]))[flag.removeprefix("--").replace("-", "_")] == "x"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--train-data", "a::b"], "--train-data-upsampling-factors needs --dataset-resampled."),
+        (
+            ["--train-data", "a::b::c", "--dataset-resampled"],
+            "--train-data-upsampling-factors has 2 factor(s) for 3 source(s) in --train-data: give one for each.",
+        ),
+        (
+            [*SYNTHETIC, "--dataset-resampled"],
+            "--train-data-upsampling-factors has 2 factor(s) for 0 source(s) in --train-data: give one for each.",
+        ),
+    ],
+)
+def test_upsampling_factors_need_resampling_and_one_for_each_source(words, sentence):
+    assert complaint([*words, "--train-data-upsampling-factors", "1::2"]) == sentence
+
+
+@pytest.mark.parametrize("factor", ["0", "two", ""])
+def test_upsampling_factors_are_numbers_above_0(factor):
+    assert complaint(
+        ["--train-data", "a::b", "--dataset-resampled", "--train-data-upsampling-factors", f"1::{factor}"]
+    ) == (f"Every one of --train-data-upsampling-factors must be a number above 0, not {factor!r}.")
+
+
+# --- help and documentation ---
+
+
+def test_help_is_grouped_and_complete(capsys, openclip_parser):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--help"])
+    assert exit_.value.code == 0
+    page = capsys.readouterr().out
+    for title in ("training data:", "model:", "token reduction", "optimisation:", "logging:", "several processes"):
+        assert re.search(f"^{re.escape(title)}", page, re.MULTILINE), title
+    shown = set(re.findall(r"--[a-z][\w-]*", page))
+    theirs = {flag for action in openclip_parser._actions for flag in action.option_strings if flag != "-h"}
+    hidden = {"--" + dest.replace("_", "-") for dest in REFUSED | COCA_WEIGHTS}
+    assert theirs - hidden <= shown
+    assert {"--" + dest.replace("_", "-") for dest in NEW} | {"--config", "--no-local-loss"} <= shown
+    assert not hidden & shown
+
+
+def test_docs_name_every_difference():
+    page = DOCS.read_text(encoding="utf-8")
+    for dest in NEW | REFUSED | COCA_WEIGHTS | set(CHANGED) | {"config"}:
+        assert f"`--{dest.replace('_', '-')}" in page, dest
+
+
+def test_example_in_the_docs_is_valid(config, monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    config("model: RN50\nresume: latest\nepochs: 3\n", "base.yaml")
+    example = re.search("```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[1]
+    args = parse_args(config(example))
+    assert args.train_data == "/data/cc3m/{00000..00331}.tar::/home/me/cc12m/{00000..01242}.tar"
+    assert (args.model, args.resume, args.epochs, args.batch_size) == ("ViT-S-16-ELIP", None, 3, 440)
+    assert args.aug_cfg == {"scale": [0.4, 1.0], "use_timm": True}
+    assert reduction_overrides(args) == {"merge": False, "keep_ratio": [1.0, 0.9, 0.65, 0.4]}
+
+
+# --- config files ---
+
+
+def test_config_values_become_options(config):
+    text = """
+        dataset-type: synthetic
+        batch_size: 32
+        lr: 1e-3
+        wd: 0
+        name: 2024_01_01
+        wandb-notes: "true"
+        report_to: [csv, wandb]
+        siglip: true
+        local_loss: false
+        gather-with-grad: off
+        no-set-device-rank: false
+        torchcompile: yes
+        merge: null
+        progress:
+        image_mean: [0.5, 0.5, -0.5]
+        force-image-size: 96
+        stage_depths: [2, 4]
+        device: ''
+        csv-separator: "\\t"
+    """
+    args = parse_args(config(text))
+    assert (args.batch_size, args.lr, args.wd, args.name, args.wandb_notes) == (32, 1e-3, 0.0, "2024_01_01", "true")
+    assert (args.report_to, args.siglip, args.local_loss, args.gather_with_grad) == ("csv,wandb", True, False, False)
+    assert (args.no_set_device_rank, args.torchcompile, args.merge, args.progress) == (False, True, None, None)
+    assert (args.image_mean, args.force_image_size, args.stage_depths) == ([0.5, 0.5, -0.5], [96], [2, 4])
+    assert (args.device, args.csv_separator) == ("", "\t")
+    assert not hasattr(args, "config")
+
+
+def test_config_is_the_same_as_the_flags(config):
+    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: true\nkeep_count: [9, 4]\n"
+    flags = "--train-data a.tar::b.tar --val-data c.tar --no-set-device-rank --debug --keep-count 9 4".split()
+    assert parse_args(config(text)) == parse_args(flags)
+
+
+def test_flags_win_wherever_they_stand(config):
+    file = config("dataset-type: synthetic\nepochs: 3\nsiglip: true\nimage_mean: [0.1, 0.2, 0.3]\nlogs: a\n")
+    flags = ["--epochs", "5", "--no-siglip", "--image-mean", "0.5"]
+    for argv in ([*file, *flags], [*flags, *file]):
+        args = parse_args(argv)
+        assert (args.epochs, args.siglip, args.image_mean, args.logs) == (5, False, [0.5], "a")
+
+
+def test_aug_cfg_in_a_config(config):
+    text = """
+        dataset-type: synthetic
+        aug-cfg:
+          scale: (0.4, 1.0)
+          color_jitter: [0.4, '0.3', 1e-1]
+          use_timm: true
+          re_prob: null
+          ratio: "'1'"
+          re_count: pixel
+    """
+    expected = {
+        "scale": (0.4, 1.0),
+        "color_jitter": [0.4, 0.3, 0.1],
+        "use_timm": True,
+        "re_prob": None,
+        "ratio": "1",
+        "re_count": "pixel",
+    }
+    assert parse_args(config(text)).aug_cfg == expected
+    assert parse_args([*config(text), "--aug-cfg", "re_prob=0.5"]).aug_cfg == {"re_prob": 0.5}
+    assert parse_args([*config(text), "--aug-cfg"]).aug_cfg == {}
+
+
+def test_paths_in_a_config_are_expanded(config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    text = """
+        train-data: $DATA/a/{0..3}.tar::~/b.tar::$~/c.tar
+        val-data: ${DATA}_old/x$$DATA/$1.tar
+        logs: ~/runs
+        name: $DATA
+        wandb-notes: ~/not a path
+    """
+    args = parse_args(config(text))
+    assert args.train_data == "/data/a/{0..3}.tar::/home/me/b.tar::~/c.tar"
+    assert (args.val_data, args.logs) == ("/data_old/x$DATA/$1.tar", "/home/me/runs")
+    assert (args.name, args.wandb_notes) == ("$DATA", "~/not a path")
+    assert parse_args(["--val-data", "$DATA", "--logs=~/x"]).val_data == "$DATA"  # the command line has its shell
+
+
+def test_includes(config):
+    config("epochs: 1\nlogs: one\nname: one\nresume: latest\n", "base/one.yaml")
+    config("include: one.yaml\nlogs: two\n", "base/two.yaml")
+    config("name: three\n", "three.yaml")
+    main = config("name: null\nresume: null\nbatch-size: 8\ninclude: [base/two.yaml, three.yaml]\nval-data: v\n")
+    args = parse_args(main)
+    assert (args.epochs, args.logs, args.batch_size) == (1, "two", 8)
+    assert (args.name, args.resume) == (None, None)
+
+
+def test_a_file_may_be_included_twice_but_not_by_itself(config, tmp_path):
+    config("epochs: 4\nval-data: v\n", "base.yaml")
+    config("include: base.yaml\n", "left.yaml")
+    config("include: base.yaml\n", "right.yaml")
+    assert parse_args(config("include: [left.yaml, right.yaml]\n")).epochs == 4
+    config("include: run.yaml\n", "left.yaml")
+    assert complaint(config("include: left.yaml\n")) == (
+        f"The config files include each other in a circle: {tmp_path}/left.yaml includes {tmp_path}/run.yaml again."
+    )
+
+
+def test_of_several_configs_the_later_one_wins(config):
+    first = config("dataset-type: synthetic\nepochs: 1\nsiglip: true\n", "a.yaml")
+    assert parse_args([*first, *config("epochs: 2\nsiglip: false\n", "b.yaml")]).epochs == 2
+    assert parse_args([*first, *config("epochs: 2\nsiglip: false\n", "b.yaml")]).siglip is False
+
+
+def test_an_included_file_with_a_variable(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("RECIPES", str(tmp_path / "recipes"))
+    config("epochs: 4\nval-data: v\n", "recipes/base.yaml")
+    assert parse_args(config("include: $RECIPES/base.yaml\n")).epochs == 4
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("batchsize: 3", "Unknown option batchsize in {file}; did you mean batch_size?"),
+        ("no-siglip: true", "Unknown option no-siglip in {file}; did you mean siglip?"),
+        ("config: a.yaml", "Unknown option config in {file}; --help lists all options."),
+        ("7: 3", "Unknown option 7 in {file}; --help lists all options."),
+        ("batch-size: 0", "{file}: --batch-size must be a whole number of at least 1, not '0'."),
+        ("batch-size: 1.0", "{file}: --batch-size must be a whole number of at least 1, not '1.0'."),
+        ("siglip: 2", "{file}: siglip must be true or false, not '2'."),
+        ("siglip: [true]", "{file}: siglip must be true or false, not [True]."),
+        (
+            "name: true",
+            "{file}: name cannot be True: it takes a single value (true, false and null need quotes where they are "
+            "text).",
+        ),
+        ("train-data: {a: b}", "{file}: train_data cannot be {'a': 'b'}: it takes a value or a list of values."),
+        ("keep-ratio: [1, null]", "{file}: keep_ratio cannot be None: it takes a value or a list of values."),
+        ("keep-ratio: []", "{file}: --keep-ratio needs at least one value."),
+        ("aug-cfg: scale=1", "{file}: aug_cfg must be a mapping, not 'scale=1'."),
+        ("horovod: true", "{file}: --horovod is not supported: start several processes with torchrun instead."),
+        (
+            "coca-caption-loss-weight: 2.0",
+            "{file}: --coca-caption-loss-weight belongs to CoCa models, which this trainer does not train: leave it "
+            "out.",
+        ),
+        (
+            "logs: $UNSET_VARIABLE/x",
+            "{file}: '$UNSET_VARIABLE/x' uses the variable UNSET_VARIABLE, which is not set: export it (a plain $ is "
+            "written $$).",
+        ),
+        ("include: {a: b}", "{file}: include must be a file name or a list of file names."),
+        (
+            "include: $UNSET_VARIABLE",
+            "{file}: '$UNSET_VARIABLE' uses the variable UNSET_VARIABLE, which is not set: "
+            "export it (a plain $ is written $$).",
+        ),
+        ("include: gone.yaml", "Cannot read the config file {folder}/gone.yaml: No such file or directory."),
+        ("- epochs", "The config file {file} must be a mapping of options to values (batch-size: 64)."),
+        ("epochs: 1\nb: c: d", "The config file {file} is not valid in line 2: mapping values are not allowed here."),
+        ("batch-size: 1\nbatch_size: 2", "The config file {file} is not valid in line 2: batch_size is given twice."),
+        ("[a]: 1", "The config file {file} is not valid in line 1: found unhashable key."),
+        ("a: \x07", "The config file {file} is not valid: special characters are not allowed."),
+    ],
+)
+def test_bad_config_is_one_sentence(config, tmp_path, monkeypatch, text, sentence):
+    monkeypatch.delenv("UNSET_VARIABLE", raising=False)
+    words = config(text)
+    sentence = sentence.replace("{file}", words[1]).replace("{folder}", str(tmp_path))
+    assert complaint([*SYNTHETIC, *words]) == sentence
+
+
+def test_config_that_cannot_be_read(tmp_path):
+    assert complaint([*SYNTHETIC, "--config"]) == "--config needs a value."
+    assert complaint(["--config", str(tmp_path)]) == f"Cannot read the config file {tmp_path}: Is a directory."
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    assert complaint(["--config", f"{tmp_path}/latin.yaml"]) == (
+        f"Cannot read the config file {tmp_path}/latin.yaml: it is not UTF-8 text."
+    )
+
+
+def test_mistake_on_the_command_line_is_not_blamed_on_the_config(config):
+    assert complaint([*config("dataset-type: synthetic"), "--lr", "0"]) == "--lr must be a number above 0, not '0'."
+
+
+def test_empty_config_and_unused_refused_flags_change_nothing(config):
+    expected = parse_args(SYNTHETIC)
+    assert parse_args([*SYNTHETIC, *config("# nothing\n")]) == expected
+    assert parse_args([*SYNTHETIC, *config("horovod: false\nuse-bnb-linear: null\n", "b.yaml")]) == expected
+
+
+# --- the resolved configuration ---
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        SYNTHETIC,
+        FULL_COMMAND,
+        [*SYNTHETIC, "--no-local-loss", "--no-gather-with-grad", "--no-merge", "--no-progress", "--keep-ratio", "0.3"],
+        [*SYNTHETIC, "--lr", "1e-16", "--eps", "0", "--keep-count", "9", "4", "--name", "2024_01_01"],
+        [*SYNTHETIC, "--name", "true", "--wandb-notes", "null", "--csv-separator", "\t", "--model", "~", "--device="],
+        [*SYNTHETIC, "--name=-x --y", "--wandb-notes", "a: b # c\n- d", "--csv-img-key", "1e3", "--dist-url", "no"],
+        ["--train-data", "$A/~/{0..1}.tar::~/b$$.tar::~$~", "--logs=~", "--resume", "${B}", "--val-data=$~/x"],
+        [*SYNTHETIC, "--aug-cfg", "scale=(0.4,(1,'2'))", "ratio=1", "re_prob=1e-9", "color_jitter=[(1,), 'x', '2']"],
+        [*SYNTHETIC, "--aug-cfg", "scale='1'", "ratio=True", "re_prob=None", "re_count='None'", "use_timm={1: 'a'}"],
+        [*SYNTHETIC, "--opt", "timm/lamb", "--lr", "1"],
+    ],
+)
+def test_resolved_config_gives_the_same_options_back(argv, config):
+    args = parse_args(argv)
+    resolved = resolved_config(args)
+    assert parse_args(config(yaml.safe_dump(resolved))) == args
+    assert json.loads(json.dumps(resolved)) == resolved  # plain types only
+
+
+def test_resolved_config_holds_every_option_and_nothing_else():
+    args = parse_args(SYNTHETIC)
+    args.rank = 3
+    assert set(resolved_config(args)) == set(vars(args)) - COCA_WEIGHTS - {"rank"}
+
+
+def test_resolved_config_does_not_share_its_lists():
+    args = parse_args([*SYNTHETIC, "--keep-ratio", "1", "0.5", "--aug-cfg", "scale=[0.4, 1.0]"])
+    resolved = resolved_config(args)
+    resolved["keep_ratio"].append(0.1)
+    resolved["aug_cfg"]["scale"].append(0.1)
+    assert (args.keep_ratio, args.aug_cfg) == ([1.0, 0.5], {"scale": [0.4, 1.0]})
+
+
+def test_methods_are_those_of_the_package():
+    from open_clip_elip.reduction import METHODS
+    from training.options.params import REDUCTION_METHODS
+
+    assert REDUCTION_METHODS == tuple(METHODS)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_clip_elip.cost import step_cost
+from open_clip_elip.profile.flops import count_flops, on_meta
+from open_clip_elip.text import TextParts
 from training.durations import Duration
 from training.errors import UserError
 from training.data.sets.folders import list_shards
@@ -42,9 +43,12 @@ class Costs:
 
     def _flops(self, options: dict[str, Any]) -> float | None:
         unmasked = options.pop("full-tokens-last", None)
-        cost = step_cost(self.model(options), self.text_length)
-        if cost is None or unmasked is None:
-            return None if cost is None else cost.total
+        model = on_meta(self.model(options)).train()
+        text = torch.zeros(1, self.text_length, dtype=torch.long, device="meta")
+        image = torch.empty(1, 3, *model.visual.image_size, device="meta")
+        cost = count_flops(model, image, TextParts((text,), torch.arange(1, device="meta")))
+        if unmasked is None:
+            return cost.total
         share = _share(str(unmasked), self.study.samples)
         return (1 - share) * cost.total + share * self.flops({"token-reduction": "none"})
 
@@ -72,7 +76,7 @@ class Costs:
         """As the trainer would build it."""
         line = ["--config", str(self.study.base_file), *words({**self.study.overrides, **options})]
         args = parse_args([*line, "--train-data", f"{self.study.data}/train/00000.tar"])
-        return build_model(args, torch.device("cpu"))[0]
+        return build_model(args, torch.device("cpu")).model
 
 
 def _share(text: str, samples: int) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor
 from training.distributed import Ranks
 from training.errors import UserError
 from training.data.sets.captioned import load_captions
-from training.evaluation.command import LoadedModel, add_common_options, load_model
+from training.evaluation.command import add_common_options
+from training.evaluation.loaded import LoadedModel, load_model
 from training.data.sets.registry import load_data
 from training.evaluation.passes import STOP, EncodeSettings, ImagePass, collect
 from training.evaluation.feature_rows import FeatureRows, Part

@@ -31,13 +31,13 @@ from .data.sources import RowSource
 from .distributed import Ranks, end, seed_everything
 from .ema import Ema
 from .errors import UserError
-from .evaluation.command import hash_weights
+from .evaluation.loaded import hash_weights
 from .data.sets.registry import load_data
 from .data.sets.labelled import LabelledImages
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
 from .main import Parts, command_line, run
-from .models import build_model, own_reduction
+from .models import build_model, described_reduction
 from .options.params import (
     FRACTION,
     FRACTION_ABOVE_0,
@@ -343,10 +343,8 @@ def finetuning(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Pa
         train, tests = load_data_sets(args)
         seed_everything(args.seed)
         # The model's reduction is guided by captions, so without the flag it is left out.
-        args.token_reduction = "none"
-        if args.vision_guided_reduction:
-            args.token_reduction = own_reduction(args.model).get("method", "elip")
-        model, _, transform, tokenizer = build_model(args, ranks.device)
+        args.token_reduction = described_reduction(args) if args.vision_guided_reduction else {"method": "none"}
+        _, model, _, transform, tokenizer, _ = build_model(args, ranks.device, image_tower=args.head == "random")
     data = next(iter(tests.values()))
     common = {"num_classes": len(data.classnames), "reduce": args.vision_guided_reduction}
     if args.head == "random":

@@ -23,16 +23,15 @@ from . import checkpoint
 from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.command import (
-    LoadedModel,
     Parser,
     add_common_options,
     described,
     encode_settings,
-    load_model,
     open_results,
     run_command,
     table,
 )
+from .evaluation.loaded import LoadedModel, load_model
 from .data.sets.registry import load_data
 from .evaluation.feature_rows import FeatureRows, Part, memory_need
 from .evaluation.features import DTYPES, FeatureSet, extract_features
@@ -101,7 +100,7 @@ def probe(args: argparse.Namespace, ranks: Ranks) -> str:
     with ranks.agree():
         results = open_results(args, ranks)
         jobs = load_jobs(args)
-        loaded = load_model(args, ranks)
+        loaded = load_model(args, ranks, image_tower=True)
     waiting = patient(ranks)
     rows = [("data", "top-1", "top-5", "mean per class", "regularisation")]
     for splits in jobs:

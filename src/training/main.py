@@ -22,7 +22,6 @@ from torch import nn
 
 from . import checkpoint, remote, run_folder
 from .control import Stopped
-from .cost import memory_estimate
 from .data import TrainData, build_train_data, build_val_data
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, init_ranks, launch_rank, leave, seed_everything
@@ -99,16 +98,15 @@ def pretraining(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> P
     """Contrastive training on image-text pairs."""
     with ranks.agree():
         seed_everything(args.seed)
-        model, preprocess_train, preprocess_val, tokenizer = build_model(args, ranks.device)
+        identity, model, preprocess_train, preprocess_val, tokenizer, _ = build_model(args, ranks.device)
         seed_everything(args.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
         train_data = build_train_data(args, preprocess_train, tokenizer, **place)
         val_data = build_val_data(args, preprocess_val, tokenizer, **place)
         zero_shot_data = load_zero_shot_data(args)
         preprocess_val = with_decoding(preprocess_val, args.image_decode)
-        teacher = build_teacher(args, ranks.device)
+        teacher = build_teacher(args, identity, ranks.device)
         task = ClipTask(args, ranks, tokenizer, preprocess_val, val_data, zero_shot_data, teacher)
-        check_memory(model, args, ranks)
     return Parts(model, task, train_data)
 
 
@@ -202,20 +200,6 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
             sync.close()
     if folder is not None:
         logging.info(f"The run is in {folder}.")
-
-
-def check_memory(model, args, ranks: Ranks) -> None:
-    """Refuses a run that cannot fit the GPU, before its first step; what fits by this lower bound may still not."""
-    if ranks.device.type != "cuda" or (args.train_data is None and args.dataset_type != "synthetic"):
-        return
-    ema = args.ema_decay is not None
-    needed = memory_estimate(model, args, world_size=ranks.world_size, ema=ema, sharded=args.fsdp)
-    available = torch.cuda.get_device_properties(ranks.device).total_memory
-    if needed is not None and needed.total > available:
-        raise UserError(
-            f"This run needs at least {needed.total / 1e9:.1f} GB on each GPU ({needed}), but there are "
-            f"{available / 1e9:.1f} GB; lower --batch-size (and raise --accum-freq), or add --grad-checkpointing."
-        )
 
 
 def open_log(args, ranks: Ranks, folder: Path | None, config: dict, step: int) -> RunLog:

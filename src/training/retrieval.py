@@ -22,17 +22,16 @@ from .distributed import Ranks, end
 from .errors import UserError
 from .data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
 from .evaluation.command import (
-    LoadedModel,
     Parser,
     add_common_options,
     described,
     encode_settings,
     image_encoder,
-    load_model,
     open_results,
     run_command,
     table,
 )
+from .evaluation.loaded import LoadedModel, load_model
 from .evaluation.passes import EncodeSettings, Halving, ImagePass, collect
 from .evaluation.metrics import caption_retrieval_metrics, gather_ordered
 

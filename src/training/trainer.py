@@ -22,9 +22,11 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from open_clip_elip.profile.flops import count, on_meta
+from open_clip_elip.vision import num_patches
+
 from . import checkpoint
 from .control import EXIT_INTERRUPTED, EXIT_NONFINITE, Control, Stopped
-from .cost import peak_flops, step_cost, summary
 from .data import TrainData
 from .data.pixels import to_device
 from .distributed import Ranks
@@ -41,6 +43,7 @@ from .sharding import (
     no_sync,
     unscale,
 )
+from .summary import Cost, peak_flops, summary
 from .tasks.contrastive import Batch, Task
 
 
@@ -93,7 +96,8 @@ class Trainer:
         self.samples = 0  # samples seen in all
         self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
         self.nonfinite_steps = 0
-        self.cost = step_cost(model, accumulate=args.accum_freq > 1)  # of a pair; None for towers it does not know
+        self.cost: Cost | None = None  # of a pair; None for towers that cannot be counted
+        self.twin = on_meta(model) if hasattr(model, "encode_text") and not is_sharded(model) else None
         self.text_columns: float | None = None  # of the last batch's captions on average, where they were cut
         self.peak = peak_flops(ranks.device, args.precision)
         self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}  # of training since this process began
@@ -160,6 +164,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         if self.plan.full_token_steps:
             self.model.reduces = not self.plan.uses_all_tokens(self.samples)
+        self.count(window[0])
         self.optimizer.zero_grad(set_to_none=True)
         if len(window) == 1:
             with self.autocast():
@@ -230,6 +235,21 @@ class Trainer:
             start += len(batch["image"])
         _restore_random_state(self.ranks.device, after)
         return losses
+
+    def count(self, batch: Batch) -> None:
+        """Operations of the first step, and again of the first that reduces tokens otherwise than those before it."""
+        reduces = getattr(self.model, "reduces", None)
+        if self.twin is None or (self.cost is not None and self.twin.reduces == reduces):
+            return
+        self.twin.reduces = reduces
+        batch = {key: value.to("meta") if hasattr(value, "to") else value for key, value in batch.items()}
+        try:
+            counted = count(self.twin.train(), lambda: self.twin(batch["image"], batch["text"]))
+        except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
+            self.twin = None
+            return
+        tokens = num_patches(self.model.visual) + (self.text_columns or self.model.context_length)
+        self.cost = Cost.of(counted, len(batch["image"]), tokens)
 
     def clip_gradients(self) -> Tensor:
         """The norm of all gradients together, before they are clipped to --grad-clip-norm (if given)."""
@@ -324,14 +344,8 @@ class Trainer:
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
         self.removed += row.get("rrt", 0.0) * steps * self.plan.global_batch
-        if self.cost is not None:  # of the captions and the tokens of now
-            columns = None if self.text_columns is None else round(self.text_columns)
-            self.cost = step_cost(self.model, columns, self.args.accum_freq > 1)
-            row["gflops_per_pair"] = self.cost.model / 1e9
-            row["tokens_per_second"] = self.cost.tokens * rate
-            row["tflops_per_second"] = self.cost.model * rate / 1e12
-            if self.peak is not None:
-                row["mfu"] = self.cost.model * rate / (self.peak * self.ranks.world_size)
+        if self.cost is not None:
+            row |= self.cost.columns(rate, None if self.peak is None else self.peak * self.ranks.world_size)
         self.run_log.train(row)
         left = (self.plan.total_samples - self.samples) / rate
         extra = " ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in values.items() if k != "loss" and len(values) > 2)

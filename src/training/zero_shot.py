@@ -24,17 +24,16 @@ from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.pairs import evaluation_mode
 from .evaluation.command import (
-    LoadedModel,
     Parser,
     add_common_options,
     described,
     encode_settings,
     image_encoder,
-    load_model,
     open_results,
     run_command,
     table,
 )
+from .evaluation.loaded import LoadedModel, load_model
 from .data.sets.registry import load_data
 from .evaluation.passes import EncodeSettings, ImagePass, all_skipped
 from .data.sets.folders import read_lines, read_templates

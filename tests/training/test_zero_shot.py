@@ -19,7 +19,7 @@ import open_clip_elip  # noqa: F401
 from training import zero_shot
 from training.distributed import Ranks, leave
 from training.errors import UserError
-from training.evaluation.command import hash_weights
+from training.evaluation.loaded import hash_weights
 from training.data.sets.registry import load_data
 from training.evaluation.passes import EncodeSettings
 from training.data.sets.imagenet import imagenet_synsets

@@ -27,7 +27,7 @@ from open_clip_elip.clip import Shortcuts
 from ..distributed import Ranks
 from ..errors import UserError
 from ..files import written_whole
-from .command import LoadedModel
+from .loaded import LoadedModel
 from .passes import STOP, EncodeSettings, ImagePass, all_skipped
 from ..data.sets.labelled import LabelledImages
 

@@ -16,7 +16,7 @@ from open_clip_elip import TextFirstCLIP
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation import features as module
-from training.evaluation.command import LoadedModel
+from training.evaluation.loaded import LoadedModel
 from training.evaluation.passes import EncodeSettings
 from training.evaluation.features import extract_features, feature_encoder
 from training.data.sets.labelled import ArrayImages, LabelledImages

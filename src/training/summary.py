@@ -1,92 +1,42 @@
-"""What a run costs: the memory it needs, its device's peak, its summary. Operations are `open_clip_elip.cost`'s."""
+"""What a run comes to: operations and tokens a second, the device's peak, the summary at the end."""
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from open_clip_elip.cost import StepCost, activation_bytes, is_counted, step_cost
-
-__all__ = ["Memory", "StepCost", "activation_bytes", "memory_estimate", "peak_flops", "step_cost", "summary"]
-
-# ---------------------------------------------------------------------- memory
+from open_clip_elip.profile.flops import Flops
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that one process needs at the peak of a step. An estimate from below: kernels' workspaces, communication
-    buffers and fragmentation come on top.
+class Cost(NamedTuple):
+    """Of one sample in a training step, as the method needs it: what is computed twice to save memory counts once.
 
     Attributes:
-        weights: parameters, their copies in half precision where autocast makes them, and the weight average.
-        gradients, optimizer: of what is trained; the optimizer is taken to keep two values a parameter, as AdamW does.
-        activations: what the forward pass of a micro-batch keeps for the backward pass.
-        loss: the similarities of the loss.
+        flops: operations, `scoring` of them to choose tokens.
+        tokens: that enter the towers.
     """
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    loss: int
+    flops: float
+    scoring: float
+    tokens: float
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+    @classmethod
+    def of(cls, counted: Flops, samples: int, tokens: float) -> Cost:
+        """From the operations of a step on `samples` samples, of `tokens` tokens each."""
+        return cls(counted.total / samples, counted.scoring / samples, tokens)
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in self.__dataclass_fields__)
-        return f"{self.total / 1e9:.2f} GB ({parts})"
+    def columns(self, rate: float, peak: float | None) -> dict[str, float]:
+        """For the log, at `rate` samples a second; `peak` operations a second of all devices, if known, give MFU."""
+        speed = self.flops * rate
+        found = {
+            "gflops_per_pair": self.flops / 1e9, "tokens_per_second": self.tokens * rate,
+            "tflops_per_second": speed / 1e12,
+        }  # fmt: skip
+        return found | ({} if peak is None else {"mfu": speed / peak})
 
-
-def memory_estimate(
-    model: nn.Module,
-    args: argparse.Namespace,
-    *,
-    world_size: int = 1,
-    ema: bool = False,
-    sharded: bool = False,
-    text_length: int | None = None,
-) -> Memory | None:
-    """What a training step needs, on CUDA; None where `step_cost` is None.
-
-    Args:
-        model: the bare model, locked and checkpointed as it is trained.
-        args: batch_size, accum_freq, precision and local_loss are read.
-        world_size: number of processes.
-        ema: a weight average is kept.
-        sharded: weights, gradients and optimizer are spread over the processes (FSDP).
-        text_length: as for `step_cost`.
-    """
-    if not is_counted(model):
-        return None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = _bytes(model.parameters())
-    if ema:
-        weights += sum(v.numel() * max(v.element_size(), 4) for v in model.state_dict().values())
-    if args.precision.startswith("amp"):
-        weights += 2 * sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embedding" not in name)
-    share = world_size if sharded else 1
-    rows, columns = args.batch_size * args.accum_freq, args.batch_size * args.accum_freq * world_size
-    return Memory(
-        weights=weights // share,
-        gradients=_bytes(trained) // share,
-        optimizer=2 * _bytes(trained) // share,
-        activations=args.batch_size * activation_bytes(model, args.precision, text_length),
-        loss=4 * 4 * (rows if args.local_loss else columns) * columns,  # logits and their log-softmax, both ways, fp32
-    )
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
-
-
-# ---------------------------------------------------------------------- what the device can do
 
 # Dense peaks in 10**12 operations a second, from the makers' data sheets: float16 and bfloat16 on tensor cores with
 # float32 accumulation, TF32, float32. None: the device has no units for it. The first name that fits is taken.
@@ -133,9 +83,6 @@ def _peak(name: str, precision: str) -> float | None:
     return None
 
 
-# ---------------------------------------------------------------------- the summary of a run
-
-
 def summary(
     *,
     seconds: float,
@@ -143,7 +90,7 @@ def summary(
     waited: float,
     losses: Sequence[float],
     evaluations: Sequence[Mapping[str, float]],
-    cost: StepCost | None,
+    cost: Cost | None,
     peak: float | None,
     rrt: float,
     peak_memory_gb: float,
@@ -157,7 +104,7 @@ def summary(
         waited: seconds of it without data, mean over the processes.
         losses: training losses in their order; the first and the last are told.
         evaluations: metrics by name, with `epoch`, in their order.
-        cost: of one pair.
+        cost: of one sample.
         peak: of all devices together, in operations a second.
         rrt: ratio of removed tokens in training.
         peak_memory_gb: the highest of all processes.
@@ -170,10 +117,10 @@ def summary(
     if seconds > 0:
         lines[0] += f", data wait {waited / seconds:.1%}"
     if cost is not None:
-        used = f", {cost.model * rate / peak:.1%} of the peak" if peak else ""
+        used = f", {cost.flops * rate / peak:.1%} of the peak" if peak else ""
         lines.append(
-            f"compute    {cost.model * rate / 1e12:.4g} TFLOP/s{used}, {cost.tokens * rate:.4g} tokens/s, "
-            f"{cost.model / 1e9:.4g} GFLOP a pair ({cost.scoring / cost.model:.1%} scoring)"
+            f"compute    {cost.flops * rate / 1e12:.4g} TFLOP/s{used}, {cost.tokens * rate:.4g} tokens/s, "
+            f"{cost.flops / 1e9:.4g} GFLOP a pair ({cost.scoring / cost.flops:.1%} scoring)"
         )
     lines.append(f"memory     {peak_memory_gb:.2f} GB at the peak; RRT {rrt:.1%}")
     if losses:

@@ -26,7 +26,8 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 
 from open_clip_elip import TextParts
-from open_clip_elip.identity import ModelError, describe as describe_model
+from open_clip_elip.identity import ModelError
+from open_clip_elip.identity import describe as describe_model
 from open_clip_elip.profile.captions import MEAN, caption_ids, context_length, typical_lengths
 from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.errors import ProfileError
@@ -237,14 +238,16 @@ class OurSide:
 
     def __init__(self, spec: Candidate, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
         pairs = str(args.batch_size)
-        words = ["--model", spec.identity.name, "--dataset-type", "synthetic", "--train-num-samples", pairs, "--workers", "0"]
+        words = ["--model", spec.identity.name, "--dataset-type", "synthetic", "--train-num-samples", pairs]
+        words += ["--workers", "0"]
         words += ["--batch-size", pairs, "--precision", args.precision, "--logs", "none"]
         words += ["--skip-scheduler", "--lr", str(LR), "--wd", str(WEIGHT_DECAY), "--eps", str(EPS)]
         words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device)]
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
         options, ranks = parse_args(words), Ranks(device)
-        options.token_reduction, options.shortcuts = spec.identity.token_reduction or NONE, spec.shortcuts is not False
+        options.token_reduction = spec.identity.token_reduction or NONE
+        options.shortcuts = spec.shortcuts is not False
         parts = pretraining(options, ranks, None)
         self.model = parts.model.train()
         self.optimizer = create_optimizer(self.model, options)

@@ -163,7 +163,8 @@ def sibling(identity: Identity, name: str) -> Identity | None:
 
 def differences(one: Identity, other: Identity) -> list[str]:
     """What makes the same weights mean something else: settings of `one` that `other` has not, as text."""
-    pairs = [(key, value, other.preprocess.get(key)) for key, value in one.preprocess.items()]
+    keys = [key for key in one.preprocess if key != "size"]  # weights are resized, which is told
+    pairs = [(key, one.preprocess[key], other.preprocess.get(key)) for key in keys]
     pairs += [("quick_gelu", *(bool(of.config.get("quick_gelu")) for of in (one, other)))]
     return [f"{key} {a} (not {b})" for key, a, b in pairs if a != b]
 
@@ -184,7 +185,7 @@ def _resolve_reduction(name: str, own: dict[str, Any], given: dict[str, Any]) ->
     base = {key: value for key, value in own.items() if key != "method"} if own.get("method") == method else {}
     kind = _config_class(method)
     lists = {f.name for f in fields(kind) if str(f.type).startswith("tuple")}
-    options = {key: [value] if key in lists and isinstance(value, (int, float)) else value for key, value in options.items()}
+    options = {k: [v] if k in lists and isinstance(v, (int, float)) else v for k, v in options.items()}
     try:
         config = kind.from_dict({**drop_alternatives(base, options), **options})
     except (TypeError, ValueError) as error:

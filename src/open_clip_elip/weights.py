@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import open_clip
+import safetensors.torch as safetensors
 import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
@@ -22,25 +24,19 @@ from torch import Tensor, nn
 from .identity import ModelError
 from .registry import weights_in_folder
 
+NUMPY = (".npz", ".npy")  # big_vision's, which open_clip reads into its models of SigLIP
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by torch's own wrappers
-_IGNORED = {"input_resolution", "context_length", "vocab_size", "n_averaged", "text.transformer.embeddings.position_ids"}
+_IGNORED = {"input_resolution", "context_length", "vocab_size"}  # OpenAI's
+_IGNORED |= {"n_averaged", "text.transformer.embeddings.position_ids"}
 # The projection of an image tower into the space that it shares with text: a fine-tuned classifier may have dropped it.
 _PROJECTION = re.compile(r"visual\.(proj$|head\.(proj|mlp)\.)")
 
 
 @dataclass
 class Report:
-    """What became of each tensor.
-
-    Attributes:
-        source: where the weights are from, as text.
-        loaded: names in the model that were filled.
-        resized: those of them that had another length there.
-        unused: names in the file that the model has no place for.
-        new: names in the model that the file says nothing about; they are as they were.
-        notes: sentences on what the person should know besides.
-    """
+    """What became of each tensor, by name: `loaded`, some of them `resized`; in the file and `unused`; in the model and
+    as `new` as before. `notes` are sentences on what the person should know besides."""
 
     source: str
     loaded: list[str]
@@ -66,7 +62,7 @@ def find(name: str, pretrained: str | None, cache_dir: str | None = None) -> str
     Raises:
         ModelError: `pretrained` is nothing of this, or cannot be downloaded.
     """
-    if pretrained and (Path(pretrained).is_file() or "://" in pretrained):
+    if is_file(pretrained):
         return pretrained
     if ":" in name:
         if pretrained:
@@ -80,14 +76,18 @@ def find(name: str, pretrained: str | None, cache_dir: str | None = None) -> str
     name = name.replace("/", "-")
     if not open_clip.is_pretrained_cfg(name, pretrained):
         raise ModelError(
-            f"--pretrained {pretrained} is neither a file nor a name of weights for {name}"
-            + ("; a folder has no weights by itself, name a file in it." if Path(pretrained).is_dir() else ".")
+            f"--pretrained {pretrained} is neither a file nor a name of weights for {name}; correct it, or name a file."
         )
     try:
         return open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained), cache_dir=cache_dir)
     except Exception as error:  # of any kind, from the network or a full disk
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"The weights {pretrained} of {name} cannot be downloaded: {reason}") from error
+
+
+def is_file(pretrained: str | None) -> bool:
+    """Whether weights are named by a file or URL."""
+    return bool(pretrained) and (Path(pretrained).is_file() or "://" in pretrained)
 
 
 def read(source: str | Path) -> dict[str, Any]:
@@ -101,8 +101,6 @@ def read(source: str | Path) -> dict[str, Any]:
     source = str(source)
     try:
         if "://" in source:
-            import fsspec
-
             with fsspec.open(source, "rb") as file:
                 content = _parse(file, source)
         else:
@@ -113,8 +111,7 @@ def read(source: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
         text = str(error)
-        held = re.search(r"GLOBAL (\S+) was not an allowed", text) or re.search(r"Unsupported (?:class|global):? (\S+)", text)
-        if held:
+        if held := re.search(r"GLOBAL (\S+) was not an allowed", text):
             raise ModelError(
                 f"{source} holds a Python object ({held[1]}), which is not read, for it could run code; save its "
                 "weights alone, with torch.save(model.state_dict(), FILE)."
@@ -128,20 +125,20 @@ def read(source: str | Path) -> dict[str, Any]:
 
 def _parse(file: Any, source: str) -> Any:
     if source.endswith(".safetensors"):
-        import safetensors.torch as safetensors
-
         return safetensors.load_file(file) if isinstance(file, str) else safetensors.load(file.read())
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:  # TorchScript, as OpenAI's models are
-            if not isinstance(file, str):
-                file.seek(0)
-            return torch.jit.load(file, map_location="cpu").state_dict()
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # TorchScript, as OpenAI's are
+                return torch.jit.load(_again(file), map_location="cpu").state_dict()
+    with torch.serialization.safe_globals([argparse.Namespace]):  # which many trainers keep beside the weights
+        return torch.load(_again(file), map_location="cpu", weights_only=True, mmap=isinstance(file, str))
+
+
+def _again(file: Any) -> Any:
+    """From the start, if it is an open file."""
     if not isinstance(file, str):
         file.seek(0)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # which many trainers keep beside the weights
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, str))
+    return file
 
 
 def load(
@@ -155,8 +152,8 @@ def load(
 ) -> Report:
     """Fills a model from a file, or from what `read` returned for it.
 
-    Prefixes and wrappers of other programs are taken off, transformers' and OpenAI's names are translated, and position
-    embeddings are resized to the model's.
+    Prefixes and wrappers of other programs are taken off, older names are translated, and position embeddings are
+    resized to the model's.
 
     Args:
         name: of the model, for what is said.
@@ -170,13 +167,12 @@ def load(
         ModelError: the file cannot be read, or does not fit; the sentence names the first difference.
     """
     label = label or ("the checkpoint" if isinstance(source, Mapping) else str(source))
-    if not isinstance(source, Mapping) and Path(source).suffix in (".npz", ".npy"):
+    if not isinstance(source, Mapping) and str(source).endswith(NUMPY):
         return _load_big_vision(model, str(source), name)
     state = tensors(read(source) if not isinstance(source, Mapping) else source, label)
-    own, notes = model.state_dict(), []
-    openai = "input_resolution" in state
-    state = _own_names(state, model)
-    tower_only = all(key.startswith(("visual.", "head.")) for key in state) and not all(k.startswith("visual.") for k in own)
+    own, notes, openai = model.state_dict(), [], "input_resolution" in state
+    state = _own_names(state, model, label)
+    tower_only = all(key.startswith(("visual.", "head.")) for key in state)
     if tower_only and not image_tower:
         raise ModelError(
             f"{label} holds an image tower without a text tower"
@@ -193,15 +189,13 @@ def load(
     resized = [key for key, value in state.items() if value.shape != before[key]]
 
     wrong = [key for key, value in state.items() if key in own and value.shape != own[key].shape]
-    problems = [f"{key} is {_shape(state[key])} there and {_shape(own[key])} in the model" for key in wrong]
-    new = [key for key in own if key not in state]
-    unused = [key for key in state if key not in own]
+    new, unused = [key for key in own if key not in state], [key for key in state if key not in own]
+    missing, unknown = new, [key for key in unused if key != "logit_bias"]
     if tower_only:
-        problems += [f"{k} is missing" for k in new if k.startswith("visual.") and not _PROJECTION.match(k)]
-        problems += [f"{k} is unknown to the model" for k in unused if k.startswith("visual.")]
-    else:
-        problems += [f"{key} is missing" for key in new]
-        problems += [f"{key} is unknown to the model" for key in unused if key != "logit_bias"]
+        missing = [key for key in new if key.startswith("visual.") and not _PROJECTION.match(key)]
+        unknown = [key for key in unused if key.startswith("visual.")]
+    problems = [f"{key} is {_shape(state[key])} there and {_shape(own[key])} in the model" for key in wrong]
+    problems += [f"{key} is missing" for key in missing] + [f"{key} is unknown to the model" for key in unknown]
     if strict and problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise ModelError(f"{label} does not fit {name}: {problems[0]}{more}; check --model and --pretrained.")
@@ -224,7 +218,7 @@ def tensors(content: Mapping[str, Any], label: str = "the checkpoint") -> dict[s
     return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
 
 
-def _own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _own_names(state: dict[str, Tensor], model: nn.Module, label: str) -> dict[str, Tensor]:
     """Another program's names as OpenCLIP's, of the kind of model that it is for."""
     state = {_INSERTED.sub("", key): value for key, value in state.items()}
     for prefix in ("module.", "model.", "module."):  # DDP, Lightning, DDP within it
@@ -234,7 +228,10 @@ def _own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if "conv1.weight" in state and "class_embedding" in state:  # a ViT by itself
         state = {f"visual.{key}": value for key, value in state.items()}
     if any(key.startswith("vision_model.") for key in state):
-        state = _from_transformers(state)
+        raise ModelError(
+            f"{label} is a model of transformers, whose layers have other parts; take the same weights from open_clip "
+            "(a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
+        )
     state = convert_state_dict(model, state)
     plain_text = hasattr(model, "positional_embedding")
     if "positional_embedding" in state and not plain_text:
@@ -248,43 +245,6 @@ def _own_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if getattr(model, "logit_bias", None) is not None and "logit_scale" in state:  # not trained with it: none
         state.setdefault("logit_bias", torch.zeros_like(model.logit_bias, device="cpu"))
     return state
-
-
-_TRANSFORMERS = (
-    (r"^(vision|text)_model\.encoder\.layers\.", r"\1.transformer.resblocks."),
-    (r"^(vision|text)_model\.(embeddings\.)?", r"\1."),
-    (r"^vision\.class_embedding", "visual.class_embedding"),
-    (r"^vision\.patch_embedding\.", "visual.conv1."),
-    (r"position_embedding\.weight$", "positional_embedding"),
-    (r"^vision\.pre_layrnorm\.", "visual.ln_pre."),
-    (r"^vision\.post_layernorm\.", "visual.ln_post."),
-    (r"^text\.final_layer_norm\.", "ln_final."),
-    (r"^visual_projection\.weight$", "visual.proj"),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"\.layer_norm(\d)\.", r".ln_\1."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"^vision\.", "visual."),
-    (r"^text\.", ""),
-)
-
-
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' CLIPModel: queries, keys and values apart, projections transposed."""
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key.endswith("position_ids") or re.search(r"\.[kv]_proj\.", key):
-            continue
-        if ".q_proj." in key:
-            value = torch.cat([state[key.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"])
-            key = key.replace(".q_proj.", ".in_proj_")
-        if key in ("visual_projection.weight", "text_projection.weight"):
-            value = value.T
-        for pattern, replacement in _TRANSFORMERS:
-            key = re.sub(pattern, replacement, key)
-        found[key] = value
-    return found
 
 
 def _resize_trunk(state: dict[str, Tensor], model: nn.Module) -> None:
@@ -304,7 +264,8 @@ def _load_big_vision(model: nn.Module, path: str, name: str) -> Report:
     try:
         load_big_vision_weights(model, path)
     except Exception as error:  # KeyError, AssertionError, AttributeError: it is written for SigLIP's models alone
-        raise ModelError(f"{path} cannot be read as big_vision's weights for {name} ({type(error).__name__}).") from error
+        kind = type(error).__name__
+        raise ModelError(f"{path} cannot be read as big_vision's weights for {name} ({kind}).") from error
     return Report(path, list(model.state_dict()))
 
 

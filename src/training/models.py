@@ -115,7 +115,7 @@ def create_filled(
     )  # fmt: skip
     if source is None:
         return model, None
-    if content is None and not source.endswith((".npz", ".npy")):
+    if content is None and not source.endswith(weights.NUMPY):
         content = weights.read(source)
         trained_as = checkpoint_identity(content)
         other = identities.differences(trained_as, identity) if trained_as is not None else []

@@ -31,11 +31,8 @@ class Cost(NamedTuple):
     def columns(self, rate: float, peak: float | None) -> dict[str, float]:
         """For the log, at `rate` samples a second; `peak` operations a second of all devices, if known, give MFU."""
         speed = self.flops * rate
-        found = {
-            "gflops_per_pair": self.flops / 1e9, "tokens_per_second": self.tokens * rate,
-            "tflops_per_second": speed / 1e12,
-        }  # fmt: skip
-        return found | ({} if peak is None else {"mfu": speed / peak})
+        found = {"gflops_per_pair": self.flops / 1e9, "tokens_per_second": self.tokens * rate}
+        return found | {"tflops_per_second": speed / 1e12} | ({} if peak is None else {"mfu": speed / peak})
 
 
 # Dense peaks in 10**12 operations a second, from the makers' data sheets: float16 and bfloat16 on tensor cores with
@@ -64,21 +61,13 @@ _PEAKS: tuple[tuple[str, float, float | None, float | None, float], ...] = (
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Dense peak of one device in operations a second for a `--precision`; None where it is not known."""
-    return _peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-
-
-def _peak(name: str, precision: str) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if re.search("MIG|Laptop", name):  # a part of the device, or another one of the same name
         return None
     for known, float16, bfloat16, tf32, float32 in _PEAKS:
         if re.search(rf"\b{known}\b", name, re.IGNORECASE):
-            if "bf" in precision:
-                peak = bfloat16
-            elif precision == "fp32":
-                uses_tf32 = tf32 is not None and torch.get_float32_matmul_precision() != "highest"
-                peak = tf32 if uses_tf32 else float32
-            else:
-                peak = float16
+            single = float32 if tf32 is None or torch.get_float32_matmul_precision() == "highest" else tf32
+            peak = bfloat16 if "bf" in precision else single if precision == "fp32" else float16
             return None if peak is None else peak * 1e12
     return None
 
@@ -86,8 +75,8 @@ def _peak(name: str, precision: str) -> float | None:
 def summary(
     *,
     seconds: float,
-    samples: int,
     waited: float,
+    samples: int,
     losses: Sequence[float],
     evaluations: Sequence[Mapping[str, float]],
     cost: Cost | None,
@@ -99,16 +88,11 @@ def summary(
     """What a run (or what was left of it after a resume) came to, in a few lines.
 
     Args:
-        seconds: of training, evaluation and saving left out.
+        seconds: of training, evaluation and saving left out; `waited` of them, mean over the processes, without data.
         samples: trained on in that time, by all processes.
-        waited: seconds of it without data, mean over the processes.
-        losses: training losses in their order; the first and the last are told.
-        evaluations: metrics by name, with `epoch`, in their order.
-        cost: of one sample.
-        peak: of all devices together, in operations a second.
-        rrt: ratio of removed tokens in training.
+        losses, evaluations: in their order; each evaluation has its `epoch` besides metrics by name.
+        peak: operations a second of all devices together.
         peak_memory_gb: the highest of all processes.
-        folder: where the run is; None if nothing was kept.
     """
     rate = samples / seconds if seconds > 0 else 0.0
     whole = round(seconds)

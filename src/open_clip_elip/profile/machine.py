@@ -49,4 +49,5 @@ def cpu_name() -> str:
 def describe_machine(found: dict[str, Any]) -> str:
     """One line of what `machine` returns."""
     versions = ", ".join(f"{package} {found[package]}" for package in PACKAGES)
-    return f"{found['device']}, {found['cores']} cores, {found['threads']} threads; Python {found['python']}, {versions}"
+    cores = f"{found['cores']} cores, {found['threads']} threads"
+    return f"{found['device']}, {cores}; Python {found['python']}, {versions}"

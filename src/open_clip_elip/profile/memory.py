@@ -1,9 +1,4 @@
-"""What a training step keeps, and the most it needs at once.
-
-On CUDA the peak is the allocator's. On the CPU, whose allocator keeps no statistics, it is the most bytes of tensors
-alive at the same time: the storages of each operation's results count from their birth until the last tensor (or graph)
-lets go of them. What a kernel takes and gives back within one call is not seen, nor what Python itself needs.
-"""
+"""What a training step keeps, and the most it needs at once, as the device's allocator tells it."""
 from __future__ import annotations
 
 import weakref
@@ -11,8 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -56,46 +50,6 @@ def _origin(tensor: Tensor) -> Tensor:
     return getattr(node, "variable", tensor)  # a leaf's
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the storages that are alive, while it is entered: now (`live`), and at most (`peak`).
-
-    Args:
-        known: tensors that exist already and count from the start.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()):
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._finalizers: list[weakref.finalize] = []
-        for tensor in known:
-            self._add(tensor)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return out
-
-    def __exit__(self, *error) -> None:
-        super().__exit__(*error)
-        for finalizer in self._finalizers:
-            finalizer.detach()
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.live += self._sizes[key]
-            self.peak = max(self.peak, self.live)
-            self._finalizers.append(weakref.finalize(storage, self._remove, key))
-
-    def _remove(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-
-
 def allocated(device: torch.device) -> int:
     """Bytes that are in use on a CUDA device now; 0 for others."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -133,9 +87,15 @@ def peak_bytes(
         return torch.cuda.max_memory_allocated(device) - others
     optimizer.zero_grad(set_to_none=True)
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    with LiveBytes([*model.parameters(), *model.buffers(), *state, *inputs]) as live:
+    known = (tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *state, *inputs])
+    live = peak = sum({storage._cdata: storage.nbytes() for storage in known}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
-    return live.peak
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def loss_bytes(pairs: int) -> int:

@@ -36,8 +36,9 @@ class TrainStep:
         self.autocast = get_autocast(precision, device_type=image.device.type)
         self.scaler = torch.amp.GradScaler(image.device.type, enabled=precision == "amp")
         # A learning rate so small that weights at random and noise for images stay finite.
-        options = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1, "fused": image.device.type in ("cpu", "cuda")}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, **options)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-6, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
+        )
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -59,4 +60,5 @@ class TrainStep:
             self.runnable = runnable
 
     def inputs(self) -> list[Tensor]:
-        return [self.image, *(([*self.text.parts, self.text.place]) if isinstance(self.text, TextParts) else [self.text])]
+        text = [*self.text.parts, self.text.place] if isinstance(self.text, TextParts) else [self.text]
+        return [self.image, *text]

@@ -5,7 +5,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +83,8 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
         if identity is None:
             identity = identities.describe(options.model, pretrained=options.pretrained)
             if trained_as is not None and (other := identities.differences(trained_as, identity)):
-                logging.warning(f"{source} was trained as {trained_as.name} with {', '.join(other)}, which is not kept.")
+                trained = f"{trained_as.name} with {', '.join(other)}"
+                logging.warning(f"{source} was trained as {trained}, which is not kept.")
         model, report = create_filled(
             identity, source, options.precision, ranks.device, content=averages if options.ema else content,
             image_tower=image_tower,
@@ -103,10 +103,10 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
 
 def _checkpoint(pretrained: str | None) -> tuple[dict[str, Any] | None, Identity | None]:
     """What `--pretrained` holds, and which model it is of; None where it is no file or URL, or does not say."""
-    if pretrained is None or not (Path(pretrained).is_file() or "://" in pretrained):
+    if not weights.is_file(pretrained) or pretrained.endswith(weights.NUMPY):
         return None, None
-    content = weights.read(pretrained) if Path(pretrained).suffix not in (".npz", ".npy") else None
-    return content, None if content is None else checkpoint_identity(content)
+    content = weights.read(pretrained)
+    return content, checkpoint_identity(content)
 
 
 def _reduce_by_vision(model: nn.Module, name: str) -> None:

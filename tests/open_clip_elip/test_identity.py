@@ -1,0 +1,135 @@
+"""What a model is: from names and changes to a description, and from that alone back to the same model."""
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import open_clip
+import pytest
+import torch
+
+from open_clip_elip import TextFirstCLIP
+from open_clip_elip.clip import ShortcutCLIP
+from open_clip_elip.identity import Identity, ModelError, create, describe, differences, sibling, tokenizer, transforms
+
+from .tiny import REDUCTION, config
+
+TINY = "ViT-Pico-8-64-ELIP"
+CHANGES = [
+    (TINY, {}),
+    (TINY, {"token_reduction": {"method": "tome", "r": 2}, "force_custom_text": True, "force_patch_dropout": 0.5}),
+    (TINY, {"force_image_size": [48], "force_context_length": 12, "force_quick_gelu": True, "image_mean": [0.5] * 3}),
+    (TINY, {"init_logit_scale": 2.0, "init_logit_bias": -10.0, "image_std": [0.25] * 3}),
+    ("ViT-S-16", {"force_image_size": (32, 48), "image_resize_mode": "longest", "image_interpolation": "bilinear"}),
+    ("RN50", {"image_resize_mode": "squash"}),
+    ("coca_ViT-B-32", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CHANGES)
+def test_the_model_is_bit_for_bit_open_clips_own(name, changes):
+    theirs = {k: v[0] if v == [48] else v for k, v in changes.items()}
+    torch.manual_seed(1)
+    expected, train, val = open_clip.create_model_and_transforms(name, output_dict=True, **theirs)
+    drawn = torch.get_rng_state()
+    identity = describe(name, **changes)
+    torch.manual_seed(1)
+    model = create(identity)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    weights = expected.state_dict()
+    assert list(model.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    lists = str.maketrans("[]", "()")
+    assert [repr(t) for t in transforms(identity)] == [repr(t).translate(lists) for t in (train, val)]
+    assert getattr(model, "output_dict", True)
+    ids = tokenizer(identity)(["a red square"])
+    context = changes.get("force_context_length")
+    assert torch.equal(ids, open_clip.get_tokenizer(name, context_length=context)(["a red square"]))
+
+
+def test_a_description_is_plain_and_enough(tmp_path):
+    """After a round trip through JSON, and with the folder and the registry's name gone."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    content = {"model_cfg": config(token_reduction=REDUCTION), "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "size": 7}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    identity = describe(f"local-dir:{folder}")
+    shutil.rmtree(folder)
+    again = Identity.from_dict(json.loads(json.dumps(identity.to_dict())))
+    assert again == identity
+    before = open_clip.list_models()
+    model = create(again)
+    assert type(model) is TextFirstCLIP
+    assert model.visual.preprocess_cfg["mean"] == (0.1, 0.2, 0.3) and model.visual.preprocess_cfg["size"] == (32, 32)
+    assert model.reduction.config.depths == (1, 1, 1, 1)
+    assert tokenizer(again)(["a"]).shape == (1, 12)
+    assert open_clip.list_models() == before
+    with pytest.raises(ModelError, match="family 'albef'"):
+        Identity.from_dict({**identity.to_dict(), "family": "albef"})
+
+
+def test_shapes_without_numbers_and_a_precision():
+    assert create(describe("ViT-L-14"), device="meta").visual.proj.device.type == "meta"
+    assert create(describe(TINY), precision="pure_bf16").visual.proj.dtype == torch.bfloat16
+    assert type(create(describe(TINY, token_reduction={"method": "none"}))) is ShortcutCLIP
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        (None, {"method": "elip", "keep_ratio": [1.0, 0.9, 0.65, 0.4], "lam": 0.6}),
+        ({"lam": 0.5}, {"lam": 0.5, "keep_ratio": [1.0, 0.9, 0.65, 0.4]}),
+        ({"method": "elip", "keep_count": [60, 50, 40, 30]}, {"keep_count": [60, 50, 40, 30]}),
+        ({"method": "evit", "layers": 3}, {"method": "evit", "layers": [3]}),
+        ({"method": "none", "lam": 0.5}, None),
+    ],
+)
+def test_options_of_the_reduction_lie_on_top_of_the_models_own(given, resolved):
+    found = describe(TINY, token_reduction=given).token_reduction
+    if resolved is None:
+        assert found is None
+    else:
+        assert found.items() >= resolved.items() or {k: found[k] for k in resolved} == resolved
+        assert not {"keep_ratio", "keep_count"} <= found.keys()
+    assert found == describe(TINY, token_reduction=found or {"method": "none"}).token_reduction
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("ViT-S-16-ELIPP", {}, "There is no model named 'ViT-S-16-ELIPP'; did you mean ViT-S-16-ELIP"),
+        ("local-dir:nowhere", {}, "The model local-dir:nowhere cannot be created: .*No such file"),
+        ("ViT-S-16", {"token_reduction": {"lam": 0.5}}, "ViT-S-16 has no token reduction for lam to change"),
+        (TINY, {"token_reduction": {"method": "tomes"}}, "Unknown token reduction method 'tomes'; known are none, elip"),
+        (TINY, {"token_reduction": {"lam": 3}}, "lam must be a number in"),
+        (TINY, {"token_reduction": {"method": "evit", "lam": 0.5}}, "Unknown token_reduction option 'lam'"),
+        (TINY, {"force_image_size": [1, 2, 3]}, "cannot be created"),
+        ("RN50", {"token_reduction": {"method": "elip"}}, "needs OpenCLIP's own ViT"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(name, changes, sentence):
+    with pytest.raises(ModelError, match=sentence) as error:
+        create(describe(name, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sibling_keeps_all_but_the_reduction():
+    own = describe("ViT-S-16-ELIP", force_quick_gelu=True, image_mean=[0.5] * 3, token_reduction={"lam": 0.3})
+    assert sibling(own, "ViT-S-16-ELIP") is own
+    plain, tome = sibling(own, "ViT-S-16"), sibling(own, "ViT-S-16-ToMe")
+    assert plain.token_reduction is None and tome.token_reduction["method"] == "tome"
+    for other in (plain, tome):
+        assert other.preprocess == own.preprocess and other.config["quick_gelu"]
+    assert sibling(own, "ViT-B-16") is None
+    assert differences(own, describe("ViT-S-16")) == [
+        "mean [0.5, 0.5, 0.5] (not [0.48145466, 0.4578275, 0.40821073])", "quick_gelu True (not False)",
+    ]  # fmt: skip
+
+
+def test_a_tag_brings_its_preprocessing_and_a_warning_of_another_activation(caplog):
+    with caplog.at_level(logging.WARNING):
+        identity = describe("ViT-B-16-SigLIP", pretrained="webli")
+    assert identity.preprocess["mean"] == [0.5] * 3 and not caplog.records
+    describe("ViT-B-32", pretrained="openai")
+    assert "add --force-quick-gelu" in caplog.text

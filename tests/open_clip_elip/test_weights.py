@@ -1,0 +1,181 @@
+"""Weights in the forms that people have them, and what is said of each tensor."""
+from __future__ import annotations
+
+import argparse
+import collections
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from open_clip_elip import with_token_reduction
+from open_clip_elip.identity import ModelError
+from open_clip_elip.weights import find, load, read, tensors
+
+from .tiny import REDUCTION, plain_model
+
+Module = type("Module", (nn.Module,), {"forward": lambda self, x: x})
+
+
+def model(**changes) -> nn.Module:
+    return with_token_reduction(plain_model(**changes).float(), **REDUCTION)
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def within(state: dict) -> dict:
+    """As a compiled layer within a model is named."""
+    return {key.replace("resblocks.0.", "resblocks.0._orig_mod."): value for key, value in state.items()}
+
+
+FORMS = {
+    "bare": lambda s: s,
+    "open_clip's": lambda s: {"epoch": 3, "state_dict": prefixed(s, "module.")},
+    "this trainer's": lambda s: {"model": {"family": "clip"}, "state_dict": s, "optimizer": {"state": {}}},
+    "compiled": lambda s: {"state_dict": prefixed(s, "_orig_mod.")},
+    "DDP, compiled": lambda s: {"state_dict": prefixed(s, "module._orig_mod.")},
+    "a compiled part": lambda s: within(s),
+    "FSDP": lambda s: prefixed(s, "_fsdp_wrapped_module."),
+    "model": lambda s: {"model": s, "args": argparse.Namespace(lr=1)},
+    "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "hyper_parameters": {}},
+    "averages": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
+    "ordered": collections.OrderedDict,
+}
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_wrappers_and_prefixes(form, custom_text, tmp_path):
+    source, target = model(), model(custom_text=custom_text)
+    torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pt")
+    report = load(target, tmp_path / "w.pt")
+    assert not report.sentences() and len(report.loaded) == len(target.state_dict())
+    for key, value in source.state_dict().items():
+        own = target.state_dict()
+        assert torch.equal(own.get(key, own.get(f"text.{key}")), value)
+
+
+def test_safetensors_scripted_archives_and_urls(tmp_path):
+    source = model()
+    state = {key: value.contiguous() for key, value in source.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("input_resolution", torch.tensor(32))
+            for name in ("visual", "transformer", "token_embedding", "ln_final"):
+                self.add_module(name, Holder(getattr(source, name)))
+            for name in ("positional_embedding", "text_projection", "logit_scale"):
+                self.register_parameter(name, getattr(source, name))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.script(Scripted()).save(tmp_path / "openai.pt")
+    for place in ("w.safetensors", "openai.pt"):
+        for path in (tmp_path / place, f"file://{tmp_path / place}"):
+            target = model()
+            report = load(target, path)
+            assert torch.equal(target.visual.proj, source.visual.proj) and not (report.new or report.unused)
+            assert [bool(report.notes), "--force-quick-gelu" in " ".join(report.notes)] == [place == "openai.pt"] * 2
+    assert not load(model(quick_gelu=True), tmp_path / "openai.pt").notes
+
+
+class Holder(nn.Module):
+    """The parameters of a module under its names, without what it does."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, Holder(child))
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_positions_are_resized_and_the_bias_of_siglip_is_optional():
+    source, target = model().state_dict(), model(vision={"image_size": 48}, text={"context_length": 8}, init_logit_bias=-5)
+    report = load(target, dict(source))
+    assert sorted(report.resized) == ["positional_embedding", "visual.positional_embedding"]
+    assert "resized: " in report.sentences()[0] and target.logit_bias.item() == 0
+    report = load(model(vision={"image_size": 48}, text={"context_length": 8}), target.state_dict())
+    assert report.unused == ["logit_bias"] and "not used: logit_bias" in report.sentences()[0]
+
+
+def test_an_image_tower_alone_is_taken_where_that_is_asked_for():
+    state = model().state_dict()
+    visual = {key: value for key, value in state.items() if key.startswith("visual.")}
+    fine_tuned = {key: value for key, value in visual.items() if key != "visual.proj"}
+    fine_tuned |= {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}
+    bare = {key.removeprefix("visual."): value for key, value in visual.items()}
+    for content in (visual, {"state_dict": prefixed(fine_tuned, "module.")}, bare):
+        target = model()
+        report = load(target, content, image_tower=True)
+        assert torch.equal(target.visual.conv1.weight, state["visual.conv1.weight"])
+        assert "positional_embedding" in report.new and ("visual.proj" in report.new) == ("state_dict" in content)
+        assert report.unused == (["head.weight", "head.bias"] if "state_dict" in content else [])
+        with pytest.raises(ModelError, match="holds an image tower without a text tower.*training.linear_probe"):
+            load(model(), content)
+    del visual["visual.conv1.weight"]
+    with pytest.raises(ModelError, match="visual.conv1.weight is missing"):
+        load(model(), visual, image_tower=True)
+
+
+def test_a_part_where_that_is_asked_for():
+    state = model().state_dict()
+    state["more"] = torch.zeros(3)
+    state["visual.ln_post.weight"] = torch.zeros(5)
+    del state["ln_final.bias"]
+    target = model()
+    with pytest.raises(ModelError, match=r"w.pt does not fit ViT: visual.ln_post.weight is 5 there and 32 in the model \(and 2 more"):
+        load(target, state, name="ViT", label="w.pt")
+    report = load(target, state, strict=False)
+    assert (report.unused, report.new) == (["more", "visual.ln_post.weight"], ["ln_final.bias", "visual.ln_post.weight"])
+    assert torch.equal(target.visual.proj, state["visual.proj"])
+    with pytest.raises(ModelError, match="nothing that fits"):
+        load(target, {"other": torch.zeros(3)}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "There is no checkpoint at"),
+        (b"cut off", "cannot be read as a checkpoint"),
+        ([torch.zeros(1)], "it holds a list"),
+        ({"epoch": 3, "model": "x"}, "holds no weights, only epoch, model"),
+        ({"state_dict": {"a": torch.zeros(1)}, "more": Module()}, "Python object .*Module.*could run code"),
+        ({"vision_model.embeddings.class_embedding": torch.zeros(3)}, "is a model of transformers"),
+        ({"blocks.0.weight": torch.zeros(3)}, "positional_embedding is missing"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(content, sentence, tmp_path):
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ModelError, match=sentence) as error:
+        load(model(), path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_which_file_is_meant(tmp_path, monkeypatch):
+    file = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save({}, file)
+    assert find("ViT-B-32", None) is None
+    assert find("ViT-B-32", str(file)) == find(f"local-dir:{tmp_path}", None) == str(file)
+    assert find("ViT-B-32", "s3://bucket/w.pt") == "s3://bucket/w.pt"
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag, cache_dir: tag["hf_hub"])
+    assert "laion2b_s34b_b79k" not in find("ViT-B-32-ELIP", "laion2b_s34b_b79k")
+    with pytest.raises(ModelError, match="neither a file nor a name of weights for ViT-B-32"):
+        find("ViT-B-32", "nowhere")
+    with pytest.raises(ModelError, match="brings weights of its own"):
+        find(f"local-dir:{tmp_path}", "nowhere.pt")
+    assert tensors(read(file) | {"a": torch.zeros(1)}).keys() == {"a"}

@@ -1,113 +1,80 @@
-"""What is learnt: a task turns batches into losses. The trainer knows only this interface; CLIP is the first task."""
+"""Contrastive pre-training on image-text pairs: its data, its loss, its evaluation."""
 from __future__ import annotations
 
-import argparse
+import copy
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
+from open_clip_elip.profile.flops import count_flops
 from open_clip_elip.text import COMPILED_MULTIPLE, COMPILED_PARTS, MAX_PARTS, count_columns, cut_text
+from open_clip_elip.tower import ImageTower
 
 from ..data import ValData
+from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..evaluation.pairs import evaluate_pairs
-from ..data.sets.labelled import LabelledImages
 from ..zero_shot import run_zero_shot_suite
-
-Batch = dict[str, Any]
-
-
-class Task(Protocol):
-    """A training objective.
-
-    The step is cut in two so that a window of several micro-batches can be one batch to the loss: `features` runs the
-    model on one micro-batch, `losses` compares the features of the whole window.
-
-    Attributes:
-        shared: names of features that belong to the model, not to a sample (scalars such as the logit scale);
-            all others are (B, ...) and are concatenated over a window.
-    """
-
-    shared: tuple[str, ...]
-
-    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
-        """What can be decided from a batch on the CPU, before it goes to the device."""
-        ...
-
-    def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]: ...
-
-    def losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars to log; `loss` is the one to minimise."""
-        ...
-
-    def after_step(self, model: nn.Module) -> None:
-        """Constraints on parameters, after each optimizer step."""
-        ...
-
-    def log(self, model: nn.Module) -> dict[str, float]:
-        """More columns for the log."""
-        ...
-
-    def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
-        """What is due at the end of `epoch` (1-based), on all ranks; {} if nothing is."""
-        ...
-
-    def score(self, metrics: dict[str, float]) -> float | None:
-        """What makes one checkpoint better than another, from what `evaluate` returned; None if it cannot tell."""
-        ...
+from .base import Batch, Cost, Engine, Progress, Task, is_due
 
 
-class ClipTask:
+class ContrastiveTask(Task):
     """Contrastive pre-training: InfoNCE (`ClipLoss`), or pairwise sigmoids with `--siglip`.
 
     Args:
-        args: the run's flags.
+        options: see `ContrastiveOptions`; batch_size, precision, workers, torchcompile and accum_freq are read too.
         ranks: this process.
-        tokenizer, preprocess: for zero-shot evaluation.
+        model: the bare model.
+        tokenizer, transform: for zero-shot evaluation.
         val_data: pairs to evaluate on, or None.
         zero_shot_data: labelled images to classify, by metric prefix (`load_zero_shot_data`).
         teacher: a frozen model to distil from, or None.
     """
 
-    shared = ("logit_scale", "logit_bias", "dist_logit_scale")
+    SHARED = ("logit_scale", "logit_bias", "dist_logit_scale")  # features of the model, not of a sample
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: ContrastiveOptions,
         ranks: Ranks,
+        model: nn.Module,
         tokenizer: Callable,
-        preprocess: Callable,
+        transform: Callable,
         val_data: ValData | None = None,
         zero_shot_data: dict[str, LabelledImages] | None = None,
         teacher: nn.Module | None = None,
     ):
-        self.args, self.ranks, self.teacher = args, ranks, teacher
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+        self.options, self.ranks, self.model, self.teacher = options, ranks, model, teacher
+        self.tower: ImageTower | None = getattr(model, "tower", None)
+        self.tokenizer, self.transform = tokenizer, transform
         self.val_data, self.zero_shot_data = val_data, zero_shot_data
-        if args.siglip:
-            self.loss = SigLipLoss(rank=ranks.rank, world_size=ranks.world_size, dist_impl=args.loss_dist_impl)
+        self.shapes, self.costs = without_numbers(model), {}
+        if options.siglip:
+            self.loss = SigLipLoss(rank=ranks.rank, world_size=ranks.world_size, dist_impl=options.loss_dist_impl)
         else:
             loss = ClipLoss if teacher is None else DistillClipLoss
             self.loss = loss(
-                local_loss=args.local_loss,
-                gather_with_grad=args.gather_with_grad,
+                local_loss=options.local_loss,
+                gather_with_grad=options.gather_with_grad,
                 cache_labels=True,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
 
-    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+    # ------------------------------------------------------------------ a step
+
+    def prepare(self, batch: Batch) -> Batch:
         """Captions cut behind their ends; the same batch if the text tower does not allow it."""
         if self.teacher is not None:  # it gets the same captions, and may need all of them
             return batch
-        compiled = self.args.torchcompile
-        parts, multiple = (COMPILED_PARTS, COMPILED_MULTIPLE) if compiled else (MAX_PARTS, 1)
-        text = cut_text(batch["text"], model, parts, multiple)
-        return batch | {"text": text, "text_columns": count_columns(text) / len(batch["text"])}
+        parts, multiple = (COMPILED_PARTS, COMPILED_MULTIPLE) if self.options.torchcompile else (MAX_PARTS, 1)
+        return batch | {"text": cut_text(batch["text"], self.model, parts, multiple)}
+
+    def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        return self.compare(self.features(model, batch))
 
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         features = model(batch["image"], batch["text"])
@@ -117,37 +84,97 @@ class ClipTask:
             features |= {f"dist_{k}": v for k, v in taught.items() if k != "logit_bias"}
         return features
 
-    def losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compare(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         losses = self.loss(**features, output_dict=True)
         return losses | {"loss": sum(losses.values())}
 
+    def gradients(self, window: list[Batch], engine: Engine, progress: Progress) -> dict[str, Tensor]:
+        """Those of the loss over the whole window, as if it were one batch, at the memory of one micro-batch.
+
+        The features of all micro-batches are computed without gradient; the loss over all of them gives the gradient of
+        each feature; a second pass carries those into the parameters (GradCache, Gao et al. 2021). Exact, also for the
+        parameters the loss sees directly, such as the logit scale.
+        """
+        self.use_tokens(progress)
+        if len(window) == 1:
+            return super().gradients(window, engine, progress)
+        random_states, parts = [], []
+        for batch in window:
+            random_states.append(engine.random_state())
+            with torch.no_grad(), engine.autocast():
+                parts.append(self.features(engine.model, batch))
+        shared = [name for name in parts[0] if name in self.SHARED]
+        leaves = {
+            name: (parts[0][name] if name in shared else torch.cat([p[name] for p in parts])).detach().requires_grad_()
+            for name in parts[0]
+        }
+        with engine.autocast():
+            losses = self.compare(leaves)
+        engine.backward(losses["loss"])
+
+        after, start = engine.random_state(), 0
+        for i, (batch, random_state) in enumerate(zip(window, random_states, strict=True)):
+            last = i == len(window) - 1
+            engine.restore_random_state(random_state)
+            with engine.synchronized(last):
+                with engine.autocast():
+                    features = self.features(engine.model, batch)
+                outputs, gradients = [], []
+                for name, value in features.items():
+                    gradient = leaves[name].grad
+                    if gradient is None or not value.requires_grad or (name in shared and not last):
+                        continue
+                    outputs.append(value)
+                    gradients.append(gradient if name in shared else gradient[start : start + len(value)])
+                torch.autograd.backward(outputs, gradients)
+            start += len(batch["image"])
+        engine.restore_random_state(after)
+        return losses
+
+    def use_tokens(self, progress: Progress) -> None:
+        """All of them in the last part of the run, if `--full-tokens-last` says so (FLIP's unmasked tuning)."""
+        if self.options.full_tokens_last is not None:
+            plan = progress.plan
+            reduced = plan.total_samples - plan.steps_of(self.options.full_tokens_last) * plan.reference_batch
+            self.tower.reduces = progress.samples < reduced
+
     @torch.no_grad()
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module, applied: bool) -> None:
         model.logit_scale.clamp_(0, math.log(100))  # as in the CLIP paper
 
+    # ------------------------------------------------------------------ figures
+
     def log(self, model: nn.Module) -> dict[str, float]:
-        return {"logit_scale": model.logit_scale.detach().exp().mean().item(), "rrt": training_rrt(model)}
+        rrt = 0.0 if self.tower is None else self.tower.rrt()
+        return {"logit_scale": model.logit_scale.detach().exp().mean().item(), "rrt": rrt}
+
+    def cost(self, batch: Batch) -> Cost | None:
+        """Counted on a step of the model's shapes, for the first batch and whenever the use of tokens has changed."""
+        if self.tower is None:
+            return None
+        if self.tower.reduces not in self.costs:
+            self.shapes.tower.reduces = self.tower.reduces
+            pairs = len(batch["image"])
+            flops = count_flops(self.shapes, batch["image"].to("meta"), batch["text"].to("meta"))
+            tokens = self.tower.num_patches() + count_columns(batch["text"]) / pairs
+            self.costs[self.tower.reduces] = Cost(flops.total / pairs, tokens)
+        return self.costs[self.tower.reduces]
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
-        args, metrics = self.args, {}
-        if self.val_data is not None and is_due(epoch, args.val_frequency, last):
+        options, metrics = self.options, {}
+        if self.val_data is not None and is_due(epoch, options.val_frequency, last):
             metrics |= evaluate_pairs(
                 model,
                 self.val_data,
                 device=self.ranks.device,
-                precision=args.precision,
-                batch_size=args.batch_size,
-                siglip=args.siglip,
+                precision=options.precision,
+                batch_size=options.batch_size,
+                siglip=options.siglip,
                 world_size=self.ranks.world_size,
             )
-        if self.zero_shot_data and is_due(epoch, args.zeroshot_frequency, last):
+        if self.zero_shot_data and is_due(epoch, options.zeroshot_frequency, last):
             metrics |= run_zero_shot_suite(
-                model,
-                self.tokenizer,
-                self.preprocess,
-                args,
-                ranks=self.ranks,
-                data=self.zero_shot_data,
+                model, self.tokenizer, self.transform, options, ranks=self.ranks, data=self.zero_shot_data
             )
         return metrics
 
@@ -160,11 +187,12 @@ class ClipTask:
         return None
 
 
-def training_rrt(model: nn.Module) -> float:
-    """Ratio of removed tokens in training; 0 for a plain model."""
-    return model.rrt() if hasattr(model, "rrt") else 0.0
-
-
-def is_due(epoch: int, frequency: int, last: bool) -> bool:
-    """Whether what comes every `frequency` epochs, and after the last, comes after this one; 0: never."""
-    return frequency > 0 and (last or epoch % frequency == 0)
+def without_numbers(model: nn.Module) -> nn.Module:
+    """A copy of a model with shapes only (device "meta"), to count operations on; recomputing is turned off."""
+    tensors = [*model.parameters(), *model.buffers()]
+    shapes = {id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter)
+              else t.to("meta") for t in tensors}  # fmt: skip
+    twin = copy.deepcopy(model, shapes)
+    if hasattr(twin, "set_grad_checkpointing"):
+        twin.set_grad_checkpointing(False)
+    return twin

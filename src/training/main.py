@@ -8,10 +8,8 @@ From a recipe:    torchrun --nproc_per_node 4 -m training.main --config configs/
 """
 from __future__ import annotations
 
-import argparse
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,19 +19,19 @@ import torch
 from torch import nn
 
 from . import checkpoint, remote, run_folder
-from .control import Stopped
+from .command import run_command
 from .cost import memory_estimate
 from .data import TrainData, build_train_data, build_val_data
 from .data.transforms import with_decoding
-from .distributed import Ranks, end, init_ranks, launch_rank, leave, seed_everything
+from .distributed import Ranks, end, seed_everything
 from .ema import Ema
-from .errors import EXIT_USER_ERROR, UserError
+from .errors import UserError
 from .log import RunLog, setup_logging
 from .models import build_model, build_teacher, wrap
 from .optim import create_optimizer
-from .options.params import PRETRAINING, Command, parse_args, resolved_config
+from .options import TrainingOptions, resolved
 from .sharding import check_optimizer
-from .tasks.contrastive import ClipTask, Task, training_rrt
+from .tasks.contrastive import ClipTask, PretrainingOptions, Task, training_rrt
 from .trainer import Trainer, describe, evaluate
 from .zero_shot import load_zero_shot_data
 
@@ -59,43 +57,15 @@ class Parts:
 
 # From the flags, this process and the checkpoint that is continued (if any). Draws random numbers from `--seed` for the
 # model and leaves each rank with its own. Called on all ranks; a `UserError` is raised on all of them.
-Build = Callable[[argparse.Namespace, Ranks, str | None], Parts]
+Build = Callable[[TrainingOptions, Ranks, str | None], Parts]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one training (or, without training data, one evaluation) and returns the exit code."""
-    return command_line(PRETRAINING, lambda args, ranks: run(args, ranks, PRETRAINING, pretraining), argv)
+    return run_command(PretrainingOptions, lambda args, ranks: run(args, ranks, pretraining), argv, __doc__)
 
 
-def command_line(
-    command: Command, work: Callable[[argparse.Namespace, Ranks], None], argv: list[str] | None = None
-) -> int:
-    """Reads the options, starts the process group and works; what ends in order is told in one sentence.
-
-    Args:
-        argv: words of the command line; None takes the program's.
-
-    Returns:
-        The exit code.
-    """
-    setup_logging(logging.INFO, None, console=launch_rank() == 0)
-    try:
-        args = parse_args(sys.argv[1:] if argv is None else argv, command)
-        ranks = init_ranks(args.device, args.dist_backend, args.dist_url, args.no_set_device_rank)
-        work(args, ranks)
-    except Stopped as stopped:
-        logging.warning(str(stopped))
-        return stopped.code
-    except UserError as error:
-        if launch_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    finally:
-        leave()
-    return 0
-
-
-def pretraining(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Parts:
+def pretraining(args: PretrainingOptions, ranks: Ranks, resume: str | None) -> Parts:
     """Contrastive training on image-text pairs."""
     with ranks.agree():
         seed_everything(args.seed)
@@ -112,11 +82,10 @@ def pretraining(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> P
     return Parts(model, task, train_data)
 
 
-def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) -> None:
+def run(args: TrainingOptions, ranks: Ranks, build: Build) -> None:
     """Puts the parts together, checks them on all ranks before anything is written, and trains.
 
     Args:
-        command: the one that `args` were read for.
         build: makes model, data and task.
     """
     # open_clip's loss calls it; nothing a person who trains can change.
@@ -128,7 +97,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
     args.name = ranks.broadcast(args.name or run_folder.default_name(args))
     folder = None if args.logs.lower() == "none" else Path(args.logs) / args.name
     target = None if args.remote_sync is None or folder is None else f"{args.remote_sync.rstrip('/')}/{args.name}"
-    config = resolved_config(args, command)
+    config = resolved(args)
     with ranks.agree():
         resume = None
         if ranks.is_main:
@@ -206,7 +175,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
 
 def check_memory(model, args, ranks: Ranks) -> None:
     """Refuses a run that cannot fit the GPU, before its first step; what fits by this lower bound may still not."""
-    if ranks.device.type != "cuda" or (args.train_data is None and args.dataset_type != "synthetic"):
+    if ranks.device.type != "cuda" or not args.trains:
         return
     ema = args.ema_decay is not None
     needed = memory_estimate(model, args, world_size=ranks.world_size, ema=ema, sharded=args.fsdp)
@@ -235,7 +204,7 @@ def open_log(args, ranks: Ranks, folder: Path | None, config: dict, step: int) -
     )
 
 
-def reports(args: argparse.Namespace) -> frozenset[str]:
+def reports(args: TrainingOptions) -> frozenset[str]:
     names = frozenset(filter(None, re.split(r"[,\s]+", args.report_to)))
     return frozenset({"tensorboard", "wandb"}) if "all" in names else names
 

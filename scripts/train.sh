@@ -50,7 +50,8 @@ batch_size="$("$PYTHON" - "$((NNODES * NPROC))" "$GLOBAL_BATCH" "$CONFIG" "$@" <
 import sys
 
 from training.errors import EXIT_USER_ERROR, UserError
-from training.options.params import parse_args
+from training.options import parse
+from training.tasks.contrastive import PretrainingOptions
 
 RECIPE_PROCESSES = 4
 
@@ -66,12 +67,12 @@ def without(flag, words):
 
 
 def batch_size(processes, global_batch, config, *flags):
-    args = parse_args(["--config", config, *flags])
+    args = parse(PretrainingOptions, ["--config", config, *flags])
     parts = processes * args.accum_freq
     if any(word.partition("=")[0] == "--batch-size" for word in flags):
         return args.batch_size, args.accum_freq
     if not global_batch:
-        recipe = parse_args(["--config", config, *without("--accum-freq", flags)])
+        recipe = parse(PretrainingOptions, ["--config", config, *without("--accum-freq", flags)])
         global_batch = RECIPE_PROCESSES * recipe.batch_size * recipe.accum_freq
     if global_batch % parts:
         fitting = ", ".join(str(n) for n in range(1, 65) if global_batch % n == 0)

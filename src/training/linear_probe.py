@@ -32,7 +32,7 @@ from .evaluation.command import (
 )
 from .evaluation.options import EvaluationOptions
 from .options.parser import (
-    FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SEED, Kind, forbid, one_of, option,
+    FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SEED, Kind, forbid, numbers, one_of, option,
 )  # fmt: skip
 from .data.sets.registry import load_data
 from .evaluation.feature_rows import FeatureRows, Part, memory_need
@@ -53,8 +53,11 @@ RECIPES = {
 }
 
 
+_number = numbers(float, lambda v: v >= 0, "sweep or a number of at least 0").convert
+
+
 def _regularisation(text: str) -> float | str:
-    return SWEEP if text == SWEEP else NOT_NEGATIVE.convert(text)
+    return SWEEP if text == SWEEP else _number(text)
 
 
 @dataclass

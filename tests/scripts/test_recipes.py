@@ -13,7 +13,8 @@ import pytest
 from braceexpand import braceexpand
 
 import open_clip_elip  # noqa: F401  (makes the models known)
-from training.options.params import parse_args, resolved_config
+from training.options import parse, resolved
+from training.tasks.contrastive import PretrainingOptions
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "configs" / "pretrain"
@@ -41,7 +42,7 @@ def test_there_are_no_other_recipes():
 @pytest.mark.parametrize(("name", "data", "model", "suffix"), RECIPES)
 def test_recipe(name, data, model, suffix, monkeypatch):
     monkeypatch.setenv("DATA", "/some where/data")
-    args = parse_args(["--config", str(PRETRAIN / f"{name}.yaml")])
+    args = parse(PretrainingOptions, ["--config", str(PRETRAIN / f"{name}.yaml")])
     assert args.model == model + suffix
     assert 4 * args.batch_size * args.accum_freq == GLOBAL_BATCH[model]
     assert (args.epochs, args.lr, args.wd) == (32, 1e-3, 0.1)
@@ -58,8 +59,8 @@ def test_recipe(name, data, model, suffix, monkeypatch):
 def test_all_else_is_the_default(name, data, model, suffix, monkeypatch):
     """Also what has a default of its own for some models, and flags that come later than the recipes."""
     monkeypatch.setenv("DATA", "/data")
-    recipe = resolved_config(parse_args(["--config", str(PRETRAIN / f"{name}.yaml")]))
-    default = resolved_config(parse_args(["--train-data", "x.tar", "--model", model]))
+    recipe = resolved(parse(PretrainingOptions, ["--config", str(PRETRAIN / f"{name}.yaml")]))
+    default = resolved(parse(PretrainingOptions, ["--train-data", "x.tar", "--model", model]))
     own = {"train_data", "batch_size", "lr", "wd"} | ({"model"} if suffix else set())
     assert {key for key in recipe if recipe[key] != default[key]} == own
 
@@ -114,7 +115,7 @@ def trained(result):
     at = result.torchrun.index("training.main")
     assert result.torchrun[at - 1] == "-m"
     assert result.torchrun[at + 1] == "--"
-    return result.torchrun[: at - 1], parse_args(result.torchrun[at + 2 :])
+    return result.torchrun[: at - 1], parse(PretrainingOptions, result.torchrun[at + 2 :])
 
 
 @pytest.mark.parametrize("script", ["train.sh", "train_multinode.sh", "train_slurm.sbatch"])

@@ -69,7 +69,7 @@ class Kind:
     gather: Callable[[list], Any] | None = None
 
 
-def _number(kind: type, allowed: Callable[[Any], bool], phrase: str) -> Kind:
+def numbers(kind: type, allowed: Callable[[Any], bool], phrase: str) -> Kind:
     """Finite numbers for which `allowed` holds."""
 
     def convert(text: str) -> Any:
@@ -84,15 +84,15 @@ def _number(kind: type, allowed: Callable[[Any], bool], phrase: str) -> Kind:
     return Kind(convert, "N" if kind is int else "X")
 
 
-COUNT = _number(int, lambda v: v >= 0, "a whole number of at least 0")
-POSITIVE_COUNT = _number(int, lambda v: v >= 1, "a whole number of at least 1")
-SEED = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
-NUMBER = _number(float, lambda v: True, "a number")
-NOT_NEGATIVE = _number(float, lambda v: v >= 0, "a number of at least 0")
-POSITIVE = _number(float, lambda v: v > 0, "a number above 0")
-FRACTION = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-FRACTION_BELOW_1 = _number(float, lambda v: 0 <= v < 1, "a number from 0 to 1, below 1")
-FRACTION_ABOVE_0 = _number(float, lambda v: 0 < v <= 1, "a number from 0 to 1, above 0")
+COUNT = numbers(int, lambda v: v >= 0, "a whole number of at least 0")
+POSITIVE_COUNT = numbers(int, lambda v: v >= 1, "a whole number of at least 1")
+SEED = numbers(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
+NUMBER = numbers(float, lambda v: True, "a number")
+NOT_NEGATIVE = numbers(float, lambda v: v >= 0, "a number of at least 0")
+POSITIVE = numbers(float, lambda v: v > 0, "a number above 0")
+FRACTION = numbers(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+FRACTION_BELOW_1 = numbers(float, lambda v: 0 <= v < 1, "a number from 0 to 1, below 1")
+FRACTION_ABOVE_0 = numbers(float, lambda v: 0 < v <= 1, "a number from 0 to 1, above 0")
 TEXT, FILE, SWITCH = Kind(), Kind(Path, "FILE"), Kind(metavar="")  # a switch is --x and --no-x
 
 
@@ -300,7 +300,7 @@ class _Parser(argparse.ArgumentParser):
         others = {command: _Parser(other).flags for command, other in COMMANDS.items() if command != self.command}
         owners = [f"{command} ({flags[flag]})" for command, flags in others.items() if flag in flags]
         if owners:
-            return UserError(f"{flag}{where} is an option of {' and '.join(owners)}, not of {self.command}.")
+            return UserError(f"{flag}{where} is an option of {', '.join(owners)}, not of {self.command}.")
         close = difflib.get_close_matches(name, list(known), n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists all options."
         return UserError(f"Unknown option {name}{where}; {hint}")

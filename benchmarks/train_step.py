@@ -41,7 +41,8 @@ from training.errors import UserError
 from training.main import pretraining
 from training.models import wrap
 from training.optim import create_optimizer
-from training.options.params import parse_args
+from training.options import parse
+from training.tasks.contrastive import PretrainingOptions
 from training.trainer import Trainer
 
 MODELS = ("ViT-S-16-ELIP", "ViT-S-16-ELIP:scoring_depth=1", "ViT-B-16-ELIP", "ViT-B-16-ELIP:scoring_depth=1")
@@ -53,9 +54,6 @@ TARGETS = {
     "ViT-S-16-ELIP:scoring_depth=1": (0.575, 0.57, 0.59),
     "ViT-B-16-ELIP:scoring_depth=1": (0.645, 0.66, 0.63),
 }
-FLAGS = {  # where the trainer's has another name
-    "method": "--token-reduction", "depths": "--stage-depths", "layers": "--reduce-layers", "r": "--merge-per-layer",
-}  # fmt: skip
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.1  # noise for images: nothing must be learnt from it
 
 
@@ -243,7 +241,7 @@ class OurSide:
         words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device), *_flags(spec)]
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
-        options, ranks = parse_args(words), Ranks(device)
+        options, ranks = parse(PretrainingOptions, words), Ranks(device)
         parts = pretraining(options, ranks, None)
         self.model = parts.model.train()
         self.optimizer = create_optimizer(self.model, options)
@@ -269,13 +267,9 @@ class OurSide:
 
 def _flags(spec: ModelSpec) -> list[str]:
     """The trainer's words for a model's options."""
-    words = []
-    for name, value in spec.reduction.items():
-        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    settings = [f"{name}={value}".replace(" ", "") for name, value in spec.reduction.items() if name != "method"]
+    method = [spec.reduction["method"]] if "method" in spec.reduction else []
+    words = ["--token-reduction", *method, *settings] if spec.reduction else []
     return words if spec.shortcuts is not False else [*words, "--no-shortcuts"]
 
 

@@ -13,7 +13,7 @@ import yaml
 from training.errors import UserError
 
 FULL, REDUCED = "full", "vision-guided-reduction"  # how weights are evaluated: with all tokens, or with some
-MATCH_ELIP = "elip"  # as a target-rrt: that of the model's own reduction
+MATCH_ELIP = "elip"  # as a target_rrt: that of the model's own reduction
 
 Options = Mapping[str, Any]
 
@@ -171,7 +171,7 @@ def expand(
 
     Args:
         flops: operations of one pair in training with these options; None if they cannot be counted.
-        rrt: the ratio of removed tokens that `target-rrt: elip` stands for.
+        rrt: the ratio of removed tokens that `target_rrt: elip` stands for.
         data_key: what tells the data from other data.
         threads: of the CPU, for each run; sums, and with them the last digits, depend on it.
     """
@@ -197,9 +197,10 @@ def expand(
 
 
 def resolved(options: Options, rrt: Callable[[], float]) -> dict[str, Any]:
-    """`options` with the number that `target-rrt: elip` stands for."""
-    if options.get("target-rrt") == MATCH_ELIP:
-        return {**options, "target-rrt": round(rrt(), 6)}
+    """`options` with the number that `target_rrt: elip` stands for."""
+    reduction = options.get("token-reduction", {})
+    if reduction.get("target_rrt") == MATCH_ELIP:
+        return {**options, "token-reduction": {**reduction, "target_rrt": round(rrt(), 6)}}
     return dict(options)
 
 
@@ -231,11 +232,14 @@ def find_cell(study: Study, name: str) -> Cell:
 
 
 def words(options: Options) -> list[str]:
-    """Options as words of a command line: true and false become --name and --no-name."""
+    """Options as words of a command line: true and false become --name and --no-name, mappings key=value."""
     line = []
     for name, value in options.items():
         if isinstance(value, bool):
             line.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, Mapping):
+            settings = (f"{key}={item}".replace(" ", "") for key, item in value.items() if key != "method")
+            line += [f"--{name}", *([value["method"]] if "method" in value else []), *settings]
         else:
             line += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return line

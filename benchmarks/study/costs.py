@@ -16,8 +16,8 @@ from training.durations import Duration
 from training.errors import UserError
 from training.data.sets.folders import list_shards
 from training.models import build_model
-from training.options.params import parse_args
-from training.tasks.contrastive import training_rrt
+from training.options import parse
+from training.tasks.contrastive import PretrainingOptions, training_rrt
 
 from .cells import Study, words
 
@@ -46,7 +46,7 @@ class Costs:
         if cost is None or unmasked is None:
             return None if cost is None else cost.total
         share = _share(str(unmasked), self.study.samples)
-        return (1 - share) * cost.total + share * self.flops({"token-reduction": "none"})
+        return (1 - share) * cost.total + share * self.flops({"token-reduction": {"method": "none"}})
 
     def rrt(self) -> float:
         """Ratio of removed tokens of the model's own reduction."""
@@ -71,7 +71,7 @@ class Costs:
     def model(self, options: Mapping[str, Any]) -> nn.Module:
         """As the trainer would build it."""
         line = ["--config", str(self.study.base_file), *words({**self.study.overrides, **options})]
-        args = parse_args([*line, "--train-data", f"{self.study.data}/train/00000.tar"])
+        args = parse(PretrainingOptions, [*line, "--train-data", f"{self.study.data}/train/00000.tar"])
         return build_model(args, torch.device("cpu"))[0]
 
 

@@ -1,7 +1,6 @@
 """What the weights of a run are worth: zero-shot, retrieval and probes from one pass over the pictures."""
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from training.distributed import Ranks
 from training.errors import UserError
 from training.data.sets.captioned import load_captions
-from training.evaluation.command import LoadedModel, add_common_options, load_model
+from training.evaluation.command import LoadedModel, load_model
+from training.evaluation.options import EvaluationOptions
 from training.data.sets.registry import load_data
 from training.evaluation.passes import STOP, EncodeSettings, ImagePass, collect
 from training.evaluation.feature_rows import FeatureRows, Part
@@ -45,11 +45,10 @@ def evaluate(
     Raises:
         UserError: data or weights that cannot be read.
     """
-    parser = argparse.ArgumentParser()
-    add_common_options(parser, data_help="")
-    line = ["--pretrained", str(weights), "--data", str(data), "--image-decode", "fast", "--precision", "fp32"]
-    line += ["--vision-guided-reduction"] * reduced + (["--device", device] if device else [])
-    args = parser.parse_args(line)
+    args = EvaluationOptions(
+        pretrained=str(weights), data=[str(data)], image_decode="fast", precision="fp32",
+        vision_guided_reduction=reduced, device=device,
+    )  # fmt: skip
     ranks = Ranks(torch.device(args.device))
     with torch.inference_mode():
         return _Evaluation(load_model(args, ranks), ranks, data).figures(fashion_mnist)

@@ -74,8 +74,9 @@ def _lam_curve(table: Table, own: Mapping[str, Sequence], file: Path) -> Path:
     for axis, (metric, label) in zip(axes, METRICS, strict=True):
         lines: dict[str, dict[float, list[float]]] = {}
         for name, rows in own.items():
-            lam = float(options[name].get("lam", DEFAULT_LAM))
-            scales = ("match", "none") if lam == 1 else (options[name].get("text-scale", DEFAULT_SCALE),)
+            reduction = options[name].get("token-reduction", {})
+            lam = float(reduction.get("lam", DEFAULT_LAM))
+            scales = ("match", "none") if lam == 1 else (reduction.get("text_scale", DEFAULT_SCALE),)
             for scale in scales:
                 lines.setdefault(scale, {})[lam] = [100 * row[metric] for row in rows if metric in row]
         for scale, points in sorted(lines.items()):

@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -20,19 +19,21 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .command import run_command
 from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.command import (
     LoadedModel,
-    Parser,
-    add_common_options,
     described,
     encode_settings,
     load_model,
     open_results,
-    run_command,
     table,
 )
+from .evaluation.options import EvaluationOptions
+from .options.parser import (
+    FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SEED, Kind, forbid, numbers, one_of, option,
+)  # fmt: skip
 from .data.sets.registry import load_data
 from .evaluation.feature_rows import FeatureRows, Part, memory_need
 from .evaluation.features import DTYPES, FeatureSet, extract_features
@@ -52,38 +53,65 @@ RECIPES = {
 }
 
 
+_number = numbers(float, lambda v: v >= 0, "sweep or a number of at least 0").convert
+
+
+def _regularisation(text: str) -> float | str:
+    return SWEEP if text == SWEEP else _number(text)
+
+
+@dataclass
+class LinearProbeOptions(EvaluationOptions, title="probe", command="training.linear_probe"):
+    also: list[str] = option(
+        [], "More test sets for the probes: each with the classes of one of --data, or with some of ImageNet's.",
+        metavar="[NAME=]PATH", nargs="+", path=True)
+    layer: str = option("pooled", "Features before or after the projection.", one_of("pooled", "projected"))
+    normalize: bool = option(False, "Features of unit length.")
+    standardize: bool = option(False, "Mean 0 and variance 1 in each dimension, on the training set.")
+    solver: str = option("lbfgs", "How the probe is trained.", one_of(*RECIPES))
+    regularisation: float | str | None = option(
+        None, "C of scikit-learn for lbfgs, weight decay for the others. Without it: sweep; 0 for sgd.",
+        Kind(_regularisation, "sweep|X"), spellings=("--regularization",))
+    held_out: float = option(
+        0.1, "Share of the training set for the sweep, if the data have no val split of their own.", FRACTION_BELOW_1)
+    max_iterations: int = option(1000, "Of lbfgs.", POSITIVE_COUNT)
+    tolerance: float = option(1e-6, "Of lbfgs.", POSITIVE)
+    epochs: int | None = option(None, "Of sgd and adamw. Without it: 90 and 20.", POSITIVE_COUNT)
+    lr: float | None = option(None, "Of sgd and adamw. Without it: 0.1.", POSITIVE)
+    solver_batch_size: int | None = option(None, "Of sgd and adamw. Without it: 1024 and 512.", POSITIVE_COUNT)
+    max_train_samples: int | None = option(
+        None, "Train on N samples, the classes keeping their shares.", POSITIVE_COUNT)
+    seed: int = option(0, "Seed of what is drawn at random.", SEED)
+    cache: str | None = option(
+        None, "Where features are kept. Without it: features in the folder of --results.", metavar="DIR", path=True)
+    feature_dtype: str = option("float32", "Number format of features on disk.", one_of(*DTYPES))
+    feature_memory: float | None = option(
+        None, "GB of the device for the training features; if they need more they are read from disk in each "
+        "iteration. Without it: what is free.", NOT_NEGATIVE)
+
+    def check(self) -> None:
+        recipe = RECIPES[self.solver]
+        if self.regularisation is None:
+            self.regularisation = recipe["regularisation"]
+        none = self.regularisation == 0 and self.solver == "lbfgs"
+        forbid(none, "--regularisation must be more than 0 with lbfgs.")
+        for name in ("epochs", "lr", "solver_batch_size"):
+            flag = f"--{name.replace('_', '-')}"
+            useless = getattr(self, name) is not None and self.solver == "lbfgs"
+            forbid(useless, f"{flag} is for sgd and adamw; leave it out, or choose --solver.")
+            if getattr(self, name) is None:
+                setattr(self, name, recipe.get(name))
+        forbid(self.held_out == 0, "--held-out must be between 0 and 1, such as 0.1.")
+        if self.cache is None:
+            nowhere = self.results.lower() == "none"
+            forbid(nowhere, "--results none leaves no place for the features; name one with --cache.")
+            self.cache = str(Path(self.results, "features"))
+        file = Path(self.cache).exists() and not Path(self.cache).is_dir()
+        forbid(file, f"--cache {self.cache} is a file; name a folder.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m training.linear_probe", description=__doc__.splitlines()[0])
-    add_common_options(parser, data_help="data sets with a training and a test split; each gets a probe of its own")
-    add_options(parser)
-    return run_command(parser, probe, argv)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--also", nargs="+", default=[], metavar="[NAME=]PATH",
-        help="more test sets for the probes: each with the classes of one of --data, or with some of ImageNet's")
-    add("--layer", choices=("pooled", "projected"), default="pooled",
-        help="features before or after the projection (default: %(default)s)")
-    add("--normalize", action="store_true", help="features of unit length")
-    add("--standardize", action="store_true", help="mean 0 and variance 1 in each dimension, on the training set")
-    add("--solver", choices=tuple(RECIPES), default="lbfgs", help="default: %(default)s")
-    add("--regularisation", "--regularization", type=_regularisation, metavar="sweep|VALUE",
-        help="C of scikit-learn for lbfgs, weight decay for the others (default: sweep; 0 for sgd)")
-    add("--held-out", type=float, default=0.1, metavar="FRACTION",
-        help="of the training set, for the sweep, if the data have no val split of their own (default: %(default)s)")
-    add("--max-iterations", type=int, default=1000, help="of lbfgs (default: %(default)s)")
-    add("--tolerance", type=float, default=1e-6, help="of lbfgs (default: %(default)s)")
-    add("--epochs", type=int, help="of sgd and adamw (default: 90 and 20)")
-    add("--lr", type=float, help="of sgd and adamw (default: 0.1)")
-    add("--solver-batch-size", type=int, help="of sgd and adamw (default: 1024 and 512)")
-    add("--max-train-samples", type=int, metavar="N", help="train on N samples, the classes keeping their shares")
-    add("--seed", type=int, default=0, help="of what is drawn at random (default: %(default)s)")
-    add("--cache", metavar="DIR", help="where features are kept (default: features in the folder of --results)")
-    add("--feature-dtype", choices=tuple(DTYPES), default="float32", help="on disk (default: %(default)s)")
-    add("--feature-memory", type=float, metavar="GB",
-        help="of the device for the training features; if they need more they are read from disk in each iteration "
-        "(default: what is free)")
+    return run_command(LinearProbeOptions, probe, argv, __doc__)
 
 
 @dataclass(frozen=True)
@@ -95,9 +123,8 @@ class Splits:
     tests: Sequence[LabelledImages]
 
 
-def probe(args: argparse.Namespace, ranks: Ranks) -> str:
+def probe(args: LinearProbeOptions, ranks: Ranks) -> str:
     """Everything the command does; the table. A collective call."""
-    complete_options(args)
     with ranks.agree():
         results = open_results(args, ranks)
         jobs = load_jobs(args)
@@ -112,42 +139,7 @@ def probe(args: argparse.Namespace, ranks: Ranks) -> str:
     return table(rows)
 
 
-def complete_options(args: argparse.Namespace) -> None:
-    """Refuses what cannot be meant, and fills in what depends on the solver.
-
-    Raises:
-        UserError: see above.
-    """
-    recipe = RECIPES[args.solver]
-    if args.regularisation is None:
-        args.regularisation = recipe["regularisation"]
-    if args.regularisation != SWEEP:
-        if not 0 <= args.regularisation < math.inf or (args.regularisation == 0 and args.solver == "lbfgs"):
-            raise UserError("--regularisation must be finite and not negative, and more than 0 with lbfgs.")
-    for name in ("epochs", "lr", "solver_batch_size"):
-        flag = f"--{name.replace('_', '-')}"
-        if getattr(args, name) is not None and args.solver == "lbfgs":
-            raise UserError(f"{flag} is for sgd and adamw; leave it out, or choose --solver.")
-        if getattr(args, name) is None:
-            setattr(args, name, recipe.get(name))
-        elif getattr(args, name) <= 0:
-            raise UserError(f"{flag} must be more than 0.")
-    for name in ("max_iterations", "tolerance", "max_train_samples"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be more than 0.")
-    if not 0 < args.held_out < 1:
-        raise UserError("--held-out must be between 0 and 1, such as 0.1.")
-    if args.feature_memory is not None and args.feature_memory < 0:
-        raise UserError("--feature-memory must be 0 (always read from disk) or more.")
-    if args.cache is None:
-        if args.results.lower() == "none":
-            raise UserError("--results none leaves no place for the features; name one with --cache.")
-        args.cache = str(Path(args.results, "features"))
-    if Path(args.cache).exists() and not Path(args.cache).is_dir():
-        raise UserError(f"--cache {args.cache} is a file; name a folder.")
-
-
-def load_jobs(args: argparse.Namespace) -> list[Splits]:
+def load_jobs(args: LinearProbeOptions) -> list[Splits]:
     """The splits of each `--data`, and the sets of `--also` with the one whose classes they have.
 
     Raises:
@@ -169,7 +161,7 @@ def load_jobs(args: argparse.Namespace) -> list[Splits]:
     return jobs
 
 
-def load_splits(args: argparse.Namespace, spec: str) -> Splits:
+def load_splits(args: LinearProbeOptions, spec: str) -> Splits:
     """The splits of one `--data`.
 
     Raises:
@@ -218,7 +210,7 @@ class Probe:
     """One probe: its training data, its test sets, and where things are kept. All methods are collective."""
 
     def __init__(
-        self, args: argparse.Namespace, loaded: LoadedModel, splits: Splits, results: Results, ranks: Ranks
+        self, args: LinearProbeOptions, loaded: LoadedModel, splits: Splits, results: Results, ranks: Ranks
     ):
         self.args, self.loaded, self.splits, self.results, self.ranks = args, loaded, splits, results, ranks
         self.num_classes = len(splits.train.classnames)
@@ -264,7 +256,7 @@ class Probe:
             cache=Path(args.cache),
             ranks=self.ranks,
             settings=encode_settings(args, f"{data.name} ({data.split})"),
-            compiled=args.compile,
+            compiled=args.torchcompile,
         )
 
     def classifier(self) -> tuple[LinearClassifier, dict]:
@@ -413,15 +405,6 @@ def _free_memory(device: torch.device) -> float:
     except (OSError, StopIteration):  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return available / 2 / processes
-
-
-def _regularisation(text: str) -> float | str:
-    if text == SWEEP:
-        return SWEEP
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {SWEEP!r}") from None
 
 
 if __name__ == "__main__":

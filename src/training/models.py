@@ -23,7 +23,6 @@ from open_clip_elip.reduction import drop_alternatives
 from . import checkpoint
 from .distributed import Ranks
 from .errors import UserError
-from .options.params import reduction_overrides
 from .sharding import shard
 
 
@@ -34,7 +33,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         UserError: unknown model, weights that do not fit, or a tower that cannot be reduced.
     """
     model_kwargs = {}
-    if args.siglip:  # the SigLIP paper's start values
+    if getattr(args, "siglip", False):  # the SigLIP paper's start values
         model_kwargs |= {"init_logit_scale": math.log(10), "init_logit_bias": -10}
     reduction = reduction_config(args)
     if reduction is not None:
@@ -56,7 +55,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
             image_std=args.image_std,
             image_interpolation=args.image_interpolation,
             image_resize_mode=args.image_resize_mode,
-            aug_cfg=args.aug_cfg,
+            aug_cfg=getattr(args, "aug_cfg", None),
             pretrained_image=args.pretrained_image,
             cache_dir=args.cache_dir,
             load_weights=not replaced,
@@ -68,15 +67,15 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         )
     if replaced:
         load_replacement(model, args.pretrained)
-    if args.full_tokens_last is not None and not hasattr(model, "reduction"):
+    if getattr(args, "full_tokens_last", None) is not None and not hasattr(model, "reduction"):
         raise UserError(f"--full-tokens-last needs a model with token reduction; {args.model} has none.")
     model = with_shortcuts(model) if type(model) in SHORTCUT else model
     model.shortcuts = args.shortcuts
-    if args.lock_image:
+    if getattr(args, "lock_image", False):
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
         )
-    if args.lock_text:
+    if getattr(args, "lock_text", False):
         model.lock_text_tower(
             unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=args.lock_text_freeze_layer_norm
         )
@@ -86,24 +85,22 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 
 
 def reduction_config(args: argparse.Namespace) -> dict | None:
-    """The model's own token reduction with the flags on top; None leaves the model as its configuration says."""
+    """The model's own token reduction with the option on top; None leaves the model as its configuration says."""
     schema, identifier = open_clip.factory.parse_model_name(args.model)
     if schema is None:
         check_model_name(identifier.replace("/", "-"))
-    overrides = reduction_overrides(args)
-    if args.token_reduction is None and not overrides:
-        return None
-    if args.token_reduction == "none":  # the baseline of a recipe: its other reduction options no longer matter
-        return {"method": "none"}
+    changes = args.token_reduction
+    if changes is None or changes.get("method") == "none":
+        return changes
     own = own_reduction(args.model)
-    method = args.token_reduction or own.get("method")
+    method = changes.get("method", own.get("method"))
     if method is None:
         raise UserError(
-            f"{args.model} has no token reduction for {', '.join(overrides)} to change; "
-            "add --token-reduction elip, or another."
+            f"{args.model} has no token reduction for {', '.join(changes)} to change; name a method, as in "
+            "--token-reduction elip."
         )
     base = dict(own) if own.get("method") == method else {}
-    return {**drop_alternatives(base, overrides), "method": method, **overrides}
+    return {**drop_alternatives(base, changes), "method": method, **changes}
 
 
 def replaces_weights(model: str, pretrained: str | None) -> bool:

@@ -63,7 +63,8 @@ class Plan:
 
         total = steps(args.epochs, "epochs") if args.duration is None else steps(args.duration, "steps")
         cooldown = None if args.epochs_cooldown is None else steps(args.epochs_cooldown, "epochs")
-        full_tokens = 0 if args.full_tokens_last is None else steps(args.full_tokens_last, "steps", total)
+        last = getattr(args, "full_tokens_last", None)
+        full_tokens = 0 if last is None else steps(last, "steps", total)
         return cls(
             args.batch_size, args.accum_freq, world_size, args.workers, steps_per_epoch, reference_batch,
             reference_epoch, total, steps(args.warmup, "steps", total), cooldown, full_tokens,

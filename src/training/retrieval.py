@@ -8,9 +8,8 @@ docs/retrieval.md says what `--data` may be and what is measured.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,19 +17,18 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor
 from tqdm import tqdm
 
+from .command import run_command
 from .distributed import Ranks, end
-from .errors import UserError
+from .evaluation.options import EvaluationOptions
+from .options.parser import FILE, POSITIVE_COUNT, forbid, one_of, option
 from .data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
 from .evaluation.command import (
     LoadedModel,
-    Parser,
-    add_common_options,
     described,
     encode_settings,
     image_encoder,
     load_model,
     open_results,
-    run_command,
     table,
 )
 from .evaluation.passes import EncodeSettings, Halving, ImagePass, collect
@@ -119,18 +117,35 @@ def encode_captions(
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+@dataclass
+class RetrievalOptions(EvaluationOptions, title="captions", command="training.retrieval"):
+    data: list[str] = option(
+        [], "A data set's folder (coco=DIR, flickr30k=DIR), a JSON or CSV file of captions, or webdataset shards.",
+        metavar="[NAME=]PATH", nargs="+", path=True)
+    split: str | None = option(None, "Of the data set, several joined with +. Without it: test, if there are splits.")
+    images: Path | None = option(
+        None, "The pictures, if they are not beside the captions.", FILE, metavar="DIR", path=True)
+    captions_per_image: int | None = option(
+        None, "Take no more than the first N captions of each image.", POSITIVE_COUNT)
+    equal_captions_are_hits: bool = option(False, "A caption is right for every image that has one with the same text.")
+    txt_captions: str | None = option(
+        None, "What a .txt in shards is: a caption a line, or one.", one_of("lines", "whole"))
+    csv_separator: str | None = option(None, "Of a CSV file. Without it: a tab if its header has one, else a comma.")
+    csv_img_key: str = option("filepath", "CSV column with the images.", metavar="COLUMN")
+    csv_caption_key: str = option("title", "CSV column of captions.", metavar="COLUMN")
+
+    def check(self) -> None:
+        forbid(self.download, "--download fetches no captioned images; get the data from its site and name its folder.")
+        several = self.images is not None and len(self.data) > 1
+        forbid(several, f"--images is the folder of one set's pictures, but --data names {len(self.data)}; run each.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one sentence on stderr."""
-    return run_command(_parser(), _work, argv)
+    return run_command(RetrievalOptions, _work, argv, __doc__)
 
 
-def _work(args: argparse.Namespace, ranks: Ranks) -> str:
-    if args.download:
-        raise UserError("--download fetches no captioned images; get the data from its site and name its folder.")
-    if args.captions_per_image is not None and args.captions_per_image < 1:
-        raise UserError(f"--captions-per-image must be at least 1, not {args.captions_per_image}.")
-    if args.images is not None and len(args.data) > 1:
-        raise UserError(f"--images is the folder of one set's pictures, but --data names {len(args.data)}; run each.")
+def _work(args: RetrievalOptions, ranks: Ranks) -> str:
     options = CaptionOptions(
         split=args.split,
         images=args.images,
@@ -156,7 +171,7 @@ def _work(args: argparse.Namespace, ranks: Ranks) -> str:
     return f"{loaded.name} {loaded.pretrained or ''}\n{table(rows)}\nTR: image to text, IR: text to image{equal}"
 
 
-def _what(args: argparse.Namespace, loaded: LoadedModel, data: CaptionedImages) -> dict:
+def _what(args: RetrievalOptions, loaded: LoadedModel, data: CaptionedImages) -> dict:
     what = described(args, "retrieval", loaded)
     own = {
         "equal_captions_are_hits": args.equal_captions_are_hits,
@@ -172,7 +187,7 @@ def _what(args: argparse.Namespace, loaded: LoadedModel, data: CaptionedImages) 
 
 
 def _evaluate(
-    args: argparse.Namespace, ranks: Ranks, loaded: LoadedModel, data: CaptionedImages
+    args: RetrievalOptions, ranks: Ranks, loaded: LoadedModel, data: CaptionedImages
 ) -> tuple[dict[str, float], dict]:
     """The metrics of a result, and what else is kept with it."""
 
@@ -190,27 +205,6 @@ def _evaluate(
         equal_captions_are_hits=args.equal_captions_are_hits,
     )
     return metrics, {"skipped": skipped, "left_out": data.left_out}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m training.retrieval", description=__doc__.partition("\n")[0])
-    add_common_options(
-        parser,
-        data_help="a data set's folder (coco=DIR, flickr30k=DIR), a JSON or CSV file of captions, or webdataset shards",
-    )
-    add = parser.add_argument
-    add("--split", help="of the data set, several joined with + (default: test, where there are splits)")
-    add("--images", type=Path, metavar="DIR", help="the pictures, if they are not beside the captions")
-    add("--captions-per-image", type=int, metavar="N", help="take no more than the first N captions of each image")
-    add(
-        "--equal-captions-are-hits", action="store_true",
-        help="a caption is right for every image that has one with the same text",
-    )  # fmt: skip
-    add("--txt-captions", choices=["lines", "whole"], help="what a .txt in shards is: a caption a line, or one")
-    add("--csv-separator", metavar="TEXT", help="of a CSV file (default: a tab if its header has one, else a comma)")
-    add("--csv-img-key", default="filepath", metavar="COLUMN", help="CSV column with the images (default: %(default)s)")
-    add("--csv-caption-key", default="title", metavar="COLUMN", help="CSV column of captions (default: %(default)s)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
@@ -20,21 +20,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import checkpoint
+from .command import run_command
 from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.pairs import evaluation_mode
 from .evaluation.command import (
     LoadedModel,
-    Parser,
-    add_common_options,
     described,
     encode_settings,
     image_encoder,
     load_model,
     open_results,
-    run_command,
     table,
 )
+from .evaluation.options import EvaluationOptions
+from .options.parser import FILE, one_of, option
 from .data.sets.registry import load_data
 from .evaluation.passes import EncodeSettings, ImagePass, all_skipped
 from .data.sets.folders import read_lines, read_templates
@@ -193,12 +193,21 @@ def run_zero_shot_suite(
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+@dataclass
+class ZeroShotOptions(EvaluationOptions, title="classes and prompts", command="training.zero_shot"):
+    split: str = option("test", "Split of the data.", one_of("train", "val", "test"))
+    templates: str | None = option(
+        None, "Prompts: OpenAI's 80 for ImageNet, its 7 best, or one a line with {} for the name. Without it: those of "
+        "the data.", metavar="openai|simple|FILE")
+    classnames: Path | None = option(None, "Names, one a line, instead of the data's own.", FILE, path=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one sentence on stderr."""
-    return run_command(_parser(), evaluate, argv)
+    return run_command(ZeroShotOptions, evaluate, argv, __doc__)
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks) -> str:
+def evaluate(args: ZeroShotOptions, ranks: Ranks) -> str:
     """Evaluates on each data set that is not finished yet; returns the table of all."""
     results = open_results(args, ranks)
     with ranks.agree():
@@ -254,7 +263,7 @@ def cached_classifier(
     return classifier
 
 
-def _with_prompts(data: LabelledImages, args: argparse.Namespace) -> LabelledImages:
+def _with_prompts(data: LabelledImages, args: ZeroShotOptions) -> LabelledImages:
     """With the names and templates of the flags in place of the data set's own."""
     if args.classnames is not None:
         if not args.classnames.is_file():
@@ -282,19 +291,6 @@ def _row(name: str, metrics: dict[str, float]) -> tuple[str, ...]:
     accuracies = [f"{metrics[key]:.2%}" for key in ("top1", "top5", "mean_per_class_recall")]
     chance = f"{1 / metrics['classes']:.2%}"
     return (name, f"{metrics['num_samples']:,}{skipped}", f"{metrics['classes']:,}", *accuracies, chance)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m training.zero_shot", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add_common_options(parser, data_help="data sets (docs/evaluation_data.md), such as imagenet=/data/imagenet")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
-    parser.add_argument(
-        "--templates",
-        metavar="openai|simple|FILE",
-        help="prompts: OpenAI's 80 for ImageNet, its 7 best, or one a line with {} for the name; default: the data's",
-    )
-    parser.add_argument("--classnames", type=Path, metavar="FILE", help="names, one a line, instead of the data's own")
-    return parser
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FLOPS = {"none": 4.0, "random": 2.0}  # others 3
 
 
 def flops(options) -> float:
-    return FLOPS.get(options.get("token-reduction"), 3.0)
+    return FLOPS.get(options.get("token-reduction", {}).get("method"), 3.0)
 
 
 def expanded(study):
@@ -48,7 +48,8 @@ def test_the_committed_study_has_all_that_it_should():
         assert {c.name for c in tables[name].cells} == {
             "none", "elip", "elip-depth1", "evit", "tome", "random", "random-unmasked", "adaptive",
         }  # fmt: skip
-    points = {(float(c.options.get("lam", 0.6)), c.options.get("text-scale", "match")) for c in tables["lam"].cells}
+    settings = [cell.options.get("token-reduction", {}) for cell in tables["lam"].cells]
+    points = {(float(s.get("lam", 0.6)), s.get("text_scale", "match")) for s in settings}
     assert {lam for lam, _ in points} == {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
     assert len(tables["schedule"].cells) == 6
     default = of_cell["steps/elip", 0]
@@ -75,7 +76,7 @@ def test_matched_compute_and_matched_rrt():
     assert of_cell["steps/random", 0].samples == study.samples
     assert of_cell["compute/random", 0].samples == 2 * study.samples
     assert of_cell["compute/elip", 0].samples == round(study.samples * 4 / 3 / 64) * 64
-    assert of_cell["steps/evit", 0].options["target-rrt"] == 0.282051
+    assert of_cell["steps/evit", 0].options["token-reduction"]["target_rrt"] == 0.282051
 
 
 def test_any_changed_setting_is_another_run():
@@ -88,8 +89,12 @@ def test_any_changed_setting_is_another_run():
 
 
 def test_words():
-    options = {"merge": False, "fsdp": True, "keep-ratio": [1.0, 0.5], "text-scale": "none"}
-    assert cells.words(options) == ["--no-merge", "--fsdp", "--keep-ratio", "1.0", "0.5", "--text-scale", "none"]
+    options = {"siglip": False, "fsdp": True, "image-mean": [1.0, 0.5], "warmup": "10%"}
+    assert cells.words(options) == ["--no-siglip", "--fsdp", "--image-mean", "1.0", "0.5", "--warmup", "10%"]
+    reduction = {"method": "elip", "keep_ratio": [1, 0.5], "merge": False, "text_scale": "none"}
+    words = ["--token-reduction", "elip", "keep_ratio=[1,0.5]", "merge=False", "text_scale=none"]
+    assert cells.words({"token-reduction": reduction}) == words
+    assert cells.words({"token-reduction": {"lam": 0.5}}) == ["--token-reduction", "lam=0.5"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def write_configs(folder: Path, tables: dict, samples: int = 16, seeds=(0,), dat
 
 # --------------------------------------------------------------------------------------------------------------- report
 
-TABLE = {"steps": {"title": "Methods", "reference": "none", "cells": {"none": {"token-reduction": "none"}, "elip": {}}}}
+TABLE = {"steps": {"title": "Methods", "reference": "none", "cells": {"none": {"token-reduction": {"method": "none"}}, "elip": {}}}}
 TOP1 = {"steps/none": (0.5, 0.4, 0.6), "steps/elip": (0.45, 0.35, 0.54)}
 
 
@@ -197,7 +202,7 @@ def test_profile_log_and_study_count_alike(method, data, tmp_path):
 
     study = cells.load_study(write_configs(tmp_path, TABLE, data=str(data)))
     setting = run.Setting(study, tmp_path / "out")
-    job = cells.Run("x", {"token-reduction": method}, 0, 16, 1, ["steps/x"])
+    job = cells.Run("x", {"token-reduction": {"method": method}}, 0, 16, 1, ["steps/x"])
     assert run.trainer.main(run.command_line(job, setting)) == 0
     row = run.read_training(setting.out / "runs" / "x")
     with (setting.out / "runs" / "x" / "train.csv").open() as file:
@@ -320,14 +325,15 @@ def test_all_methods_begin_alike(data, tmp_path):
     from training.distributed import seed_everything
     from training.evaluation.command import hash_weights
     from training.models import build_model
-    from training.options.params import parse_args
+    from training.options import parse
+    from training.tasks.contrastive import PretrainingOptions
 
     study = cells.load_study(write_configs(tmp_path, TABLE, data=str(data)))
     found = set()
-    others = [{"token-reduction": name} for name in ("none", "adaptive", "evit", "tome", "random")]
-    for options in ({}, {"lam": 1.0, "merge": False}, *others):
+    others = [{"token-reduction": {"method": name}} for name in ("none", "adaptive", "evit", "tome", "random")]
+    for options in ({}, {"token-reduction": {"lam": 1.0, "merge": False}}, *others):
         line = run.command_line(cells.Run("x", options, 3, 16, 1, ["steps/x"]), run.Setting(study, tmp_path))
-        args = parse_args(line)
+        args = parse(PretrainingOptions, line)
         seed_everything(args.seed)
         model, preprocess, _, tokenizer = build_model(args, torch.device("cpu"))
         seed_everything(args.seed)
@@ -337,7 +343,7 @@ def test_all_methods_begin_alike(data, tmp_path):
 
 
 def test_a_failing_run_is_told_and_the_others_go_on(tmp_path, data):
-    cell = {"bad": {"lam": 7.0}, "none": {"token-reduction": "none"}}
+    cell = {"bad": {"token-reduction": {"lam": 7.0}}, "none": {"token-reduction": {"method": "none"}}}
     table = {"title": "T", "reference": "none", "cells": cell}
     configs = write_configs(tmp_path, {"steps": table}, samples=8, data=str(data))
     done = study_command("--configs", configs, "--out", tmp_path / "out", "--results", tmp_path / "results")

@@ -21,7 +21,8 @@ from training.data.report import DataReport
 from training.data.shards import read_shard
 from training.data.sets.captioned import CaptionOptions, load_captions
 from training.main import main as train
-from training.options.params import parse_args, resolved_config
+from training.options import parse, resolved
+from training.tasks.contrastive import PretrainingOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "finetune"
@@ -183,14 +184,14 @@ def test_recipe(name, epochs, monkeypatch):
     """ALBEF's settings, a global batch of 256; all else is the default."""
     monkeypatch.setenv("DATA", "/some where")
     monkeypatch.setenv("PRETRAINED", "epoch_32.pt")
-    args = parse_args(["--config", str(CONFIGS / f"retrieval_{name}.yaml")])
+    args = parse(PretrainingOptions, ["--config", str(CONFIGS / f"retrieval_{name}.yaml")])
     assert (args.epochs, args.lr, args.wd, args.warmup, 4 * args.batch_size) == (epochs, 1e-5, 0.02, 0, 256)
     assert args.train_data == f"/some where/{name}/retrieval_train.csv"
     assert args.val_data == f"/some where/{name}/retrieval_val.csv"
     assert (args.pretrained, args.token_reduction) == ("epoch_32.pt", "none")
     assert args.model in open_clip.list_models()
-    recipe = resolved_config(args)
-    default = resolved_config(parse_args(["--train-data", "x.csv", "--model", args.model]))
+    recipe = resolved(args)
+    default = resolved(parse(PretrainingOptions, ["--train-data", "x.csv", "--model", args.model]))
     own = {"epochs", "lr", "wd", "warmup", "train_data", "val_data", "pretrained", "token_reduction"}
     assert {key for key in recipe if recipe[key] != default[key]} == own
 

@@ -16,9 +16,10 @@ from training.control import EXIT_INTERRUPTED
 from training.distributed import Ranks
 from training.errors import UserError
 from training.data.sets.registry import load_data
-from training.finetune import FINETUNING, class_numbers, finetuning, main, share_of
+from training.finetune import class_numbers, finetuning, main
 from training.finetune import LabelledRows as Rows
-from training.options.params import parse_args, resolved_config
+from training.options import parse, resolved
+from training.tasks.classification import FinetuningOptions
 from training.trainer import Trainer
 
 from ..processes import torchrun
@@ -108,7 +109,7 @@ def test_a_run_learns_and_what_it_leaves(run, data, pretrained, shifted, tmp_pat
 def test_token_reduction_is_only_there_by_flag(run, data, pretrained, tmp_path):
     assert {float(row["rrt"]) for row in rows(run("--epochs", "1"))} == {0}
     for model in ("Tiny", "Tiny-ELIP"):
-        folder = run("--epochs", "1", "--vision-guided-reduction", "--scoring-depth", "1", model=model, name=model)
+        folder = run("--epochs", "1", "--vision-guided-reduction", "--token-reduction", "scoring_depth=1", model=model, name=model)
         assert float(rows(folder)[0]["rrt"]) == pytest.approx(1 - (17 + 16 + 3 * 12 + 8) / (6 * 17))
     assert_equal_weights(*(weights(tmp_path / n / "checkpoints" / "epoch_1.pt") for n in ("Tiny", "Tiny-ELIP")))
 
@@ -299,7 +300,7 @@ def test_what_the_flags_say_is_what_is_done(data, shifted, pretrained, tmp_path)
         "--crop-scale", "0.3", "0.9", "--crop-ratio", "0.8", "1.1", "--hflip", "0.4", "--color-jitter", "0.2",
         "--random-erasing", "0.6", "--erasing-mode", "rand", "--train-interpolation", "bilinear",
     ]  # fmt: skip
-    args = parse_args(finetune_command(data, tmp_path, pretrained, *flags), FINETUNING)
+    args = parse(FinetuningOptions, finetune_command(data, tmp_path, pretrained, *flags))
     parts = finetuning(args, Ranks(torch.device("cpu")), None)
     mix = parts.task.mix
     assert (mix.num_classes, mix.mixup, mix.cutmix, mix.prob, mix.switch_prob, mix.smoothing) == (
@@ -317,17 +318,9 @@ def test_what_the_flags_say_is_what_is_done(data, shifted, pretrained, tmp_path)
         assert part in transform
 
 
-def test_the_global_batch_is_shared():
-    assert share_of(1024, 8, 2) == 64
-    for world_size, accum_freq in ((3, 1), (1024, 2)):
-        with pytest.raises(UserError, match="The global batch of 1024 cannot be divided by"):
-            share_of(1024, world_size, accum_freq)
-
-
 def test_the_global_batch_gives_way_to_the_batch_size(run):
     argv = ["--global-batch", "12", "--epochs", "1"]
     assert yaml.safe_load((run(*argv) / "config.yaml").read_text())["batch_size"] == 6
-    assert parse_args(["--data", "x", "--model", "a", "--pretrained", "b"], FINETUNING).batch_size == 64
 
 
 RECIPES = {
@@ -341,7 +334,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe, run):
     path = str(Path(__file__).parents[2] / "configs" / "finetune" / recipe)
-    args = parse_args(["--config", path, "--model", "a", "--pretrained", "b", "--data", "c"], FINETUNING)
+    args = parse(FinetuningOptions, ["--config", path, "--model", "a", "--pretrained", "b", "--data", "c"])
     names = ("epochs", "lr", "wd", "layer_decay", "mixup", "cutmix", "ema_decay", "drop_path", "global_batch")
     assert tuple(getattr(args, name) for name in names) == RECIPES[recipe] and args.batch_size is None
     assert run("--config", path, "--epochs", "1").is_dir()
@@ -352,27 +345,25 @@ def test_the_configuration_of_a_run_is_read_back(data):
         "--data", "colours=$x", "--also", "a=~/$y", "b", "--model", "m", "--pretrained", "p",
         "--crop-scale", "0.5", "1", "--mixup", "0.8", "--no-download",
     ]  # fmt: skip
-    args = parse_args(words, FINETUNING)
-    config = resolved_config(args, FINETUNING)
+    args = parse(FinetuningOptions, words)
+    config = resolved(args)
     assert "train_data" not in config and "siglip" not in config
     path = data / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    assert vars(parse_args(["--config", str(path)], FINETUNING)) == vars(args)
+    assert parse(FinetuningOptions, ["--config", str(path)]) == args
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--siglip"], "--siglip belongs to the contrastive losses of pre-training: leave it out."),
-        (["--lam", "0.5"], "--lam weighs the image against its caption, and fine-tuning has none: leave it out."),
-        (["--train-data", "x.tar"], "--train-data is for image-text pairs: name the labelled images with --data NAME="),
-        (["--lock-image"], "--lock-image locks a tower"),
-        (["--aug-cfg", "scale=(0.4,1.0)", "use_timm=True"], "--aug-cfg is for pre-training: use --crop-scale"),
+        (["--siglip"], "--siglip is an option of training.main (loss), not of training.finetune."),
+        (["--token-reduction", "lam=0.5", "--vision-guided-reduction"], "lam weighs the image against its caption"),
+        (["--train-data", "x.tar"], "--train-data is an option of training.main (training data)"),
         (["--wise-ft"], "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot."),
         (["--evaluate"], "--evaluate needs a checkpoint of fine-tuning in --resume, or --head zero-shot."),
         (["--wise-ft", "--evaluate", "--head", "zero-shot"], "--wise-ft needs the fine-tuned weights: give their ch"),
         (["--results", __file__], "is a file; name a folder."),
-        (["--keep-ratio", "1", "0.5"], "--keep-ratio needs --vision-guided-reduction"),
+        (["--token-reduction", "keep_ratio=1,.5"], "--token-reduction needs --vision-guided-reduction"),
         (["--auto-augment", "v0", "--color-jitter", "0.4"], "--color-jitter has no effect with --auto-augment"),
         (["--auto-augment", "rand-x9"], "timm knows no augmentation policy 'rand-x9'"),
         (["--crop-scale", "1", "0.5"], "--crop-scale takes the smaller number first, not 1 0.5."),

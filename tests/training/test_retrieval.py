@@ -219,9 +219,9 @@ def test_equals_clip_benchmark(model, noise_set, tmp_path):
         ("mute.json", [], "has no caption for any of 1 images"),
         ("flickr30k", ["--images", "nowhere"], "There is no folder nowhere; correct --images"),
         ("flickr30k", ["--images", ".", "--data", "a", "b"], "--data names 2; run each"),
-        ("flickr30k", ["--captions-per-image", "0"], "--captions-per-image must be at least 1"),
+        ("flickr30k", ["--captions-per-image", "0"], "--captions-per-image must be a whole number of at least 1"),
         ("flickr30k", ["--download"], "--download fetches no captioned images"),
-        ("flickr30k", ["--batch-size", "0"], "--batch-size must be at least 1"),
+        ("flickr30k", ["--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
     ],
 )
 def test_mistakes(model, noise_set, tmp_path, monkeypatch, capsys, data, flags, message):

@@ -382,7 +382,7 @@ class TestCommand:
             ({"--pretrained": "shape.pt"}, "ln_final.weight"),
             ({"--results": "bare.pt"}, "--results bare.pt is a file"),
             ({"--results": ""}, "--results is empty"),
-            ({"--batch-size": "0"}, "--batch-size must be at least 1"),
+            ({"--batch-size": "0"}, "--batch-size must be a whole number of at least 1"),
             ({"--device": "abacus"}, "There is no device 'abacus'"),
             ({"--templates": "mine"}, "--templates mine is neither a file nor one of openai, simple"),
             ({"--classnames": "mine"}, "There is no file mine"),
@@ -399,10 +399,9 @@ class TestCommand:
         assert not (tmp_path / "results").exists()
 
     def test_an_unknown_flag(self, capsys):
-        with pytest.raises(SystemExit) as ended:
-            zero_shot.main(["--data", "x", "--precison", "fp32"])
+        assert zero_shot.main(["--data", "x", "--precison", "fp32"]) == 2
         err = capsys.readouterr().err
-        assert ended.value.code == 2 and err.startswith("error: ") and "--precison" in err and err.count("\n") == 1
+        assert err.startswith("error: ") and "--precison" in err and err.count("\n") == 1
 
     def test_cuda_where_there_is_none(self, tmp_path, checkpoints, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,103 @@ from ..errors import UserError
 from ..evaluation.pairs import evaluation_mode
 from ..evaluation.passes import EncodeSettings, ImagePass, collect
 from ..evaluation.scores import score
-from .augment import Mix
+from ..options import TrainingOptions
+from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
+from ..options.parser import COUNT, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, Section, forbid, one_of, option
+from .augment import AugmentationOptions, Mix
 from .base import Batch, Progress, Task, is_due
 
 RANDOM_STD = 2e-5  # of a random head's weights: so small that the first loss is ln(C), whatever the features
+
+
+@dataclass
+class LabelledDataOptions(Section, title="labelled data"):
+    data: str | None = option(
+        None, "Data set to train on (its training split) and to evaluate on (its test split): NAME=PATH, or PATH where "
+        "the files tell which it is.", metavar="[NAME=]PATH", path=True)
+    test_data: str | None = option(
+        None, "Another place for the test split of --data.", metavar="[NAME=]PATH", path=True)
+    also: list[str] = option(
+        [], "More data sets to evaluate on, with the classes of --data or, for ImageNet, some of them (imagenet-v2, "
+        "imagenet-r, ...).", metavar="[NAME=]PATH", nargs="+", path=True)
+    download: bool = option(False, "Let torchvision download a data set that is not there.")
+    on_broken: str = option("skip", "A test image that cannot be read: leave it out, or stop.", one_of("skip", "stop"))
+    evaluate: bool = option(
+        False, "Train nothing: evaluate the checkpoint of --resume, or the zero-shot head without one.")
+    val_frequency: int = option(1, "Evaluate every N epochs and after the last; 0: never.", COUNT)
+    results: str = option(
+        "results", "Folder of the final results, one file a data set, with a summary of all; 'none' keeps none.",
+        metavar="DIR", path=True)
+
+
+@dataclass
+class ClassificationOptions(Section, title="classifier"):
+    head: str = option(
+        "random", "How the linear head begins: at random, on the pooled features before the projection; or as the "
+        "zero-shot classifier, on the projected features.", one_of("random", "zero-shot"))
+    drop_path: float = option(
+        0.0, "Stochastic depth: the rate at which the last block's branches are dropped; less before it.",
+        FRACTION_BELOW_1)
+    vision_guided_reduction: bool = option(
+        False, "Reduce tokens in fine-tuning and its evaluation too, guided by the image alone.")
+    wise_ft: bool = option(
+        False, "At the end, evaluate the weights between the zero-shot classifier and the fine-tuned one (0 to 1 by "
+        "0.1). Needs --head zero-shot.")
+
+
+@dataclass
+class FinetuningOptions(
+    LabelledDataOptions, ClassificationOptions, AugmentationOptions, ModelOptions, TokenReductionOptions, ImageOptions,
+    TrainingOptions,
+    command="training.finetune",
+):  # fmt: skip
+    model: str | None = None
+    force_patch_dropout: float | None = 0.0
+    epochs: int = 10
+    lr: float | None = option(None, "Highest learning rate. Without it: 1e-3 (timm's have no default).", POSITIVE)
+    beta2: float | None = option(None, "Adam's second beta. Without it: 0.999.", FRACTION_BELOW_1)
+    eps: float | None = option(None, "Adam's epsilon. Without it: 1e-8.", NOT_NEGATIVE)
+    wd: float = 0.1
+    warmup: int | str = "1ep"
+
+    @property
+    def trains(self) -> bool:
+        return not self.evaluate
+
+    def adam_defaults(self) -> dict[str, float]:
+        return {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+
+    def check(self) -> None:
+        forbid(self.data is None, "--data is missing: name the labelled images, as in --data cifar10=/data/cifar10.")
+        loads = self.evaluate and self.resume is not None
+        forbid(
+            self.model is None and not loads,
+            "--model is missing: give the model's name, and its checkpoint with --pretrained.",
+        )
+        forbid(
+            self.evaluate and self.resume is None and self.head != "zero-shot",
+            "--evaluate needs a checkpoint of fine-tuning in --resume, or --head zero-shot.",
+        )
+        own_weights = self.model is None or ":" in self.model  # local-dir:... and hf-hub:... bring them along
+        forbid(
+            not (own_weights or self.pretrained or self.pretrained_image or (loads and not self.wise_ft)),
+            "--pretrained is missing: give a checkpoint file of pre-training, or the name of pretrained weights.",
+        )
+        forbid(
+            self.wise_ft and self.model is not None and self.head != "zero-shot",
+            "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot.",
+        )
+        forbid(
+            self.wise_ft and self.evaluate and not loads,
+            "--wise-ft needs the fine-tuned weights: give their checkpoint in --resume.",
+        )
+        reduction = self.token_reduction or {}
+        forbid(
+            bool(reduction) and self.model is not None and not self.vision_guided_reduction,
+            "--token-reduction needs --vision-guided-reduction: else no token is removed.",
+        )
+        for name in sorted(reduction.keys() & {"lam", "text_scale"}):
+            raise UserError(f"{name} weighs the image against its caption, and fine-tuning has none: leave it out.")
 
 
 class Classifier(nn.Module):
@@ -174,7 +268,7 @@ class ClassificationTask(Task):
     """Cross entropy with soft targets.
 
     Args:
-        options: see `ClassificationOptions`; batch_size, workers, precision, progress and val_frequency are read too.
+        options: of the run.
         ranks: this process.
         mix: from images and labels to images and targets.
         data: what to evaluate on, by the prefix of its metrics; the first says which checkpoint is best.
@@ -183,7 +277,7 @@ class ClassificationTask(Task):
 
     def __init__(
         self,
-        options: ClassificationOptions,
+        options: FinetuningOptions,
         ranks: Ranks,
         mix: Mix,
         data: Mapping[str, LabelledImages],

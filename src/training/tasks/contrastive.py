@@ -1,11 +1,13 @@
-"""Contrastive pre-training on image-text pairs: its data, its loss, its evaluation."""
+"""Contrastive pre-training on image-text pairs: its options, its loss, its evaluation."""
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
+from open_clip import AugmentationCfg
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
@@ -17,15 +19,93 @@ from ..data import ValData
 from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..evaluation.pairs import evaluate_pairs
+from ..options import TrainingOptions
+from ..options.data import PairOptions
+from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
+from ..options.parser import COUNT, POSITIVE_COUNT, Section, forbid, one_of, option
+from ..options.run import DURATION
 from ..zero_shot import run_zero_shot_suite
 from .base import Batch, Cost, Engine, Progress, Task, is_due
+
+_COCA = "belongs to CoCa models, which this trainer does not train: leave it out"
+
+
+@dataclass
+class ContrastiveOptions(Section, title="loss"):
+    siglip: bool = option(False, "Train with SigLIP's pairwise sigmoid loss.")
+    loss_dist_impl: str | None = option(
+        None, "How SigLIP's loss exchanges features between processes. Without it: bidir.",
+        one_of("bidir", "shift", "reduce", "gather"))
+    local_loss: bool = option(
+        True, "Compute only this process's rows of the similarity matrix: the same loss for less memory. Belongs "
+        "together with --gather-with-grad; turn both off, or neither.")
+    gather_with_grad: bool = option(True, "Let gradients flow through features of other processes.")
+    distill_model: str | None = option(
+        None, "Teacher model for distillation; needs --distill-pretrained.", metavar="NAME")
+    distill_pretrained: str | None = option(
+        None, "Weights of the teacher: a tag or a file.", metavar="TAG|FILE", path=True)
+    full_tokens_last: int | str | None = option(
+        None, "Train with all tokens in the last part of the run (FLIP's unmasked tuning): steps, or with a unit: 1ep, "
+        "10%.", DURATION)
+    gone = dict.fromkeys(("coca_caption_loss_weight", "coca_contrastive_loss_weight"), _COCA)
+
+    def check(self) -> None:
+        forbid_coca("--distill-model", self.distill_model)
+        distills = self.distill_model is not None
+        both = "--distill-model and --distill-pretrained belong together: give both, or neither."
+        forbid(distills != (self.distill_pretrained is not None), both)
+        wrong = distills and self.accum_freq > 1
+        forbid(wrong, "--distill-model cannot be used with --accum-freq: leave one out.")
+        forbid(distills and self.siglip, "--distill-model needs the softmax loss: leave out --siglip.")
+        nothing = self.full_tokens_last is not None and (self.token_reduction or {}).get("method") == "none"
+        forbid(nothing, "--full-tokens-last has nothing to end with --token-reduction none: leave one out.")
+
+
+@dataclass
+class ValidationOptions(Section, title="evaluation"):
+    val_data: str | None = option(
+        None, "Image-caption pairs, in the formats of --train-data, for the validation loss and retrieval.",
+        metavar="SHARDS|FILE.csv", path=True, joined="::")
+    val_num_samples: int | None = option(
+        None, "Samples in --val-data, where that is not noted beside its shards.", POSITIVE_COUNT)
+    val_frequency: int = option(1, "Validate every N epochs and after the last; 0: never.", COUNT)
+    zeroshot_data: str | None = option(
+        None, "Labelled images for zero-shot classification: shards, or a folder with one sub-folder of images a "
+        "class; with a classnames.txt beside them.", metavar="DIR", path=True)
+    imagenet_val: str | None = option(
+        None, "ImageNet's validation images (a folder with one sub-folder a class).", metavar="DIR", path=True)
+    imagenet_v2: str | None = option(
+        None, "ImageNet-V2: one folder a class, named 0 to 999.", metavar="DIR", path=True)
+    zeroshot_frequency: int = option(2, "Classify zero-shot every N epochs and after the last; 0: never.", COUNT)
+
+
+@dataclass
+class PretrainingOptions(
+    PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, ImageOptions,
+    ContrastiveOptions, TrainingOptions,
+    command="training.main",
+):  # fmt: skip
+    @property
+    def trains(self) -> bool:
+        return bool(self.train_data) or self.dataset_type == "synthetic"
+
+    def check(self) -> None:
+        evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
+        forbid(
+            not (self.trains or evaluates),
+            "There is nothing to do: give --train-data to train, or --val-data, --zeroshot-data or --imagenet-val to "
+            "evaluate.",
+        )
+        known = [field.name for field in fields(AugmentationCfg)]
+        for key in self.aug_cfg:
+            forbid(key not in known, f"--aug-cfg has no setting {key!r}: it knows {', '.join(known)}.")
 
 
 class ContrastiveTask(Task):
     """Contrastive pre-training: InfoNCE (`ClipLoss`), or pairwise sigmoids with `--siglip`.
 
     Args:
-        options: see `ContrastiveOptions`; batch_size, precision, workers, torchcompile and accum_freq are read too.
+        options: of the run.
         ranks: this process.
         model: the bare model.
         tokenizer, transform: for zero-shot evaluation.
@@ -38,7 +118,7 @@ class ContrastiveTask(Task):
 
     def __init__(
         self,
-        options: ContrastiveOptions,
+        options: PretrainingOptions,
         ranks: Ranks,
         model: nn.Module,
         tokenizer: Callable,

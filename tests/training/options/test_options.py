@@ -1,8 +1,9 @@
-"""Flags, config files and their checks; compatibility is tested against the installed `open_clip_train.params`."""
+"""Options, config files and their checks; compatibility is tested against the installed `open_clip_train.params`."""
 
 import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,22 @@ import yaml
 from open_clip_train import params as openclip
 
 from training.errors import UserError
-from training.options.params import parse_args, reduction_overrides, resolved_config
+from training.options import Section, TrainingOptions, option, parse, resolved
+from training.options.model import reduction_of
+from training.retrieval import RetrievalOptions
+from training.tasks.classification import FinetuningOptions
+from training.tasks.contrastive import PretrainingOptions
+from training.zero_shot import ZeroShotOptions
 
-DOCS = Path(__file__).parents[2] / "docs" / "flags.md"
+DOCS = Path(__file__).parents[3] / "docs" / "flags.md"
 SYNTHETIC = ["--dataset-type", "synthetic"]  # the shortest command line that has something to do
-REFUSED = {"horovod", "use_bnb_linear", "torchscript", "trace"}
 COCA_WEIGHTS = {"coca_caption_loss_weight", "coca_contrastive_loss_weight"}
+REFUSED = {"horovod", "use_bnb_linear", "torchscript", "trace"} | COCA_WEIGHTS
 CHANGED = {"local_loss": True, "gather_with_grad": True}
 NEW_DEFAULTS = dict.fromkeys(
     [
-        "token_reduction", "stage_depths", "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth",
-        "target_rrt", "full_tokens_last", "spread", "keep_rate", "reduce_layers", "merge_per_layer", "prop_attn",
-        "zeroshot_data", "progress", "duration", "layer_decay", "ema_decay", "save_every_n_steps",
-        "save_every_n_minutes", "keep_last",
+        "token_reduction", "full_tokens_last", "global_batch", "zeroshot_data", "progress", "duration", "layer_decay",
+        "ema_decay", "save_every_n_steps", "save_every_n_minutes", "keep_last",
     ]
 ) | {
     "nonfinite": "stop", "allow_elastic": False, "fsdp": False, "stall_seconds": 60.0, "shortcuts": True,
@@ -86,9 +90,13 @@ def config(tmp_path):
     return write
 
 
-def complaint(argv: list[str]) -> str:
+def parse_args(argv: list[str]) -> PretrainingOptions:
+    return parse(PretrainingOptions, argv)
+
+
+def complaint(argv: list[str], options: type[Section] = PretrainingOptions) -> str:
     with pytest.raises(UserError) as error:
-        parse_args(argv)
+        parse(options, argv)
     return str(error.value)
 
 
@@ -115,7 +123,7 @@ def test_full_openclip_command_line_gives_openclips_values(openclip_parser):
         name: value for name, value in theirs.items() if name not in REFUSED
     }
     left_out = {a.dest for a in openclip_parser._actions if not set(a.option_strings) & set(FULL_COMMAND)}
-    assert left_out == {"help", "distill_model", "distill_pretrained"} | REFUSED | COCA_WEIGHTS
+    assert left_out == {"help", "distill_model", "distill_pretrained"} | REFUSED
 
 
 def test_distillation_flags():
@@ -131,7 +139,7 @@ def test_command_line_of_the_paper():
     assert (args.train_data, args.train_num_samples) == ("cc3m/{00000..00331}.tar::cc12m/{00000..01242}.tar", 2800000)
     assert (args.batch_size, args.lr, args.wd, args.epochs, args.warmup) == (440, 1e-3, 0.1, 32, 10000)
     assert (args.model, args.beta1, args.beta2, args.eps) == ("ViT-S-16-ELIP", 0.9, 0.98, 1e-6)
-    assert reduction_overrides(args) == {}
+    assert args.token_reduction is None
 
 
 @pytest.mark.parametrize(
@@ -177,19 +185,158 @@ def test_flag_that_starts_with_no_has_no_second_form():
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ([], {}),
-        (["--token-reduction", "elip"], {}),
-        (["--lam", "0"], {"lam": 0.0}),
-        (["--no-merge"], {"merge": False}),
-        (["--merge", "--keep-count", "9", "4"], {"merge": True, "keep_count": [9, 4]}),
-        (
-            "--stage-depths 2 4 --keep-ratio 1 .5 --text-scale none --scoring-depth 1".split(),
-            {"depths": [2, 4], "keep_ratio": [1.0, 0.5], "text_scale": "none", "scoring_depth": 1},
-        ),
+        ([], None),
+        (["elip"], {"method": "elip"}),
+        (["none"], {"method": "none"}),
+        (["lam=0"], {"lam": 0}),
+        (["tome", "r=8", "prop_attn=false"], {"method": "tome", "r": 8, "prop_attn": False}),
+        (["keep_ratio=1,.9,.65,.4"], {"keep_ratio": [1, 0.9, 0.65, 0.4]}),
+        (["keep_count=[9, 4]", "merge=True", "text_scale=none"], {"keep_count": [9, 4], "merge": True, "text_scale": "none"}),
     ],
 )
-def test_reduction_overrides_holds_what_was_given(words, expected):
-    assert reduction_overrides(parse_args([*SYNTHETIC, *words])) == expected
+def test_token_reduction(words, expected, config):
+    """The same on the command line, and as a text, a list of words or a mapping in a file; and back from there."""
+    argv = [*SYNTHETIC, *(["--token-reduction", *words] if words else [])]
+    assert parse_args(argv).token_reduction == expected
+    forms = [words, expected] + [" ".join(words)] * (" " not in "".join(words))
+    for form in forms if words else ():
+        file = config(yaml.safe_dump({"dataset-type": "synthetic", "token-reduction": form}))
+        assert parse_args(file).token_reduction == expected
+    assert parse_args(config(yaml.safe_dump(resolved(parse_args(argv))))).token_reduction == expected
+
+
+@pytest.mark.parametrize(
+    "words, instead",
+    [
+        (["--lam", "0.5"], "lam=0.5"),
+        (["--no-merge"], "merge=false"),
+        (["--prop-attn"], "prop_attn=true"),
+        (["--keep-ratio", "1", ".5"], "keep_ratio=1,.5"),
+        (["--stage-depths=2"], "depths=2"),
+        (["--reduce-layers", "4", "7"], "layers=4,7"),
+        (["--merge-per-layer", "8"], "r=8"),
+    ],
+)
+@pytest.mark.parametrize("options", [PretrainingOptions, FinetuningOptions])
+def test_what_token_reduction_took_over_says_its_new_spelling(options, words, instead):
+    flag = words[0].partition("=")[0]
+    assert complaint(words, options) == f"{flag} is written --token-reduction [METHOD] {instead} now."
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({}, None),
+        ({"token_reduction": "none", "lam": 0.5}, {"method": "none"}),
+        ({"token_reduction": "evit", "keep_rate": 0.5, "reduce_layers": [2], "lam": None},
+         {"method": "evit", "keep_rate": 0.5, "layers": [2]}),
+        ({"merge": False}, {"merge": False}),
+        ({"token_reduction": {"lam": 0.5}, "model": "x"}, {"lam": 0.5}),
+    ],
+)  # fmt: skip
+def test_token_reduction_of_runs_of_earlier_versions(config, expected):
+    assert reduction_of(config) == expected
+
+
+def test_config_of_a_run_of_an_earlier_version(config):
+    """Its settings of token reduction that were not given do no harm; one that was given says its new spelling."""
+    assert parse_args(config("val-data: v\nlam: null\nstage_depths:\ntoken_reduction: elip\n")).val_data == "v"
+    file = config("val-data: v\nkeep_ratio: [1.0, 0.5]\n")
+    assert complaint(file).endswith("--keep-ratio is written --token-reduction [METHOD] keep_ratio=1.0,0.5 now.")
+    assert complaint(config("merge: false")).endswith("--no-merge is written --token-reduction [METHOD] merge=false now.")
+
+
+# --- commands ---
+
+
+def test_a_section_alone_is_enough_for_a_part_of_the_trainer():
+    options = TrainingOptions(batch_size=8, lr=1e-2)
+    assert (options.batch_size, options.lr, options.beta1, options.beta2, options.eps) == (8, 1e-2, 0.9, 0.999, 1e-8)
+    assert options.seed == 0 and TrainingOptions().batch_size == 64
+
+
+def test_finetuning_has_its_own_defaults(capsys):
+    args = parse(FinetuningOptions, ["--data", "x", "--model", "ViT-B-16", "--pretrained", "y"])
+    assert (args.lr, args.beta1, args.beta2, args.eps, args.wd) == (1e-3, 0.9, 0.999, 1e-8, 0.1)
+    assert (args.epochs, args.warmup, args.batch_size, args.force_patch_dropout) == (10, "1ep", 64, 0.0)
+    with pytest.raises(SystemExit):
+        parse(FinetuningOptions, ["--help"], about="Fine-tunes.")
+    page = " ".join(capsys.readouterr().out.split())
+    for text in ("Fine-tunes.", "Without it: 1e-3", "Without it: 0.999.", "Without it: 1e-8.", "Default: 10."):
+        assert text in page
+    assert "5e-4" not in page and "--siglip" not in page and "optimisation:" in page
+
+
+@pytest.mark.parametrize(
+    "options, words, sentence",
+    [
+        (FinetuningOptions, ["--siglip"], "--siglip is an option of training.main (loss), not of training.finetune."),
+        (FinetuningOptions, ["--no-lock-image"],
+         "--no-lock-image is an option of training.main (locked towers), not of training.finetune."),
+        (PretrainingOptions, ["--mixup", "1"],
+         "--mixup is an option of training.finetune (augmentation), not of training.main."),
+        (PretrainingOptions, ["--templates=simple"],
+         "--templates is an option of training.zero_shot (classes and prompts), not of training.main."),
+        (ZeroShotOptions, ["--spilt", "val"], "Unknown option --spilt; did you mean --split?"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_command_says_where_it_belongs(options, words, sentence):
+    assert complaint(words, options) == sentence
+
+
+def test_an_option_of_another_command_in_a_file(config):
+    file = config("mixup: 0.5\n")
+    assert complaint(file) == (
+        f"--mixup in {file[1]} is an option of training.finetune (augmentation), not of training.main."
+    )
+
+
+def test_evaluation_commands_read_files_too(config, monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    text = "data: [imagenet=$DATA/in, cifar10=$DATA]\ndevice: cpu\ncompile: true\nclassnames: $DATA/names.txt\n"
+    args = parse(ZeroShotOptions, [*config(text), "--batch-size", "8"])
+    assert (args.data, args.device, args.batch_size) == (["imagenet=/data/in", "cifar10=/data"], "cpu", 8)
+    assert args.torchcompile is True and args.classnames == Path("/data/names.txt") and args.split == "test"
+    assert parse(ZeroShotOptions, config(yaml.safe_dump(resolved(args)))) == args
+    for words, expected in ((["--torchcompile"], True), (["--compile"], True), (["--compile", "--no-compile"], False)):
+        assert parse(ZeroShotOptions, ["--data", "x", *words]).torchcompile is expected
+    assert complaint([], RetrievalOptions).startswith("--data is missing")
+
+
+def test_the_batch_of_a_process():
+    assert parse_args(SYNTHETIC).batch_size == 64
+    args = parse_args([*SYNTHETIC, "--global-batch", "1024", "--accum-freq", "2"])
+    args.divide_global_batch(8)
+    assert args.batch_size == 64
+    args = parse_args([*SYNTHETIC, "--global-batch", "1024", "--batch-size", "6"])
+    args.divide_global_batch(8)
+    assert args.batch_size == 6
+    for world_size, accum_freq in ((3, 1), (1024, 2)):
+        args = parse_args([*SYNTHETIC, "--global-batch", "1024", "--accum-freq", str(accum_freq)])
+        with pytest.raises(UserError, match="The global batch of 1024 cannot be divided by"):
+            args.divide_global_batch(world_size)
+
+
+def test_checks_of_all_sections_run_and_defaults_can_be_declared_again():
+    ran = []
+
+    @dataclass
+    class One(Section, title="one"):
+        number: int = option(1, "A number.")
+
+        def check(self):
+            ran.append("one")
+
+    @dataclass
+    class Both(One, title="two"):
+        number: int = 2
+        many: list[str] = option([], "Many.", nargs="+")
+
+        def check(self):
+            ran.append("both")
+
+    assert parse(Both, []) == Both(2, []) and ran == ["both", "one"]
+    assert parse(Both, [], given={"many": ["a"]}) == Both(2, ["a"]) and Both().many is not Both().many
 
 
 def test_progress_is_undecided_unless_given():
@@ -260,7 +407,8 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--batch-size", "0"], "--batch-size must be a whole number of at least 1, not '0'."),
         (["--batch-size", "1.5"], "--batch-size must be a whole number of at least 1, not '1.5'."),
         (["--batch-size"], "--batch-size needs a value."),
-        (["--keep-ratio"], "--keep-ratio needs at least one value."),
+        (["--image-mean"], "--image-mean needs at least one value."),
+        (["--token-reduction", "tome", "8"], "--token-reduction must be given as key=value, not '8'."),
         (["--local-loss=true"], "--local-loss takes no value, but was given 'true'."),
         (["--epochs", "-1"], "--epochs must be a whole number of at least 0, not '-1'."),
         (["--workers", "-1"], "--workers must be a whole number of at least 0, not '-1'."),
@@ -276,17 +424,12 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--lr", "nan"], "--lr must be a number above 0, not 'nan'."),
         (["--wd", "inf"], "--wd must be a number of at least 0, not 'inf'."),
         (["--beta2", "1"], "--beta2 must be a number from 0 to 1, below 1, not '1'."),
-        (["--lam", "1.1"], "--lam must be a number from 0 to 1, not '1.1'."),
-        (["--keep-ratio", "1", "0"], "--keep-ratio must be a number from 0 to 1, above 0, not '0'."),
+        (["--layer-decay", "0"], "--layer-decay must be a number from 0 to 1, above 0, not '0'."),
         (["--image-std", "0"], "--image-std must be a number above 0, not '0'."),
         (["--image-mean", "0", "0"], "--image-mean takes one number, or three (red, green, blue)."),
         (["--image-std", "1", "1"], "--image-std takes one number, or three (red, green, blue)."),
         (["--force-image-size", "3", "3", "3"], "--force-image-size takes one number, or two (height, width)."),
         (["--dataset-type", "tar"], "--dataset-type must be one of webdataset, csv, synthetic, auto, not 'tar'."),
-        (
-            ["--token-reduction", "tomes"],
-            "--token-reduction must be one of elip, adaptive, evit, tome, random, none, not 'tomes'.",
-        ),
         (["--lr-scheduler", "step"], "--lr-scheduler must be one of cosine, const, const-cooldown, not 'step'."),
         (
             ["--precision", "fp8"],
@@ -332,8 +475,8 @@ def test_folder_of_a_local_model_may_be_called_anything():
             "--distill-model needs the softmax loss: leave out --siglip.",
         ),
         (
-            ["--keep-ratio", "1", "--keep-count", "9"],
-            "--keep-ratio and --keep-count say the same thing in two ways: give only one.",
+            ["--token-reduction", "none", "--full-tokens-last", "1ep"],
+            "--full-tokens-last has nothing to end with --token-reduction none: leave one out.",
         ),
     ],
 )
@@ -342,7 +485,7 @@ def test_bad_options_are_one_sentence(words, sentence):
 
 
 def test_values_at_the_edge_are_taken():
-    words = "--epochs 0 --workers 0 --warmup 0 --lam 1 --beta1 0 --keep-ratio 1 --save-frequency 0 --val-frequency 0"
+    words = "--epochs 0 --workers 0 --warmup 0 --beta1 0 --layer-decay 1 --save-frequency 0 --val-frequency 0"
     assert parse_args([*SYNTHETIC, *words.split(), "--seed", str(2**32 - 1)]).seed == 2**32 - 1
     args = parse_args([*SYNTHETIC, "--lr-scheduler", "const-cooldown", "--epochs", "3", "--epochs-cooldown", "3"])
     assert args.epochs_cooldown == 3
@@ -396,7 +539,7 @@ def test_help_is_grouped_and_complete(capsys, openclip_parser):
         assert re.search(f"^{re.escape(title)}", page, re.MULTILINE), title
     shown = set(re.findall(r"--[a-z][\w-]*", page))
     theirs = {flag for action in openclip_parser._actions for flag in action.option_strings if flag != "-h"}
-    hidden = {"--" + dest.replace("_", "-") for dest in REFUSED | COCA_WEIGHTS}
+    hidden = {"--" + dest.replace("_", "-") for dest in REFUSED}
     assert theirs - hidden <= shown
     assert {"--" + dest.replace("_", "-") for dest in NEW} | {"--config", "--no-local-loss"} <= shown
     assert not hidden & shown
@@ -404,7 +547,7 @@ def test_help_is_grouped_and_complete(capsys, openclip_parser):
 
 def test_docs_name_every_difference():
     page = DOCS.read_text(encoding="utf-8")
-    for dest in NEW | REFUSED | COCA_WEIGHTS | set(CHANGED) | {"config"}:
+    for dest in NEW | REFUSED | set(CHANGED) | {"config"}:
         assert f"`--{dest.replace('_', '-')}" in page, dest
 
 
@@ -417,7 +560,7 @@ def test_example_in_the_docs_is_valid(config, monkeypatch):
     assert args.train_data == "/data/cc3m/{00000..00331}.tar::/home/me/cc12m/{00000..01242}.tar"
     assert (args.model, args.resume, args.epochs, args.batch_size) == ("ViT-S-16-ELIP", None, 3, 440)
     assert args.aug_cfg == {"scale": [0.4, 1.0], "use_timm": True}
-    assert reduction_overrides(args) == {"merge": False, "keep_ratio": [1.0, 0.9, 0.65, 0.4]}
+    assert args.token_reduction == {"merge": False, "keep_ratio": [1.0, 0.9, 0.65, 0.4]}
 
 
 # --- config files ---
@@ -437,26 +580,24 @@ def test_config_values_become_options(config):
         gather-with-grad: off
         no-set-device-rank: false
         torchcompile: yes
-        merge: null
         progress:
         image_mean: [0.5, 0.5, -0.5]
         force-image-size: 96
-        stage_depths: [2, 4]
         device: ''
         csv-separator: "\\t"
     """
     args = parse_args(config(text))
     assert (args.batch_size, args.lr, args.wd, args.name, args.wandb_notes) == (32, 1e-3, 0.0, "2024_01_01", "true")
     assert (args.report_to, args.siglip, args.local_loss, args.gather_with_grad) == ("csv,wandb", True, False, False)
-    assert (args.no_set_device_rank, args.torchcompile, args.merge, args.progress) == (False, True, None, None)
-    assert (args.image_mean, args.force_image_size, args.stage_depths) == ([0.5, 0.5, -0.5], [96], [2, 4])
+    assert (args.no_set_device_rank, args.torchcompile, args.progress) == (False, True, None)
+    assert (args.image_mean, args.force_image_size) == ([0.5, 0.5, -0.5], [96])
     assert (args.device, args.csv_separator) == ("", "\t")
     assert not hasattr(args, "config")
 
 
 def test_config_is_the_same_as_the_flags(config):
-    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: true\nkeep_count: [9, 4]\n"
-    flags = "--train-data a.tar::b.tar --val-data c.tar --no-set-device-rank --debug --keep-count 9 4".split()
+    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: true\nforce_image_size: [9, 4]\n"
+    flags = "--train-data a.tar::b.tar --val-data c.tar --no-set-device-rank --debug --force-image-size 9 4".split()
     assert parse_args(config(text)) == parse_args(flags)
 
 
@@ -559,9 +700,9 @@ def test_an_included_file_with_a_variable(config, monkeypatch, tmp_path):
             "text).",
         ),
         ("train-data: {a: b}", "{file}: train_data cannot be {'a': 'b'}: it takes a value or a list of values."),
-        ("keep-ratio: [1, null]", "{file}: keep_ratio cannot be None: it takes a value or a list of values."),
-        ("keep-ratio: []", "{file}: --keep-ratio needs at least one value."),
-        ("aug-cfg: scale=1", "{file}: aug_cfg must be a mapping, not 'scale=1'."),
+        ("image-std: [1, null]", "{file}: image_std cannot be None: it takes a value or a list of values."),
+        ("image-std: []", "{file}: --image-std needs at least one value."),
+        ("aug-cfg: scale", "{file}: --aug-cfg must be given as key=value, not 'scale'."),
         ("horovod: true", "{file}: --horovod is not supported: start several processes with torchrun instead."),
         (
             "coca-caption-loss-weight: 2.0",
@@ -621,8 +762,8 @@ def test_empty_config_and_unused_refused_flags_change_nothing(config):
     [
         SYNTHETIC,
         FULL_COMMAND,
-        [*SYNTHETIC, "--no-local-loss", "--no-gather-with-grad", "--no-merge", "--no-progress", "--keep-ratio", "0.3"],
-        [*SYNTHETIC, "--lr", "1e-16", "--eps", "0", "--keep-count", "9", "4", "--name", "2024_01_01"],
+        [*SYNTHETIC, "--no-local-loss", "--no-gather-with-grad", "--no-progress", "--token-reduction", "keep_ratio=0.3"],
+        [*SYNTHETIC, "--lr", "1e-16", "--eps", "0", "--token-reduction", "elip", "keep_count=9,4", "text_scale=none", "--name", "2024_01_01"],
         [*SYNTHETIC, "--name", "true", "--wandb-notes", "null", "--csv-separator", "\t", "--model", "~", "--device="],
         [*SYNTHETIC, "--name=-x --y", "--wandb-notes", "a: b # c\n- d", "--csv-img-key", "1e3", "--dist-url", "no"],
         ["--train-data", "$A/~/{0..1}.tar::~/b$$.tar::~$~", "--logs=~", "--resume", "${B}", "--val-data=$~/x"],
@@ -633,27 +774,14 @@ def test_empty_config_and_unused_refused_flags_change_nothing(config):
 )
 def test_resolved_config_gives_the_same_options_back(argv, config):
     args = parse_args(argv)
-    resolved = resolved_config(args)
-    assert parse_args(config(yaml.safe_dump(resolved))) == args
-    assert json.loads(json.dumps(resolved)) == resolved  # plain types only
-
-
-def test_resolved_config_holds_every_option_and_nothing_else():
-    args = parse_args(SYNTHETIC)
-    args.rank = 3
-    assert set(resolved_config(args)) == set(vars(args)) - COCA_WEIGHTS - {"rank"}
+    plain = resolved(args)
+    assert parse_args(config(yaml.safe_dump(plain))) == args
+    assert json.loads(json.dumps(plain)) == plain and set(plain) == set(vars(args))  # plain types, every option
 
 
 def test_resolved_config_does_not_share_its_lists():
-    args = parse_args([*SYNTHETIC, "--keep-ratio", "1", "0.5", "--aug-cfg", "scale=[0.4, 1.0]"])
-    resolved = resolved_config(args)
-    resolved["keep_ratio"].append(0.1)
-    resolved["aug_cfg"]["scale"].append(0.1)
-    assert (args.keep_ratio, args.aug_cfg) == ([1.0, 0.5], {"scale": [0.4, 1.0]})
-
-
-def test_methods_are_those_of_the_package():
-    from open_clip_elip.reduction import METHODS
-    from training.options.params import REDUCTION_METHODS
-
-    assert REDUCTION_METHODS == tuple(METHODS)
+    args = parse_args([*SYNTHETIC, "--image-mean", "1", "--aug-cfg", "scale=[0.4, 1.0]"])
+    plain = resolved(args)
+    plain["image_mean"].append(0.1)
+    plain["aug_cfg"]["scale"].append(0.1)
+    assert (args.image_mean, args.aug_cfg) == ([1.0], {"scale": [0.4, 1.0]})

@@ -113,10 +113,6 @@ def test_defaults_are_openclips_but_for_the_listed_ones(model, optimizer):
     assert {name: ours[name] for name in NEW} == NEW_DEFAULTS
 
 
-def test_default_model_is_openclips():
-    assert parse_args(SYNTHETIC).model == "RN50"
-
-
 def test_full_openclip_command_line_gives_openclips_values(openclip_parser):
     theirs, ours = vars(openclip.parse_args(FULL_COMMAND)), vars(parse_args(FULL_COMMAND))
     assert {name: ours[name] for name in theirs if name not in REFUSED} == {
@@ -124,14 +120,12 @@ def test_full_openclip_command_line_gives_openclips_values(openclip_parser):
     }
     left_out = {a.dest for a in openclip_parser._actions if not set(a.option_strings) & set(FULL_COMMAND)}
     assert left_out == {"help", "distill_model", "distill_pretrained"} | REFUSED
-
-
-def test_distillation_flags():
     args = parse_args([*SYNTHETIC, "--distill-model", "ViT-L-14", "--distill-pretrained", "openai"])
     assert (args.distill_model, args.distill_pretrained) == ("ViT-L-14", "openai")
 
 
 def test_command_line_of_the_paper():
+    assert parse_args(SYNTHETIC).model == "RN50"
     args = parse_args(
         "--train-data cc3m/{00000..00331}.tar::cc12m/{00000..01242}.tar --dataset-type webdataset --train-num-samples "
         "2800000 --batch-size 440 --lr 1e-3 --wd 0.1 --epochs 32 --model ViT-S-16-ELIP".split()
@@ -191,7 +185,7 @@ def test_flag_that_starts_with_no_has_no_second_form():
         (["lam=0"], {"lam": 0}),
         (["tome", "r=8", "prop_attn=false"], {"method": "tome", "r": 8, "prop_attn": False}),
         (["keep_ratio=1,.9,.65,.4"], {"keep_ratio": [1, 0.9, 0.65, 0.4]}),
-        (["keep_count=[9, 4]", "merge=True", "text_scale=none"], {"keep_count": [9, 4], "merge": True, "text_scale": "none"}),
+        (["keep_count=[9, 4]", "text_scale=none"], {"keep_count": [9, 4], "text_scale": "none"}),
     ],
 )
 def test_token_reduction(words, expected, config):
@@ -243,7 +237,7 @@ def test_config_of_a_run_of_an_earlier_version(config):
     assert parse_args(config("val-data: v\nlam: null\nstage_depths:\ntoken_reduction: elip\n")).val_data == "v"
     file = config("val-data: v\nkeep_ratio: [1.0, 0.5]\n")
     assert complaint(file).endswith("--keep-ratio is written --token-reduction [METHOD] keep_ratio=1.0,0.5 now.")
-    assert complaint(config("merge: false")).endswith("--no-merge is written --token-reduction [METHOD] merge=false now.")
+    assert "--no-merge is written --token-reduction [METHOD] merge=false now." in complaint(config("merge: false"))
 
 
 # --- commands ---
@@ -339,16 +333,9 @@ def test_checks_of_all_sections_run_and_defaults_can_be_declared_again():
     assert parse(Both, [], given={"many": ["a"]}) == Both(2, ["a"]) and Both().many is not Both().many
 
 
-def test_progress_is_undecided_unless_given():
-    assert [parse_args([*SYNTHETIC, *w]).progress for w in ([], ["--progress"], ["--no-progress"])] == [
-        None,
-        True,
-        False,
-    ]
-
-
-def test_new_evaluation_flags():
-    assert parse_args(["--zeroshot-data", "pictures"]).zeroshot_data == "pictures"
+def test_progress_is_undecided_unless_given_and_reports_are_named():
+    progress = [parse_args([*SYNTHETIC, *words]).progress for words in ([], ["--progress"], ["--no-progress"])]
+    assert progress == [None, True, False]
     assert parse_args([*SYNTHETIC, "--report-to", "csv, wandb"]).report_to == "csv,wandb"
     assert parse_args([*SYNTHETIC, "--report-to", "all"]).report_to == "all"
 
@@ -360,31 +347,21 @@ def test_new_evaluation_flags():
     "words, sentence",
     [
         (["--horovod"], "--horovod is not supported: start several processes with torchrun instead."),
-        (
-            ["--use-bnb-linear", "SwitchBackLinearGlobal"],
-            "--use-bnb-linear is not supported: use --precision amp_bf16 to save time and memory instead.",
-        ),
+        (["--use-bnb-linear", "SwitchBackLinearGlobal"],
+         "--use-bnb-linear is not supported: use --precision amp_bf16 to save time and memory instead."),
         (["--torchscript"], "--torchscript is not supported: use --torchcompile instead."),
         (["--trace"], "--trace is not supported: use --torchcompile instead."),
-        (
-            ["--coca-caption-loss-weight", "2.0"],
-            "--coca-caption-loss-weight belongs to CoCa models, which this trainer does not train: leave it out.",
-        ),
-        (
-            ["--coca-contrastive-loss-weight=0"],
-            "--coca-contrastive-loss-weight belongs to CoCa models, which this trainer does not train: leave it out.",
-        ),
-        (
-            ["--model", "coca_ViT-B-32"],
-            "--model coca_ViT-B-32 is a CoCa model: this trainer trains contrastive models only, choose one.",
-        ),
-        (
-            ["--distill-model", "hf-hub:laion/CoCa-ViT-B-32", "--distill-pretrained", "x"],
-            "--distill-model hf-hub:laion/CoCa-ViT-B-32 is a CoCa model: this trainer trains contrastive models only, "
-            "choose one.",
-        ),
+        (["--coca-caption-loss-weight", "2.0"],
+         "--coca-caption-loss-weight belongs to CoCa models, which this trainer does not train: leave it out."),
+        (["--coca-contrastive-loss-weight=0"],
+         "--coca-contrastive-loss-weight belongs to CoCa models, which this trainer does not train: leave it out."),
+        (["--model", "coca_ViT-B-32"],
+         "--model coca_ViT-B-32 is a CoCa model: this trainer trains contrastive models only, choose one."),
+        (["--distill-model", "hf-hub:laion/CoCa-ViT-B-32", "--distill-pretrained", "x"],
+         "--distill-model hf-hub:laion/CoCa-ViT-B-32 is a CoCa model: this trainer trains contrastive models only, "
+         "choose one."),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_carried_over_says_what_to_use(words, sentence):
     assert complaint([*SYNTHETIC, *words]) == sentence
 
@@ -397,31 +374,21 @@ def test_folder_of_a_local_model_may_be_called_anything():
     "words, sentence",
     [
         (["--batchsize", "64"], "Unknown option --batchsize; did you mean --batch-size?"),
-        (["--batch_size=64"], "Unknown option --batch_size; did you mean --batch-size?"),
         (["--batch", "64"], "Unknown option --batch; did you mean --batch-size?"),
         (["--no-localloss"], "Unknown option --no-localloss; did you mean --no-local-loss?"),
         (["--konfig", "x"], "Unknown option --konfig; did you mean --config?"),
         (["--qqqq"], "Unknown option --qqqq; --help lists all options."),
         (["stray"], "Unexpected word 'stray' on the command line: every option starts with --."),
-        (["--batch-size", "many"], "--batch-size must be a whole number of at least 1, not 'many'."),
         (["--batch-size", "0"], "--batch-size must be a whole number of at least 1, not '0'."),
-        (["--batch-size", "1.5"], "--batch-size must be a whole number of at least 1, not '1.5'."),
         (["--batch-size"], "--batch-size needs a value."),
         (["--image-mean"], "--image-mean needs at least one value."),
         (["--token-reduction", "tome", "8"], "--token-reduction must be given as key=value, not '8'."),
         (["--local-loss=true"], "--local-loss takes no value, but was given 'true'."),
         (["--epochs", "-1"], "--epochs must be a whole number of at least 0, not '-1'."),
-        (["--workers", "-1"], "--workers must be a whole number of at least 0, not '-1'."),
-        (["--accum-freq", "0"], "--accum-freq must be a whole number of at least 1, not '0'."),
         (["--warmup", "-5"], "--warmup must be a length like 500, 2ep, 1e6samples or 5%, not '-5'."),
-        (["--duration", "2weeks"], "--duration must be a length like 500, 2ep, 1e6samples or 5%, not '2weeks'."),
         (["--duration", "5%"], "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %."),
-        (["--nonfinite", "ignore"], "--nonfinite must be one of stop, skip, not 'ignore'."),
-        (["--keep-last", "0"], "--keep-last must be a whole number of at least 1, not '0'."),
-        (["--log-every-n-steps", "0"], "--log-every-n-steps must be a whole number of at least 1, not '0'."),
         (["--seed", "4294967296"], "--seed must be a whole number from 0 to 2**32 - 1, not '4294967296'."),
         (["--lr", "0"], "--lr must be a number above 0, not '0'."),
-        (["--lr", "nan"], "--lr must be a number above 0, not 'nan'."),
         (["--wd", "inf"], "--wd must be a number of at least 0, not 'inf'."),
         (["--beta2", "1"], "--beta2 must be a number from 0 to 1, below 1, not '1'."),
         (["--layer-decay", "0"], "--layer-decay must be a number from 0 to 1, above 0, not '0'."),
@@ -429,57 +396,35 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--image-mean", "0", "0"], "--image-mean takes one number, or three (red, green, blue)."),
         (["--image-std", "1", "1"], "--image-std takes one number, or three (red, green, blue)."),
         (["--force-image-size", "3", "3", "3"], "--force-image-size takes one number, or two (height, width)."),
-        (["--dataset-type", "tar"], "--dataset-type must be one of webdataset, csv, synthetic, auto, not 'tar'."),
         (["--lr-scheduler", "step"], "--lr-scheduler must be one of cosine, const, const-cooldown, not 'step'."),
-        (
-            ["--precision", "fp8"],
-            "--precision must be one of amp, amp_bf16, amp_bfloat16, bf16, fp16, pure_bf16, pure_fp16, fp32, "
-            "not 'fp8'.",
-        ),
+        (["--precision", "fp8"],
+         "--precision must be one of amp, amp_bf16, amp_bfloat16, bf16, fp16, pure_bf16, pure_fp16, fp32, "
+         "not 'fp8'."),
         (["--report-to", "csv,mail"], "--report-to must name wandb, tensorboard, csv or all, not 'mail'."),
         (["--opt", "sgd"], "--opt must be adamw, or timm/NAME for an optimizer of timm, not 'sgd'."),
-        (["--opt", "timm/"], "--opt must be adamw, or timm/NAME for an optimizer of timm, not 'timm/'."),
         (["--aug-cfg", "scale"], "--aug-cfg must be given as key=value, not 'scale'."),
-        (
-            ["--aug-cfg", "scales=1"],
-            "--aug-cfg has no setting 'scales': it knows scale, ratio, color_jitter, re_prob, re_count, use_timm, "
-            "color_jitter_prob, gray_scale_prob.",
-        ),
-        (
-            ["--lr-scheduler", "const-cooldown"],
-            "--lr-scheduler const-cooldown needs --epochs-cooldown, the number of epochs at the end to cool down in.",
-        ),
-        (
-            ["--lr-scheduler", "const-cooldown", "--epochs", "3", "--epochs-cooldown", "4"],
-            "--epochs-cooldown 4 is more than --epochs 3: lower it.",
-        ),
-        (
-            ["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"],
-            "--opt timm/lamb needs both --beta1 and --beta2, or neither.",
-        ),
+        (["--aug-cfg", "scales=1"],
+         "--aug-cfg has no setting 'scales': it knows scale, ratio, color_jitter, re_prob, re_count, use_timm, "
+         "color_jitter_prob, gray_scale_prob."),
+        (["--lr-scheduler", "const-cooldown"],
+         "--lr-scheduler const-cooldown needs --epochs-cooldown, the number of epochs at the end to cool down in."),
+        (["--lr-scheduler", "const-cooldown", "--epochs", "3", "--epochs-cooldown", "4"],
+         "--epochs-cooldown 4 is more than --epochs 3: lower it."),
+        (["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"],
+         "--opt timm/lamb needs both --beta1 and --beta2, or neither."),
         (["--opt", "timm/lamb"], "--opt timm/lamb has no default learning rate to schedule: give --lr."),
-        (
-            ["--distill-model", "ViT-B-16"],
-            "--distill-model and --distill-pretrained belong together: give both, or neither.",
-        ),
-        (
-            ["--distill-pretrained", "openai"],
-            "--distill-model and --distill-pretrained belong together: give both, or neither.",
-        ),
-        (
-            ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--accum-freq", "2"],
-            "--distill-model cannot be used with --accum-freq: leave one out.",
-        ),
-        (
-            ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--siglip"],
-            "--distill-model needs the softmax loss: leave out --siglip.",
-        ),
-        (
-            ["--token-reduction", "none", "--full-tokens-last", "1ep"],
-            "--full-tokens-last has nothing to end with --token-reduction none: leave one out.",
-        ),
+        (["--distill-model", "ViT-B-16"],
+         "--distill-model and --distill-pretrained belong together: give both, or neither."),
+        (["--distill-pretrained", "openai"],
+         "--distill-model and --distill-pretrained belong together: give both, or neither."),
+        (["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--accum-freq", "2"],
+         "--distill-model cannot be used with --accum-freq: leave one out."),
+        (["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--siglip"],
+         "--distill-model needs the softmax loss: leave out --siglip."),
+        (["--token-reduction", "none", "--full-tokens-last", "1ep"],
+         "--full-tokens-last has nothing to end with --token-reduction none: leave one out."),
     ],
-)
+)  # fmt: skip
 def test_bad_options_are_one_sentence(words, sentence):
     assert complaint([*SYNTHETIC, *words]) == sentence
 
@@ -506,16 +451,12 @@ def test_something_has_to_be_asked_for():
     "words, sentence",
     [
         (["--train-data", "a::b"], "--train-data-upsampling-factors needs --dataset-resampled."),
-        (
-            ["--train-data", "a::b::c", "--dataset-resampled"],
-            "--train-data-upsampling-factors has 2 factor(s) for 3 source(s) in --train-data: give one for each.",
-        ),
-        (
-            [*SYNTHETIC, "--dataset-resampled"],
-            "--train-data-upsampling-factors has 2 factor(s) for 0 source(s) in --train-data: give one for each.",
-        ),
+        (["--train-data", "a::b::c", "--dataset-resampled"],
+         "--train-data-upsampling-factors has 2 factor(s) for 3 source(s) in --train-data: give one for each."),
+        ([*SYNTHETIC, "--dataset-resampled"],
+         "--train-data-upsampling-factors has 2 factor(s) for 0 source(s) in --train-data: give one for each."),
     ],
-)
+)  # fmt: skip
 def test_upsampling_factors_need_resampling_and_one_for_each_source(words, sentence):
     assert complaint([*words, "--train-data-upsampling-factors", "1::2"]) == sentence
 
@@ -596,7 +537,7 @@ def test_config_values_become_options(config):
 
 
 def test_config_is_the_same_as_the_flags(config):
-    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: true\nforce_image_size: [9, 4]\n"
+    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: on\nforce_image_size: [9, 4]\n"
     flags = "--train-data a.tar::b.tar --val-data c.tar --no-set-device-rank --debug --force-image-size 9 4".split()
     assert parse_args(config(text)) == parse_args(flags)
 
@@ -673,8 +614,8 @@ def test_a_file_may_be_included_twice_but_not_by_itself(config, tmp_path):
 
 def test_of_several_configs_the_later_one_wins(config):
     first = config("dataset-type: synthetic\nepochs: 1\nsiglip: true\n", "a.yaml")
-    assert parse_args([*first, *config("epochs: 2\nsiglip: false\n", "b.yaml")]).epochs == 2
-    assert parse_args([*first, *config("epochs: 2\nsiglip: false\n", "b.yaml")]).siglip is False
+    args = parse_args([*first, *config("epochs: 2\nsiglip: false\n", "b.yaml")])
+    assert (args.epochs, args.siglip) == (2, False)
 
 
 def test_an_included_file_with_a_variable(config, monkeypatch, tmp_path):
@@ -694,32 +635,23 @@ def test_an_included_file_with_a_variable(config, monkeypatch, tmp_path):
         ("batch-size: 1.0", "{file}: --batch-size must be a whole number of at least 1, not '1.0'."),
         ("siglip: 2", "{file}: siglip must be true or false, not '2'."),
         ("siglip: [true]", "{file}: siglip must be true or false, not [True]."),
-        (
-            "name: true",
-            "{file}: name cannot be True: it takes a single value (true, false and null need quotes where they are "
-            "text).",
-        ),
+        ("name: true",
+         "{file}: name cannot be True: it takes a single value (true, false and null need quotes where they are "
+         "text)."),
         ("train-data: {a: b}", "{file}: train_data cannot be {'a': 'b'}: it takes a value or a list of values."),
         ("image-std: [1, null]", "{file}: image_std cannot be None: it takes a value or a list of values."),
         ("image-std: []", "{file}: --image-std needs at least one value."),
         ("aug-cfg: scale", "{file}: --aug-cfg must be given as key=value, not 'scale'."),
         ("horovod: true", "{file}: --horovod is not supported: start several processes with torchrun instead."),
-        (
-            "coca-caption-loss-weight: 2.0",
-            "{file}: --coca-caption-loss-weight belongs to CoCa models, which this trainer does not train: leave it "
-            "out.",
-        ),
-        (
-            "logs: $UNSET_VARIABLE/x",
-            "{file}: '$UNSET_VARIABLE/x' uses the variable UNSET_VARIABLE, which is not set: export it (a plain $ is "
-            "written $$).",
-        ),
+        ("coca-caption-loss-weight: 2.0",
+         "{file}: --coca-caption-loss-weight belongs to CoCa models, which this trainer does not train: leave it "
+         "out."),
+        ("logs: $UNSET_VARIABLE/x",
+         "{file}: '$UNSET_VARIABLE/x' uses the variable UNSET_VARIABLE, which is not set: export it (a plain $ is "
+         "written $$)."),
         ("include: {a: b}", "{file}: include must be a file name or a list of file names."),
-        (
-            "include: $UNSET_VARIABLE",
-            "{file}: '$UNSET_VARIABLE' uses the variable UNSET_VARIABLE, which is not set: "
-            "export it (a plain $ is written $$).",
-        ),
+        ("include: $UNSET_VARIABLE", "{file}: '$UNSET_VARIABLE' uses the variable UNSET_VARIABLE, which is not set: "
+         "export it (a plain $ is written $$)."),
         ("include: gone.yaml", "Cannot read the config file {folder}/gone.yaml: No such file or directory."),
         ("- epochs", "The config file {file} must be a mapping of options to values (batch-size: 64)."),
         ("epochs: 1\nb: c: d", "The config file {file} is not valid in line 2: mapping values are not allowed here."),
@@ -727,7 +659,7 @@ def test_an_included_file_with_a_variable(config, monkeypatch, tmp_path):
         ("[a]: 1", "The config file {file} is not valid in line 1: found unhashable key."),
         ("a: \x07", "The config file {file} is not valid: special characters are not allowed."),
     ],
-)
+)  # fmt: skip
 def test_bad_config_is_one_sentence(config, tmp_path, monkeypatch, text, sentence):
     monkeypatch.delenv("UNSET_VARIABLE", raising=False)
     words = config(text)
@@ -762,8 +694,8 @@ def test_empty_config_and_unused_refused_flags_change_nothing(config):
     [
         SYNTHETIC,
         FULL_COMMAND,
-        [*SYNTHETIC, "--no-local-loss", "--no-gather-with-grad", "--no-progress", "--token-reduction", "keep_ratio=0.3"],
-        [*SYNTHETIC, "--lr", "1e-16", "--eps", "0", "--token-reduction", "elip", "keep_count=9,4", "text_scale=none", "--name", "2024_01_01"],
+        [*SYNTHETIC, "--no-local-loss", "--no-gather-with-grad", "--token-reduction", "keep_ratio=0.3"],
+        [*SYNTHETIC, "--lr", "1e-16", "--eps", "0", "--name", "2024_01", "--token-reduction", "elip", "keep_count=9,4"],
         [*SYNTHETIC, "--name", "true", "--wandb-notes", "null", "--csv-separator", "\t", "--model", "~", "--device="],
         [*SYNTHETIC, "--name=-x --y", "--wandb-notes", "a: b # c\n- d", "--csv-img-key", "1e3", "--dist-url", "no"],
         ["--train-data", "$A/~/{0..1}.tar::~/b$$.tar::~$~", "--logs=~", "--resume", "${B}", "--val-data=$~/x"],

@@ -26,7 +26,7 @@ from . import checkpoint, wise_ft
 from .tasks.augment import Augmentation, Mix, train_transform
 from .tasks.classification import ClassificationTask, add_drop_path, random_classifier, zero_shot_head
 from .data import TrainData
-from .data.samples import RawSample
+from .data.pairs import LabelEncoding, LabelledRows
 from .data.sources import RowSource
 from .distributed import Ranks, end, seed_everything
 from .ema import Ema
@@ -397,30 +397,10 @@ def load_data_sets(args: argparse.Namespace) -> tuple[LabelledImages | None, dic
 # ---------------------------------------------------------------------- training data
 
 
-class LabelledRows:
-    """Labelled images as rows for `RowSource`: the caption is the class number."""
-
-    def __init__(self, data: LabelledImages):
-        self.images, self.labels, self.name = data.images, data.labels.numpy(), data.name
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> RawSample:
-        row = int(row)
-        image = partial(self.images.load, row)
-        return RawSample(self.images.name(row), image, str(self.labels[row]), self.name, row)
-
-
-def class_numbers(captions: Sequence[str]) -> Tensor:
-    """The captions of `LabelledRows` as (B,) int64."""
-    return torch.tensor([int(caption) for caption in captions])
-
-
 def build_train_data(
     args: argparse.Namespace, data: LabelledImages, visual: nn.Module, *, rank: int, world_size: int
 ) -> TrainData:
-    """Augmented training batches, `text` the class numbers (B,).
+    """Augmented training batches of `LabelEncoding`.
 
     Raises:
         UserError: less than one batch, or an unknown augmentation policy.
@@ -461,17 +441,13 @@ def build_train_data(
         lines.insert(2, f"  {len(empty)} of the classes have no training image: {shown}")
     return TrainData(
         RowSource(LabelledRows(data), args.seed, args.batch_size, num_batches),
-        transform,
-        class_numbers,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
+        LabelEncoding(transform),
+        args,
         rank=rank,
         world_size=world_size,
         num_batches=num_batches,
         identity={"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint()},
         description="\n".join(lines),
-        stall_seconds=args.stall_seconds,
     )
 
 

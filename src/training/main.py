@@ -24,6 +24,7 @@ from . import checkpoint, remote, run_folder
 from .control import Stopped
 from .cost import memory_estimate
 from .data import TrainData, build_train_data, build_val_data
+from .data.pairs import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, init_ranks, launch_rank, leave, seed_everything
 from .ema import Ema
@@ -101,11 +102,11 @@ def pretraining(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> P
         seed_everything(args.seed)
         model, preprocess_train, preprocess_val, tokenizer = build_model(args, ranks.device)
         seed_everything(args.seed + ranks.rank)
+        preprocess_train, preprocess_val = (with_decoding(t, args.image_decode) for t in (preprocess_train, preprocess_val))
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        train_data = build_train_data(args, preprocess_train, tokenizer, **place)
-        val_data = build_val_data(args, preprocess_val, tokenizer, **place)
+        train_data = build_train_data(args, PairEncoding(preprocess_train, tokenizer), **place)
+        val_data = build_val_data(args, PairEncoding(preprocess_val, tokenizer), **place)
         zero_shot_data = load_zero_shot_data(args)
-        preprocess_val = with_decoding(preprocess_val, args.image_decode)
         teacher = build_teacher(args, ranks.device)
         task = ClipTask(args, ranks, tokenizer, preprocess_val, val_data, zero_shot_data, teacher)
         check_memory(model, args, ranks)

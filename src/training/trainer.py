@@ -242,13 +242,9 @@ class Trainer:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def to_device(self, batch: Batch) -> Batch:
-        device = self.ranks.device
         batch = self.task.prepare(self.model, batch)
         self.text_columns = batch.get("text_columns")
-        return batch | {
-            "image": to_device(batch["image"], device, self.input_dtype, batch.get("normalization")),
-            "text": batch["text"].to(device=device, non_blocking=True),
-        }
+        return to_device(batch, self.ranks.device, self.input_dtype)
 
     def fetch(self, batches: Iterator[Batch], meter: _Meter) -> tuple[list[Batch], UserError | None]:
         """The next window, or what is wrong with this rank's data."""

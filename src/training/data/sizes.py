@@ -2,17 +2,16 @@
 
 import json
 import os
-import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.data.images import load_rgb
-from training.data.report import DataReport
-from training.data.shards import ShardSet, listing, local_folders, read_files, reason, samples_of
-from training.data.streams import is_plain_tar, local_path, open_stream
-from training.errors import UserError
+from ..errors import UserError
+from .images import load_rgb
+from .report import DataReport
+from .shards import ShardSet, listing, local_folders, usable_samples
+from .streams import local_path, open_stream
+from .tar import reason
 
 SIZES = "sizes.json"
 HOW = "count them with scripts/count_shards.py, or give --train-num-samples"
@@ -148,40 +147,17 @@ def count_shard(path: str, decode: bool = False) -> ShardCount:
 
     Raises: OSError if it cannot be opened.
     """
-    with open(path, "rb") as file:
-        plain = is_plain_tar(file.read(tarfile.BLOCKSIZE))
-    failures: list[Exception] = []
-    files = _read_headers(path, failures) if plain and not decode else read_files(path, failures)
-    report, count = DataReport(), 0
-    for sample in samples_of(files, failures, path, report):
+    open(path, "rb").close()
+    report, failures, count = DataReport(), [], 0
+    for sample in usable_samples(path, failures, report, headers_only=not decode):
         if decode:
             try:
-                load_rgb(sample.image)
+                load_rgb(sample.images[0])
             except Exception:  # PIL raises nearly anything on damaged files
                 report.add("unreadable image", "")
                 continue
         count += 1
     return ShardCount(count, report.skipped, reason(failures[0]) if failures else None)
-
-
-def _read_headers(path: str, failures: list[Exception]) -> Iterator[dict]:
-    """The files of a plain tar as `read_files` gives them, but of their content one byte, if there is any."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # would grow
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # as webdataset skips them
-                        yield {"fname": member.name, "data": b"x" * min(member.size, 1)}
-                file.seek(tar.offset)
-            end = file.read(1 << 16)
-            if not end or end.strip(b"\0"):
-                raise tarfile.ReadError("it has no end mark, or more data behind it")
-        except (tarfile.TarError, OSError) as error:
-            failures.append(error)
 
 
 def write_sizes(folder: str, counts: dict[str, int], since: float) -> None:

@@ -22,7 +22,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from training.data.pixels import PLAIN, REDUCED, Normalization, PixelTransform, Region
+from .pixels import PLAIN, REDUCED, Normalization, PixelTransform, Region
 
 log = logging.getLogger(__name__)
 

@@ -221,7 +221,7 @@ class ClassificationTask:
         return batch
 
     def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, target = self.mix(batch["image"], batch["text"])
+        images, target = self.mix(batch["image"], batch["label"])
         return {"logits": model(images), "target": target}
 
     def losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

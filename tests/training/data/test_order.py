@@ -13,10 +13,11 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 
-from training.data import build_train_data, loader, sources
+from training.data import build_train_data, pixels, sources
+from training.data.pairs import PairEncoding
 from training.data.randomness import stable_seed
 from training.data.report import DataReport
-from training.data.samples import END_OF_PASS, RawSample, Reader
+from training.data.samples import END_OF_PASS, Reader, Sample
 from training.data.sources import ShardSource, shuffled
 from training.errors import UserError
 
@@ -54,14 +55,14 @@ def make(kind: str, folder, **flags):
 @pytest.fixture
 def decoded(monkeypatch):
     """Counts decoded images, in worker processes too."""
-    count, load_rgb = multiprocessing.Value("i", 0), loader.load_rgb
+    count, load_rgb = multiprocessing.Value("i", 0), pixels.load_rgb
 
     def counting(image):
         with count.get_lock():
             count.value += 1
         return load_rgb(image)
 
-    monkeypatch.setattr(loader, "load_rgb", counting)
+    monkeypatch.setattr(pixels, "load_rgb", counting)
     return count
 
 
@@ -270,12 +271,12 @@ def test_global_random_state_is_left_alone(workers, tmp_path):
 def test_augmentation_differs_between_epochs_and_samples(tmp_path):
     path = write_csv(tmp_path, 1)
     data = train_data(path, batch_size=1)
-    first, second = (next(data.epoch(epoch))["image"] for epoch in (0, 1))
+    first, second = (next(data.epoch(epoch))["image"].pixels for epoch in (0, 1))
     assert keys(data.epoch(0)) == keys(data.epoch(1))
     assert not torch.equal(first, second)
 
     same_picture = train_data(write_shards(tmp_path, [1]), train_num_samples=2, batch_size=2)
-    images = next(same_picture.epoch(0))["image"]
+    images = next(same_picture.epoch(0))["image"].pixels
     assert not torch.equal(images[0], images[1])
 
 
@@ -376,7 +377,7 @@ def test_of_the_order_of_the_shards_nothing_is_left_in_an_epoch_or_between_epoch
     shards, each = 300, 10
 
     def read_shard(url, *_, **__):
-        return (RawSample(f"{url}-{n}", b"", "", url, n) for n in range(each))
+        return (Sample(f"{url}-{n}", (b"",), {}, url, n) for n in range(each))
 
     monkeypatch.setattr(sources, "read_shard", read_shard)
     weights = [1.0] * shards if resampled else None
@@ -402,8 +403,8 @@ def test_real_transform_and_tokenizer_also_after_pickling(tmp_path):
     """Where worker processes are not forked, all of it is pickled."""
     args = data_args(train_data=write_shards(tmp_path, [8] * 2), workers=2)
     transform = image_transform(16, is_train=True, mean=None, std=None)
-    data = build_train_data(args, transform, open_clip.get_tokenizer("ViT-B-32"), rank=0, world_size=1)
+    data = build_train_data(args, PairEncoding(transform, open_clip.get_tokenizer("ViT-B-32")), rank=0, world_size=1)
     batches = list(data.epoch(0))
-    assert [batch["image"].shape for batch in batches] == [(4, 3, 16, 16)] * 4
+    assert [batch["image"].pixels.shape for batch in batches] == [(4, 3, 16, 16)] * 4
     assert [batch["text"].shape for batch in batches] == [(4, 77)] * 4
     assert_same_batches(list(pickle.loads(pickle.dumps(data)).epoch(0)), batches)

@@ -94,13 +94,12 @@ class BatchStream(IterableDataset):
             return {"worker": worker, "position": cursor.position, **told}
 
         try:
-            board.resuming[worker] = self.positions[worker] > 0
+            board.resuming[worker] = True
             cursor.skip(self.positions[worker])
             board.resuming[worker] = False
             report.clear()  # what the skipped part had to tell came with the saved position
             for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):
-                batch = self._make_batch(cursor, reader, report)
-                if batch is None:
+                if (batch := self._make_batch(cursor, reader, report)) is None:
                     break
                 yield batch, progress()
         except NothingUsable:

@@ -47,6 +47,7 @@ class Region(NamedTuple):
     size: tuple[int, int]
 
 
+@dataclass(eq=False, repr=False)
 class PixelTransform:
     """What a plain transform makes of a picture, as uint8 pixels that are not normalised yet.
 
@@ -55,24 +56,18 @@ class PixelTransform:
 
     frame: (height, width) of a picture -> the region to resize; draws random numbers
     mode: of the resize, bicubic or bilinear
-    steps: what comes after it: functions of a (3, h, w) tensor, or of a PIL image where `on_pictures` says so
+    steps: what comes after it: functions, each with whether it takes a PIL image instead of a (3, h, w) tensor
     reduce: decode JPEGs at 1/2, 1/4 or 1/8 where the region is much larger than needed; its edges then move to the
         next whole pixel of what is decoded. An approximation.
     plain: the transform that this stands for
     """
 
-    def __init__(
-        self,
-        frame: Callable[[int, int], Region],
-        mode: str,
-        steps: Sequence[Callable],
-        on_pictures: Sequence[bool],
-        normalization: Normalization,
-        reduce: bool,
-        plain: Callable,
-    ):
-        self.frame, self.mode, self.steps = frame, mode, list(zip(steps, on_pictures, strict=True))
-        self.normalization, self.reduce, self.plain = normalization, reduce, plain
+    frame: Callable[[int, int], Region]
+    mode: str
+    steps: Sequence[tuple[Callable, bool]]
+    normalization: Normalization
+    reduce: bool
+    plain: Callable
 
     def __call__(self, image: Picture | Image.Image) -> Tensor:
         """(3, H, W) uint8, in memory (H, W, 3). PIL images have to be RGB.

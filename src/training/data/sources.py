@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy
 import pandas
@@ -27,14 +26,6 @@ from .shards import Read, image_and_caption, read_shard
 SHUFFLE_SIZE = 5000
 SHUFFLE_INITIAL = 1000
 MIN_DRAWS = 64
-
-
-class Source(Protocol):
-    """What the loader needs; see `ShardSource` and `RowSource`."""
-
-    def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[Sample | None]: ...
-
-    def validation(self, reader: Reader, report: DataReport) -> Iterator[Sample]: ...
 
 
 class ShardSource:
@@ -60,20 +51,16 @@ class ShardSource:
     def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[Sample | None]:
         for number in itertools.count():
             rng = random.Random(stable_seed(self.seed, "samples", epoch, reader.rank, reader.worker, number))
-            if self.weights is None:
-                urls = self._share(epoch, number, reader)
+            if self.weights is None:  # shards are dealt anew in each pass, the same way on all ranks
+                urls = self.urls.copy()
+                random.Random(stable_seed(self.seed, "shards", epoch, number)).shuffle(urls)
+                urls = urls[reader.rank :: reader.world_size][reader.worker :: reader.num_workers]
             else:
                 # A pass needs an end to find out that nothing is usable: long enough not to end on bad luck.
                 urls = rng.choices(self.urls, self.weights, k=max(MIN_DRAWS, len(self.urls)))
             samples = itertools.chain.from_iterable(self._samples(url, reader, report) for url in urls)
             yield from shuffled(samples, rng)
             yield END_OF_PASS
-
-    def _share(self, epoch: int, number: int, reader: Reader) -> list[str]:
-        """Shards are dealt anew in each pass, the same way on all ranks."""
-        urls = self.urls.copy()
-        random.Random(stable_seed(self.seed, "shards", epoch, number)).shuffle(urls)
-        return urls[reader.rank :: reader.world_size][reader.worker :: reader.num_workers]
 
     def validation(self, reader: Reader, report: DataReport) -> Iterator[Sample]:
         """Whole shards for each reader; where there are fewer of them, several readers divide one."""
@@ -102,18 +89,10 @@ def shuffled(
         yield buffer.pop()
 
 
-class Rows(Protocol):
-    """Samples that can be had by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Sample: ...
-
-
 class RowSource:
     """Rows of a table. The batches of a rank do not depend on the number of workers, as long as no image is broken."""
 
-    def __init__(self, rows: Rows, seed: int = 0, batch_size: int = 1, num_batches: int = 0):
+    def __init__(self, rows: Sequence[Sample], seed: int = 0, batch_size: int = 1, num_batches: int = 0):
         self.rows, self.seed = rows, seed
         self.batch_size, self.num_batches = batch_size, num_batches
 
@@ -169,8 +148,7 @@ class CsvRows:
                 "fill it in, or name another with --csv-caption-key."
             )
         self.path, self.folder = path, os.path.dirname(path)
-        self.images = full[image_column].to_numpy(dtype=object)
-        self.captions = full[caption_column].to_numpy(dtype=object)
+        self.images, self.captions = (full[column].to_numpy(dtype=object) for column in columns)
         self.numbers = full.index.to_numpy()
         self.empty = len(table) - len(full)
 
@@ -213,3 +191,6 @@ class SyntheticRows:
 def _patches(row: int) -> Image.Image:
     patches = numpy.random.default_rng(row).integers(0, 256, (7, 7, 3), dtype=numpy.uint8)
     return Image.fromarray(patches).resize((224, 224), Image.Resampling.NEAREST)
+
+
+Source = ShardSource | RowSource

@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from open_clip.transform import CenterCropOrPad, MaybeConvertMode, ResizeKeepRatio, color_jitter, gray_scale
 from torchvision.transforms import (
-    CenterCrop,
-    ColorJitter,
-    Compose,
-    Grayscale,
-    InterpolationMode,
-    Normalize,
-    RandomGrayscale,
-    RandomResizedCrop,
-    Resize,
-    ToTensor,
-)
+    CenterCrop, ColorJitter, Compose, Grayscale, InterpolationMode, Normalize, RandomGrayscale, RandomResizedCrop,
+    Resize, ToTensor,
+)  # fmt: skip
 
 from .pixels import PLAIN, REDUCED, Normalization, PixelTransform, Region
 
@@ -63,8 +55,7 @@ def _read(transform: Callable, reduce: bool) -> PixelTransform | str:
     return PixelTransform(
         partial(_FRAMES[type(first)], first),
         _MODES[first.interpolation],
-        steps,
-        [type(step) in _ON_PICTURES for step in steps],
+        [(step, type(step) in _ON_PICTURES) for step in steps],
         Normalization(tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))),
         reduce,
         plain=transform,

@@ -209,7 +209,7 @@ def test_signals_for_everybody_leave_the_workers_and_their_commands_at_work(tmp_
         f"tail -c +20001 {shard}"
         for shard, file in zip(shards, begun, strict=True)
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, sources],
         cwd=root,

@@ -59,8 +59,7 @@ class TrainData:
         self._go_to(epoch=0)
 
     def _go_to(self, epoch: int, batches: int = 0, positions: list[int] | None = None) -> None:
-        self._epoch = epoch
-        self._batches = batches
+        self._epoch, self._batches = epoch, batches
         self._positions = positions or [0] * self._num_readers
         self._report.clear()
 
@@ -117,7 +116,11 @@ class TrainData:
         Raises: UserError if the position lies within an epoch whose order would be another one now.
         """
         epoch, batches, saved = state["epoch"], state["batches"], state["identity"]
-        changed = self._changed_since(saved)
+        changed = ", ".join(
+            f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
+            for name in {**saved, **self._identity}
+            if saved.get(name) != self._identity.get(name)
+        )
         at_the_end = batches == saved["batches per epoch"]
         if at_the_end or batches == 0:
             if changed:
@@ -132,13 +135,6 @@ class TrainData:
             self._go_to(epoch, batches, list(state["positions"]))
         self._report.merge(state["skipped"], state["examples"])
         self._loaded = True
-
-    def _changed_since(self, saved: dict[str, Any]) -> str:
-        return ", ".join(
-            f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
-            for name in {**saved, **self._identity}
-            if saved.get(name) != self._identity.get(name)
-        )
 
     def skip_to(self, epoch: int, batches: int) -> None:
         """Continue without a saved position: `epoch` of this epoch begins with its batch number `batches`.

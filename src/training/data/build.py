@@ -65,7 +65,7 @@ def build_val_data(
         sets = expand_shards(options.val_data, "--val-data")
         check_shards(sets, "--val-data", read)
         source = ShardSource([url for shard_set in sets for url in shard_set.urls], read=read)
-        num_samples = options.val_num_samples or _known_total(sets)
+        num_samples = options.val_num_samples or _total(_counts(sets))
     else:
         count = options.val_num_samples or options.train_num_samples
         rows = _rows(kind, options, options.val_data, "--val-data", count, rank)
@@ -95,7 +95,8 @@ class _Plan(NamedTuple):
 
 def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
     sets = expand_shards(options.train_data, "--train-data")
-    factors = _upsampling_factors(options.train_data_upsampling_factors, len(sets))
+    factors = options.train_data_upsampling_factors
+    factors = [1.0] * len(sets) if factors is None else [float(factor) for factor in factors.split("::")]
     weighted = list(zip(sets, factors, strict=True))
     used = [(shard_set, factor) for shard_set, factor in weighted if factor]
     check_shards([shard_set for shard_set, _ in used], "--train-data", read)
@@ -109,7 +110,8 @@ def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
             "--dataset-resampled, or make more shards."
         )
 
-    counts, wanted = _shard_counts([shard_set for shard_set, _ in used], options.train_num_samples)
+    counts = _counts([shard_set for shard_set, _ in used], needed=options.train_num_samples is None)
+    wanted = options.train_num_samples or sum(counts)
     # As in OpenCLIP: round up, first to whole global batches, then to equally many for each worker.
     num_batches = math.ceil(wanted / (options.batch_size * world_size))
     num_batches = math.ceil(num_batches / workers) * workers
@@ -117,7 +119,7 @@ def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
     lines = _source_lines(used, counts, samples if options.dataset_resampled else None)
     lines += [f"  {shard_set.pattern}: not read, its weight is 0" for shard_set, factor in weighted if not factor]
     if options.train_num_samples is not None:
-        total = 0 if None in counts else sum(counts)
+        total = _total(counts)
         passes = f", {wanted / total:.2f} times the {total:,} that there are" if total else ""
         lines.append(f"  {wanted:,} samples by --train-num-samples{passes}")
     odds = None
@@ -156,45 +158,26 @@ def _source_lines(used: list[tuple[ShardSet, float]], counts: list[int | None], 
     return lines
 
 
-def _upsampling_factors(text: str | None, sources: int) -> list[float]:
-    if text is None:
-        return [1.0] * sources
-    try:
-        factors = [float(factor) for factor in text.split("::")]
-    except ValueError:
-        factors = []
-    if not factors or not all(math.isfinite(f) and f >= 0 for f in factors) or sum(factors) == 0:
-        raise UserError(f"--train-data-upsampling-factors {text!r} must be numbers >= 0 joined by '::', such as 1::2.")
-    if len(factors) != sources:
-        raise UserError(
-            f"--train-data-upsampling-factors has {_some(len(factors), 'number')}, but --train-data "
-            f"{_some(sources, 'source')}: give one for each."
-        )
-    return factors
-
-
-def _shard_counts(sets: list[ShardSet], given: int | None) -> tuple[list[int | None], int]:
-    """The samples of each source (None if unknown), and those of an epoch before rounding."""
-    if given is not None:
-        return [_known_total([shard_set]) for shard_set in sets], given
+def _counts(sets: list[ShardSet], needed: bool = False) -> list[int | None]:
+    """The samples of each source. None: it is unknown, which is an error where they are `needed`."""
     counts, unknown = [], []
     for shard_set in sets:
-        count, missing = count_samples(shard_set)
+        try:
+            count, problems = count_samples(shard_set)
+        except UserError:
+            if needed:
+                raise
+            count, problems = None, []
         counts.append(count)
-        unknown += missing
-    if unknown:
+        unknown += problems
+    if needed and unknown:
         raise UserError(f"How many samples there are is unknown for {', '.join(unknown)}: {HOW}.")
-    if sum(counts) == 0:
+    if needed and sum(counts) == 0:
         raise UserError("The sizes that are noted for --train-data say that there are no samples: correct them.")
-    return counts, sum(counts)
+    return counts
 
 
-def _known_total(sets: list[ShardSet]) -> int | None:
-    """For those who only want to know it if it is easy to know."""
-    try:
-        counts = [count_samples(shard_set)[0] for shard_set in sets]
-    except UserError:
-        return None
+def _total(counts: list[int | None]) -> int | None:
     return None if None in counts else sum(counts)
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -98,43 +97,22 @@ def check_shards(sets: Iterable[ShardSet], flag: str, read: Read = image_and_cap
     """
     for shard_set in sets:
         check_present(shard_set, flag)
-        url = shard_set.urls[0]
-        if (path := local_path(url)) is None:
+        url, report, failures = shard_set.urls[0], DataReport(), []
+        if local_path(url) is None:
             log.info("Opening %s of %s ...", url, flag)  # the one to blame if it takes long
-        else:
-            _check_is_tar(path, flag)
-        _check_has_a_sample(url, flag, read)
-
-
-def _check_is_tar(path: str, flag: str) -> None:
-    try:
-        if os.path.isdir(path):
-            problem = "is a folder"
-        elif os.path.getsize(path) == 0:
-            problem = "is empty"
-        elif not tarfile.is_tarfile(path):
-            problem = "is not a tar file"
-        else:
-            return
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    raise UserError(f"The shard {path} in {flag} {problem}: give webdataset shards, tar files of images and captions.")
-
-
-def _check_has_a_sample(url: str, flag: str, read: Read) -> None:
-    report, failures = DataReport(), []
-    with closing(usable_samples(url, failures, report, read)) as samples:
-        if next(samples, None) is not None:
-            return
-    if failures and not report.skipped:
+        with closing(usable_samples(url, failures, report, read)) as samples:
+            if next(samples, None) is not None:
+                continue
+        if failures and not report.skipped:
+            raise UserError(
+                f"The first shard {url} in {flag} cannot be read ({reason(failures[0])}): give webdataset shards, tar "
+                "files of images and captions, that can be reached."
+            )
+        needs = f"each needs an image ({', '.join(IMAGE_KEYS)}) and a caption ({CAPTION_KEY}) of the same name"
         raise UserError(
-            f"The first shard {url} in {flag} cannot be read ({reason(failures[0])}): correct it, or make it reachable."
+            f"The first shard {url} in {flag} has not one usable sample ({report.summary() or 'it is empty'}): "
+            f"{needs if read is image_and_caption else 'give shards with what this task needs'}."
         )
-    needs = f"each needs an image ({', '.join(IMAGE_KEYS)}) and a caption ({CAPTION_KEY}) of the same name"
-    raise UserError(
-        f"The first shard {url} in {flag} has not one usable sample ({report.summary() or 'it is empty'}): "
-        f"{needs if read is image_and_caption else 'give shards with what this task needs'}."
-    )
 
 
 def read_shard(

@@ -17,17 +17,17 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.transforms import Compose, Normalize, RandomRotation, ToTensor
 
-from training.data import build_train_data, build_val_data, images
+from training.data import build_train_data, images
 from training.data.images import Picture, Unreadable, jpeg_size, load_rgb
 from training.data.pairs import PairEncoding
 from training.data.pixels import FAST, PLAIN, REDUCED, Images, Normalization, PixelTransform, stack, to_device
 from training.data.randomness import seed_globals
+from training.data.sets.labelled import ArrayImages
 from training.data.transforms import with_decoding
 from training.distributed import Ranks
 from training.evaluation.passes import EncodeSettings, ImagePass
-from training.data.sets.labelled import ArrayImages
 
-from ..data_helpers import BROKEN_IMAGE, LetterTokenizer, assert_same_batches, data_args, keys, write_shard
+from ..data_helpers import BROKEN_IMAGE, LetterTokenizer, data_args, keys, write_shard
 
 CPU = torch.device("cpu")
 DECODERS = ["Pillow", pytest.param("simplejpeg", marks=pytest.mark.skipif(not images.simplejpeg, reason="optional"))]
@@ -172,7 +172,8 @@ def test_normalised_on_the_device_as_before():
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     pixels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).repeat(1, 1, 3).numpy()
     expected = Compose([ToTensor(), Normalize(mean, std)])(Image.fromarray(pixels))
-    images = stack([torch.from_numpy(pixels).permute(2, 0, 1)] * 2, SimpleNamespace(normalization=Normalization(mean, std)))
+    transform = SimpleNamespace(normalization=Normalization(mean, std))
+    images = stack([torch.from_numpy(pixels).permute(2, 0, 1)] * 2, transform)
     batch = images.pixels
     assert batch.shape == (2, 3, 16, 16) and batch.is_contiguous(memory_format=torch.channels_last)
     before = batch.clone()
@@ -348,26 +349,6 @@ def test_training_batches_are_those_of_the_plain_path(tmp_path, workers):
         levels = to_device(a["image"], CPU) - to_device(b["image"], CPU)
         levels = levels.mul(255 * torch.tensor(normalization.std).view(3, 1, 1)).abs()
         assert levels.max() < 2.1 and levels.mean() < 0.02
-
-
-@pytest.mark.parametrize("decoding", [FAST, REDUCED])
-def test_resume_in_the_middle_is_exact(tmp_path, decoding):
-    pattern = shards(tmp_path)
-    data, again = make_data(pattern, decoding, workers=2), make_data(pattern, decoding, workers=2)
-    batches = data.epoch(1)
-    next(batches), next(batches), next(batches)
-    state = data.state_dict()
-    rest = list(batches)
-    again.load_state_dict(state)
-    assert_same_batches(rest, list(again.epoch(1)))
-
-
-def test_validation_batches_are_pixels_too(tmp_path):
-    args = data_args(val_data=shards(tmp_path), image_decode=FAST)
-    data = build_val_data(args, encoding(FAST, is_train=False), rank=0, world_size=1)
-    batches = list(data)
-    assert sum(len(batch["key"]) for batch in batches) == 14
-    assert {batch["image"].pixels.dtype for batch in batches} == {torch.uint8}
 
 
 def test_evaluation_on_pixels_is_the_same_for_any_number_of_processes():

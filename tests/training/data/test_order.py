@@ -78,13 +78,6 @@ def test_an_epoch_is_a_function_of_seed_epoch_and_rank(kind, tmp_path):
     assert keys(batches(rank=0, world_size=2)) != keys(batches(rank=1, world_size=2))
 
 
-def test_the_order_does_not_depend_on_what_was_read_before(tmp_path):
-    data, other = (make("shards", tmp_path) for _ in range(2))
-    list(islice(data.epoch(0), 3))
-    list(data.epoch(1))
-    assert_same_batches(list(data.epoch(2)), list(other.epoch(2)))
-
-
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_gives_exactly_the_remaining_batches(kind, workers, tmp_path, decoded):
@@ -164,14 +157,6 @@ def test_a_position_in_another_order_is_refused(change, names, tmp_path):
     with pytest.raises(UserError, match="middle of epoch 1") as error:
         train_data(pattern, **change).load_state_dict(data.state_dict())
     assert all(name in str(error.value) for name in names)
-
-
-def test_a_position_in_other_data_is_refused(tmp_path):
-    data = train_data(write_shards(tmp_path / "a", [8]))
-    next(data.epoch(0))
-    for other in (write_shards(tmp_path / "b", [8]), write_csv(tmp_path, 8)):
-        with pytest.raises(UserError, match="sources"):
-            train_data(other).load_state_dict(data.state_dict())
 
 
 def test_after_a_whole_epoch_everything_may_change(tmp_path):
@@ -320,12 +305,6 @@ def test_a_second_pass_begins_when_the_shards_are_used_up(tmp_path):
     assert seen[:12] != seen[12:]
 
 
-def test_shards_are_mixed(tmp_path):
-    data = train_data(write_shards(tmp_path, [20] * 4), batch_size=20)
-    for batch in data.epoch(0):
-        assert len({key.split("-")[0] for key in batch["key"]}) >= 3
-
-
 def test_resampled_shards_follow_the_upsampling_factors(tmp_path):
     sources = f"{write_shards(tmp_path / 'a', [5] * 2)}::{write_shards(tmp_path / 'b', [5] * 2, first=10)}"
     flags = {"dataset_resampled": True, "train_num_samples": 600, "batch_size": 100}
@@ -357,19 +336,6 @@ def test_shuffle_buffer():
 def rank_correlation(first, second) -> float:
     ranks = [numpy.argsort(numpy.argsort(numpy.asarray(values))) for values in (first, second)]
     return float(numpy.corrcoef(*ranks)[0, 1])
-
-
-@pytest.mark.parametrize("size, mixed", [(1000, True), (10, False)])
-def test_of_the_order_within_a_shard_nothing_is_left_if_several_fit_into_the_buffer(size, mixed):
-    shards, each = 40, 100
-    positions = numpy.argsort(list(shuffled(range(shards * each), random.Random(0), size, size // 5)))
-    by_shard = positions.reshape(shards, each)
-    correlation = numpy.mean([rank_correlation(range(each), places) for places in by_shard])
-    spread = numpy.median(by_shard.max(axis=1) - by_shard.min(axis=1))
-    if mixed:
-        assert abs(correlation) < 0.06 and spread > 2 * size
-    else:  # the measure would see it
-        assert correlation > 0.9 and spread < 2 * each
 
 
 @pytest.mark.parametrize("resampled", [False, True])

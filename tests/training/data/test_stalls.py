@@ -112,16 +112,6 @@ def test_a_slow_picture_of_a_table_is_named(gate, tmp_path, monkeypatch):
     assert re.search(f": this process reads them itself and has been on {first} for {SECONDS}.$", gate.heard())
 
 
-def test_it_can_be_switched_off(gate, tmp_path, monkeypatch):
-    write_shards(tmp_path, [4])
-    data = train_data(gate.command(f"{tmp_path}/00000.tar"), **FLAGS | {"stall_seconds": 0, "train_num_samples": 4})
-    monkeypatch.setattr(StallWatch, "look", lambda self: pytest.fail("it looks"))
-    gate.close()
-    threading.Timer(0.3, gate.open).start()
-    assert len(keys(data.epoch(0))) == 4
-    assert gate.messages == []
-
-
 def test_warnings_come_at_doubling_intervals(monkeypatch, caplog):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(stalls, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -278,14 +268,3 @@ def test_a_worker_that_was_started_without_care_can_be_ended_by_all(worker, tmp_
     assert worker.exitcode == -signal.SIGTERM
     os.killpg(pid_in(tmp_path / "command"), signal.SIGKILL)
 
-
-def test_the_own_signals_are_held_back_only_meanwhile():
-    caught, before = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: caught.append("SIGINT"))
-    try:
-        with held_back():
-            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # another thread would take it from the process
-            assert caught == []
-        assert caught == ["SIGINT"]
-    finally:
-        signal.signal(signal.SIGINT, before)

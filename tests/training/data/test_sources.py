@@ -167,6 +167,8 @@ def test_unknown_sizes_name_their_folders(tmp_path):
         ("sizes.json", json.dumps({"00000.tar": 8, "00001.tar": None}), "not a table"),
         ("sizes.json", json.dumps({"00000.tar": 0, "00001.tar": 0}), "there are no samples"),
         ("__len__", "many", "does not hold a number"),
+        ("00000_stats.json", "{", "00000_stats.json does not tell the number of 'successes'.*count_shards.py"),
+        ("00000_stats.json", '{"count": 8}', "does not tell the number of 'successes'"),
     ],
 )
 def test_damaged_sizes(name, content, match, tmp_path):

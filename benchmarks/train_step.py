@@ -36,6 +36,7 @@ from open_clip_elip.profile.models import ModelSpec
 from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from open_clip_elip.registry import plain_name
+from training.data.pixels import Images
 from training.distributed import Ranks
 from training.errors import UserError
 from training.main import pretraining
@@ -248,7 +249,7 @@ class OurSide:
         self.trainer = Trainer(
             options, ranks, self.model, self.model, parts.task, parts.train_data, self.optimizer, None, {}
         )
-        self.batch = {"image": image, "text": text, "key": [str(i) for i in range(args.batch_size)]}
+        self.batch = {"image": Images(image), "text": text, "key": [str(i) for i in range(args.batch_size)]}
 
     def text(self) -> Tensor | TextParts:
         """As the model gets it."""

@@ -10,6 +10,7 @@ Evaluation:       python -m training.finetune --evaluate --resume logs/my-run/ch
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, wise_ft
 from .command import run_command
+from .data import build_labelled_data
 from .data.pairs import LabelEncoding
 from .data.sets.labelled import LabelledImages
 from .data.sets.registry import load_data
@@ -28,10 +30,10 @@ from .errors import UserError
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
 from .evaluation.zero_shot import zero_shot_classifier
-from .models import build_model
+from .models import build_model, described_reduction, token_reduction
 from .options import parse
 from .run import Parts, run
-from .tasks.augment import Augmentation, Mix, train_transform
+from .tasks.augment import Mix, train_transform
 from .tasks.classification import (
     ClassificationTask,
     FinetuningOptions,
@@ -41,34 +43,37 @@ from .tasks.classification import (
 )
 
 
-# The options that say what a classifier is. With --evaluate and without --model they are as in the checkpoint.
-_OF_CLASSIFIER = ("pretrained", "head", "vision_guided_reduction", "ema_decay")
+# What a classifier is. With --evaluate and without --model, these options are as in the checkpoint.
+_OF_CLASSIFIER = (
+    "model", "pretrained", "pretrained_image", "force_context_length", "force_image_size", "force_quick_gelu",
+    "force_custom_text", "image_mean", "image_std", "image_interpolation", "image_resize_mode", "head",
+    "vision_guided_reduction", "ema_decay",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tunes, or evaluates, and returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
 
     def work(options: FinetuningOptions, ranks: Ranks) -> None:
         with ranks.agree():
-            options.batch_size = options.batch_size or share_of(options.global_batch, ranks.world_size, options.accum_freq)
+            if options.model is None:
+                options = _as_in_checkpoint(words, options.resume)
+                options.divide_global_batch(ranks.world_size)
         run(options, ranks, finetuning)
 
-    return run_command(FinetuningOptions, work, argv, __doc__)
+    return run_command(FinetuningOptions, work, words, __doc__)
 
 
-def share_of(global_batch: int, world_size: int, accum_freq: int) -> int:
-    """Samples of one batch on each process.
-
-    Raises:
-        UserError: the global batch cannot be divided.
-    """
-    size, rest = divmod(global_batch, world_size * accum_freq)
-    if rest or not size:
-        raise UserError(
-            f"The global batch of {global_batch} cannot be divided by {world_size} process(es) x --accum-freq "
-            f"{accum_freq} = {world_size * accum_freq}: change one of them, or give --batch-size."
-        )
-    return size
+def _as_in_checkpoint(words: list[str], resume: str) -> FinetuningOptions:
+    """The options, with those that say what the classifier is as they are in a checkpoint's configuration."""
+    if resume == "latest":
+        raise UserError("--evaluate needs --model, or a checkpoint file in --resume that says which model it is of.")
+    config = checkpoint.load(resume).get("config", {})
+    if "head" not in config:
+        raise UserError(f"{resume} is not a checkpoint of fine-tuning; give one of training.finetune, or --model.")
+    given = {name: config[name] for name in _OF_CLASSIFIER if name in config}
+    return parse(FinetuningOptions, words, given=given | {"token_reduction": token_reduction(config)})
 
 
 def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> Parts:
@@ -81,27 +86,30 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
         results = Results(None if options.results.lower() == "none" else Path(options.results), ranks)
         train, tests = load_data_sets(options)
         seed_everything(options.seed)
-        identity, model, (_, transform), tokenizer = build_model(options, ranks.device)
+        # The model's reduction is guided by captions, so without the flag it is left out.
+        reduces = options.vision_guided_reduction
+        options.token_reduction = described_reduction(options) if reduces else {"method": "none"}
+        built = build_model(options, ranks.device)
+        model, (_, transform) = built.model, built.transforms
     data = next(iter(tests.values()))
-    common = {"num_classes": len(data.classnames), "reduce": options.vision_guided_reduction}
+    common = {"num_classes": len(data.classnames), "reduce": reduces}
     if options.head == "random":
         classifier = random_classifier(model, **common)
     else:
         weights = None
         if resume is None or options.wise_ft:  # else they come from the checkpoint
-            weights = zero_shot_classifier(model, tokenizer, data, ranks=ranks, precision=options.precision)
+            weights = zero_shot_classifier(model, built.tokenizer, data, ranks=ranks, precision=options.precision)
         classifier = zero_shot_head(model, weights=weights, **common)
-    del model
     start = wise_ft.whole_weights(classifier) if options.wise_ft else None
     with ranks.agree():
         add_drop_path(classifier.visual, options.drop_path)
         train_data = None
         if train is not None:
-            encoding = LabelEncoding(train_transform(Augmentation.of(options), classifier.visual.preprocess_cfg))
+            encoding = LabelEncoding(train_transform(options, built.identity.preprocess))
             train_data = build_labelled_data(options, train, encoding, **place)
     seed_everything(options.seed + ranks.rank)
-    task = ClassificationTask(options, ranks, Mix.of(options, len(data.classnames)), tests, transform)
-    return Parts(identity, classifier, task, train_data, partial(_finish, options, ranks, task, results, start))
+    task = ClassificationTask(options, ranks, Mix(options, len(data.classnames)), tests, transform)
+    return Parts(built.identity, classifier, task, train_data, partial(_finish, options, ranks, task, results, start))
 
 
 def load_data_sets(options: FinetuningOptions) -> tuple[LabelledImages | None, dict[str, LabelledImages]]:

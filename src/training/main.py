@@ -11,6 +11,7 @@ from __future__ import annotations
 from .command import run_command
 from .data import build_train_data, build_val_data
 from .data.pairs import PairEncoding
+from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
 from .models import build_model, build_teacher
 from .run import Parts, run
@@ -26,15 +27,17 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
     """Contrastive training on image-text pairs; see `run.Build`."""
     with ranks.agree():
         seed_everything(options.seed)
-        identity, model, (train_transform, transform), tokenizer = build_model(options, ranks.device)
+        built = build_model(options, ranks.device)
+        tokenizer = built.tokenizer
+        train_transform, transform = (with_decoding(t, options.image_decode) for t in built.transforms)
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
         train_data = build_train_data(options, PairEncoding(train_transform, tokenizer), **place)
         val_data = build_val_data(options, PairEncoding(transform, tokenizer), **place)
         zero_shot_data = load_zero_shot_data(options)
-        teacher = build_teacher(options, ranks.device)
-        task = ContrastiveTask(options, ranks, model, tokenizer, transform, val_data, zero_shot_data, teacher)
-    return Parts(identity, model, task, train_data)
+        teacher = build_teacher(options, built.identity, ranks.device)
+        task = ContrastiveTask(options, ranks, built.model, tokenizer, transform, val_data, zero_shot_data, teacher)
+    return Parts(built.identity, built.model, task, train_data)
 
 
 if __name__ == "__main__":

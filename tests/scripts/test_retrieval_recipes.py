@@ -104,8 +104,8 @@ def test_shards(coco, tmp_path):
     found = samples(out)
     wanted = load_captions(str(coco), CaptionOptions(split="train+restval"))
     pairs = [(Path(wanted.images.name(i)).read_bytes(), wanted.captions[n]) for n, i in enumerate(wanted.image_of)]
-    assert sorted((sample.image, sample.caption) for sample in found) == sorted(pairs)
-    assert [sample.caption for sample in found] != wanted.captions  # shuffled
+    assert sorted((sample.images[0], sample.fields["caption"]) for sample in found) == sorted(pairs)
+    assert [sample.fields["caption"] for sample in found] != wanted.captions  # shuffled
     assert make(*words, tmp_path / "again") == 0 and make(*words, tmp_path / "other", "--seed", 1) == 0
     content = {path.name: path.read_bytes() for path in out.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == content
@@ -124,7 +124,7 @@ def test_smaller_pictures_and_broken_ones(coco, tmp_path, capsys):
     )
     found = samples(tmp_path / "shards")
     assert json.loads((tmp_path / "shards" / "sizes.json").read_text()) == {"00000.tar": 9} and len(found) == 9
-    sizes = {sample.caption[:9]: Image.open(io.BytesIO(sample.image)).size for sample in found}
+    sizes = {sample.fields["caption"][:9]: Image.open(io.BytesIO(sample.images[0])).size for sample in found}
     assert sizes.pop('train "0"') == (40, 25)
     assert set(sizes.values()) == {(25, 25)}  # of 40
     with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:

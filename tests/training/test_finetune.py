@@ -10,14 +10,15 @@ import open_clip
 import pytest
 import torch
 import yaml
+from torchvision.transforms.functional import to_tensor
 
 from training import checkpoint
 from training.control import EXIT_INTERRUPTED
+from training.data.pairs import LabelEncoding, LabelledRows
 from training.distributed import Ranks
 from training.errors import UserError
 from training.data.sets.registry import load_data
-from training.finetune import class_numbers, finetuning, main
-from training.finetune import LabelledRows as Rows
+from training.finetune import finetuning, main
 from training.options import parse, resolved
 from training.tasks.classification import FinetuningOptions
 from training.trainer import Trainer
@@ -250,15 +251,14 @@ def test_two_processes_train_alike_and_evaluate_the_same(run, data, pretrained, 
 # ---------------------------------------------------------------------- data
 
 
-def test_rows_have_the_class_number_as_caption(data):
+def test_rows_have_the_class_number_as_label(data):
     images = load_data(str(data), split="train")
-    table = Rows(images)
+    table, encoding = LabelledRows(images), LabelEncoding(to_tensor)
     assert len(table) == 24
-    for row in (0, 23):
-        sample = table[row]
-        assert class_numbers([sample.caption]).tolist() == [images.labels[row].item()]
-        assert sample.image().tobytes() == images.images.load(row).tobytes()
-        assert sample.key.endswith(".png") and sample.index == row
+    batch = encoding.collate([encoding.encode(table[row]) for row in (0, 23)])
+    assert torch.equal(batch["label"], images.labels[[0, 23]])
+    assert torch.equal(batch["image"].pixels[1], to_tensor(images.images.load(23)))
+    assert table[23].key.endswith(".png") and table[23].index == 23
 
 
 def test_broken_pictures_are_named_and_counted(pretrained, tmp_path, capsys):

@@ -7,6 +7,7 @@ import torch
 
 from open_clip_elip import TextFirstCLIP
 from training.data import DataReport
+from training.data.pixels import Images
 
 VOCABULARY = 50
 CONTEXT = 8
@@ -40,7 +41,7 @@ def pairs(count: int, seed: int = 0, dtype=torch.float64) -> dict:
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    size = len(batch["text"]) // count
+    size = len(batch["key"]) // count
     return [{k: v[i * size : (i + 1) * size] for k, v in batch.items()} for i in range(count)]
 
 
@@ -50,10 +51,10 @@ class MemoryData:
     def __init__(self, batches: list[dict]):
         self.batches = batches
         self.num_batches = len(batches)
-        self.num_samples = sum(len(b["text"]) for b in batches)
+        self.num_samples = sum(len(b.get("key", ())) for b in batches)
 
     def epoch(self, epoch: int):
-        return iter(self.batches)
+        return iter({**batch, "image": Images(batch["image"])} for batch in self.batches)
 
     def report(self):
         return DataReport()

@@ -94,7 +94,7 @@ def _encode(
     features: dict[str, list[Tensor]] = {"image": [], "text": []}
     index = [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        image = to_device(batch["image"], device, input_dtype, batch.get("normalization"))
+        image = to_device(batch["image"], device, input_dtype)
         text = cut_text(batch["text"], model).to(device=device, non_blocking=True)
         with autocast():
             image_features = model.encode_image(image, normalize=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from open_clip import get_input_dtype
@@ -114,14 +115,13 @@ class ImagePass:
         settings, device = self.settings, self.ranks.device
         autocast = get_autocast(settings.precision, device_type=device.type)
         input_dtype = get_input_dtype(settings.precision)
-        normalization = getattr(self.decoded.transform, "normalization", None)
         batches = torch.arange(self.count).split(settings.batch_size)
         batches = batches[self.ranks.rank :: self.ranks.world_size] if self.count else ()
         loader = DataLoader(
             self.decoded,
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=min(settings.workers, len(batches)),
-            collate_fn=_collate,
+            collate_fn=self.decoded.collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # otherwise it draws from the global one, and what follows would differ
         )
@@ -136,7 +136,7 @@ class ImagePass:
             self.skipped += [name for name, _ in broken]
             if not len(index):
                 continue
-            images = to_device(images, device, input_dtype, normalization)
+            images = to_device(images, device, input_dtype)
             with torch.inference_mode(), autocast():
                 outputs = self.function(images)
             yield index, outputs.cpu()
@@ -191,10 +191,9 @@ class _Decoded(Dataset):
             return self.images.name(row), f"{type(error).__name__}: {text}" if text else type(error).__name__
         return self.transform(image), i
 
-
-def _collate(samples: Sequence[tuple]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Images (B, 3, H, W) and places (B,) of the good samples, and the broken ones."""
-    good = [sample for sample in samples if not isinstance(sample[0], str)]
-    images = stack([image for image, _ in good]) if good else torch.empty(0)
-    index = torch.tensor([i for _, i in good], dtype=torch.int64)
-    return images, index, [sample for sample in samples if isinstance(sample[0], str)]
+    def collate(self, samples: Sequence[tuple]) -> tuple[NamedTuple | None, Tensor, list[tuple[str, str]]]:
+        """Images (B, 3, H, W) and places (B,) of the good samples, and the broken ones."""
+        good = [sample for sample in samples if not isinstance(sample[0], str)]
+        images = stack([image for image, _ in good], self.transform) if good else None
+        index = torch.tensor([i for _, i in good], dtype=torch.int64)
+        return images, index, [sample for sample in samples if isinstance(sample[0], str)]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,59 +47,37 @@ class AugmentationOptions(Section, title="augmentation"):
             forbid(low > high, f"{flag} takes the smaller number first, not {low:g} {high:g}.")
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to one picture, in this order: crop, flip, policy, colours, erasing.
-
-    Attributes:
-        crop_scale, crop_ratio: area of the random crop, as a share of the picture's, and its width / height.
-        hflip: probability of a mirror image.
-        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `augmix-m3`, `v0`, ...), or None.
-        color_jitter: strength of changes of brightness, contrast and saturation; 0: none. Not with a policy.
-        erasing, erasing_mode: probability that a rectangle is filled with noise (pixel), one random colour (rand) or
-            the mean colour (const).
-        interpolation: bicubic, bilinear, or random for either.
-    """
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    auto_augment: str | None = None
-    color_jitter: float = 0.0
-    erasing: float = 0.0
-    erasing_mode: str = "pixel"
-    interpolation: str = "bicubic"
-
-
-def train_transform(
-    augmentation: Augmentation, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Image.Image], Tensor]:
-    """From an RGB picture to a normalised tensor (3, *size), by timm's parts.
+def train_transform(options: AugmentationOptions, preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """From an RGB picture to a normalised tensor (3, H, W), by timm's parts: crop, flip, policy, colours, erasing.
 
     Its randomness comes from the global generators of Python, NumPy and torch, which the loader seeds for each sample.
+
+    Args:
+        preprocess: OpenCLIP's `preprocess_cfg` of the image tower: size, mean and std.
 
     Raises:
         UserError: a policy that timm does not know.
     """
     from timm.data.transforms_factory import transforms_imagenet_train  # takes a second, and only training needs it
 
+    size = preprocess["size"]
     try:
         transform = transforms_imagenet_train(
-            size,
-            scale=augmentation.crop_scale,
-            ratio=augmentation.crop_ratio,
-            hflip=augmentation.hflip,
-            auto_augment=augmentation.auto_augment,
-            color_jitter=augmentation.color_jitter or None,
-            interpolation=augmentation.interpolation,
-            mean=mean,
-            std=std,
-            re_prob=augmentation.erasing,
-            re_mode=augmentation.erasing_mode,
+            tuple(size) if isinstance(size, (tuple, list)) else (size, size),
+            scale=tuple(options.crop_scale),
+            ratio=tuple(options.crop_ratio),
+            hflip=options.hflip,
+            auto_augment=options.auto_augment,
+            color_jitter=options.color_jitter or None,
+            interpolation=options.train_interpolation,
+            mean=preprocess["mean"],
+            std=preprocess["std"],
+            re_prob=options.random_erasing,
+            re_mode=options.erasing_mode,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"timm knows no augmentation policy {augmentation.auto_augment!r} ({str(error) or type(error).__name__}); "
+            f"timm knows no augmentation policy {options.auto_augment!r} ({str(error) or type(error).__name__}); "
             "write it like rand-m9-mstd0.5-inc1."
         ) from error
     _mend_posterize(transform)
@@ -137,25 +115,15 @@ class Mix:
     checkpoint, and setting it back gives the same mix again. Batches may have any length.
 
     Args:
+        options: mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the mixing weight; mixup_prob: how often
+            a batch is mixed at all; mixup_switch_prob: how often it is cutmix, where both are on; label_smoothing.
         num_classes: C.
-        mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the mixing weight; 0: never.
-        prob: how often a batch is mixed at all.
-        switch_prob: how often it is cutmix, where both are on.
-        smoothing: share of the target that is spread evenly over all classes.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        smoothing: float = 0.0,
-    ):
-        self.num_classes, self.smoothing = num_classes, smoothing
-        self.mixup, self.cutmix = mixup, cutmix
-        self.prob, self.switch_prob = prob, switch_prob
+    def __init__(self, options: AugmentationOptions, num_classes: int):
+        self.num_classes, self.smoothing = num_classes, options.label_smoothing
+        self.mixup, self.cutmix = options.mixup, options.cutmix
+        self.prob, self.switch_prob = options.mixup_prob, options.mixup_switch_prob
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """

@@ -4,6 +4,7 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch.nn.parallel import DistributedDataParallel
 
+from training.data.pixels import Images
 from training.errors import UserError
 from training.evaluation.pairs import evaluate_pairs, evaluation_mode, unwrap
 
@@ -32,7 +33,7 @@ def batches(sizes, order=None):
 
 def evaluate(model, data, **kwargs):
     options = {"device": torch.device("cpu"), "precision": "fp32", "batch_size": 10, **kwargs}
-    return evaluate_pairs(model, data, **options)
+    return evaluate_pairs(model, [{**batch, "image": Images(batch["image"])} for batch in data], **options)
 
 
 def test_equals_open_clip():

@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
     folder = None if args.logs.lower() == "none" else Path(args.logs) / args.name
     target = None if args.remote_sync is None or folder is None else f"{args.remote_sync.rstrip('/')}/{args.name}"
     config = resolved_config(args, command)
+    with ExitStack() as stack:
+        with ranks.agree():
+            stack.enter_context(run_folder.claimed(folder if ranks.is_main else None))
+        _run_in(folder, target, config, args, ranks, build)
+
+
+def _run_in(folder: Path | None, target: str | None, config: dict, args, ranks: Ranks, build: Build) -> None:
+    """The rest of `run`, while its folder is claimed."""
     with ranks.agree():
         resume = None
         if ranks.is_main:
@@ -160,6 +169,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
                     averages.load_state_dict(state["ema"], state["ema_updates"])
 
     with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
+        run_log = open_log(args, ranks, folder, config, step=trainer.steps if trainer else 0)
         if ranks.is_main and folder is not None:
             run_folder.create(folder, config, copy_codebase=args.copy_codebase)
     ranks.barrier()
@@ -180,9 +190,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
     with ranks.agree():
         if target is not None and ranks.is_main:
             sync = remote.RemoteSync(folder, target, args.remote_sync_frequency)
-            sync.check()
             sync.start()
-    run_log = open_log(args, ranks, folder, config, step=trainer.steps if trainer else 0)
     try:
         if trainer is not None:
             logging.info(train_data.describe())

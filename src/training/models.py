@@ -77,9 +77,10 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
         )
     if args.lock_text:
-        model.lock_text_tower(
-            unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=args.lock_text_freeze_layer_norm
-        )
+        try:
+            model.lock_text_tower(args.lock_text_unlocked_layers, args.lock_text_freeze_layer_norm)
+        except AssertionError as error:  # of OpenCLIP's own text tower
+            raise UserError(f"{args.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, preprocess_train, preprocess_val, tokenizer

@@ -30,6 +30,7 @@ from .data.pixels import to_device
 from .distributed import Ranks
 from .ema import Ema
 from .errors import UserError
+from .files import append, expendable
 from .log import RunLog, peak_memory_gb
 from .plan import Plan
 from .sharding import (
@@ -83,6 +84,7 @@ class Trainer:
             folder / "checkpoints" if folder is not None and ranks.is_main else None,
             keep_last=args.keep_last,
             every_minutes=args.save_every_n_minutes,
+            delete_previous=args.delete_previous_checkpoint,
         )
         self.show_progress = sys.stderr.isatty() if args.progress is None else args.progress
         self.plan = Plan.of(args, data.num_batches, ranks.world_size)
@@ -158,8 +160,9 @@ class Trainer:
         if self.schedule is not None:
             self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
-        if self.plan.full_token_steps:
-            self.model.reduces = not self.plan.uses_all_tokens(self.samples)
+        if self.args.full_tokens_last is not None:
+            full = self.plan.steps_of(self.args.full_tokens_last) * self.plan.reference_batch
+            self.model.reduces = self.samples < self.plan.total_samples - full
         self.optimizer.zero_grad(set_to_none=True)
         if len(window) == 1:
             with self.autocast():
@@ -298,8 +301,7 @@ class Trainer:
         self.nonfinite = None
         logging.error(f"Step {self.steps - 1} was not applied: its loss or gradient is not finite.")
         if self.ranks.is_main and self.folder is not None:
-            with (self.folder / "nonfinite.jsonl").open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            append(self.folder / "nonfinite.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     # ------------------------------------------------------------------ figures
 
@@ -368,7 +370,8 @@ class Trainer:
         )
         logging.info("Summary\n" + text)
         if self.ranks.is_main and self.folder is not None:
-            (self.folder / "summary.txt").write_text(text + "\n")
+            with expendable(self.folder / "summary.txt"):
+                (self.folder / "summary.txt").write_text(text + "\n")
 
     def warn_of_long_warmup(self) -> None:
         if self.schedule is not None and self.plan.warmup_steps >= self.plan.total_steps > 0:
@@ -481,8 +484,6 @@ class Trainer:
         if args.save_most_recent:
             names.append(checkpoint.LATEST)
         self.save(names, {})
-        if args.delete_previous_checkpoint and self.ranks.is_main:
-            self.saver.delete(f"epoch_{self.epoch - 1}.pt")
 
     def save_what_failed(self, attempts: int = 5) -> None:
         """At the end of the run: the last checkpoint must be there, so a full disk gets a few more chances."""

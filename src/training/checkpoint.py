@@ -96,12 +96,9 @@ class Saver:
     RETRY_SECONDS = 60.0
 
     def __init__(
-        self,
-        folder: Path | None,
-        keep_last: int | None = None,
-        every_minutes: float | None = None,
+        self, folder: Path | None, keep_last: int | None = None, every_minutes: float | None = None,
         delete_previous: bool = False,
-    ):
+    ):  # fmt: skip
         self.folder, self.keep_last, self.delete_previous = folder, keep_last, delete_previous
         self.interval = (every_minutes or math.inf) * 60
         self.saved_at = time.monotonic()

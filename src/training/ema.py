@@ -69,19 +69,12 @@ class Ema:
                 _fill(model, own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, whole, under exactly the plain model's keys: a checkpoint's `state_dict` of its own.
-
-        Of a sharded model, all processes must call it.
-        """
+        """The averages, whole, under exactly the plain model's keys. Of a sharded model, a collective call."""
         return {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in self.weights.items()}
 
     @torch.no_grad()
     def load_state_dict(self, weights: Mapping[str, Tensor], updates: int) -> None:
-        """Continues from `state_dict`, whole on every process, and `updates`.
-
-        Raises:
-            ValueError: the weights are not this model's.
-        """
+        """Continues from `state_dict`, whole on every process, and `updates`. ValueError: they are not this model's."""
         wrong = sorted(self.weights.keys() ^ weights.keys())
         wrong = wrong or [name for name, value in self.weights.items() if value.shape != weights[name].shape]
         if wrong:

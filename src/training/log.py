@@ -24,14 +24,9 @@ DATE = "%Y-%m-%d,%H:%M:%S"
 
 
 class _File(logging.FileHandler):
-    """What cannot be written, on a full disk, is told once."""
-
-    failed = False
-
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self.failed:
-            print(f"{self.baseFilename} cannot be written ({reason(sys.exc_info()[1])}).", file=sys.stderr)
-        self.failed = True
+        print(f"{self.baseFilename} cannot be written ({reason(sys.exc_info()[1])}).", file=sys.stderr)
+        self.handleError = lambda record: None  # told once
 
 
 class _Console(logging.StreamHandler):
@@ -74,15 +69,9 @@ class RunLog:
     Args:
         folder: the run's folder; None writes no files.
         enabled: False on all ranks but the main one.
-        report_to: any of "tensorboard" and "wandb" ("csv" is always written).
+        report_to: any of "tensorboard" and "wandb" ("csv" is always written); UserError: it cannot be used.
         step: rows of train.csv from this step on are dropped: they were written after the checkpoint that is resumed.
         wandb_options: project, name, notes, config ... for `wandb.init`.
-
-    Attributes:
-        last_evaluation: the newest figures of an evaluation of this run, those of the resumed run included; {}: none.
-
-    Raises:
-        UserError: what is to be reported to cannot be used.
     """
 
     def __init__(
@@ -96,7 +85,7 @@ class RunLog:
     ):
         self.folder = folder if enabled else None
         self.columns: list[str] | None = None
-        self.results: list[dict[str, float]] = []
+        self.results: list[dict[str, float]] = []  # of all evaluations, those of the resumed run included
         self.writers: dict[str, Any] = {}
         for kind in sorted(report_to & {"tensorboard", "wandb"}) if enabled else ():
             try:
@@ -115,6 +104,7 @@ class RunLog:
 
     @property
     def last_evaluation(self) -> dict[str, float]:
+        """{}: there was none."""
         return self.results[-1] if self.results else {}
 
     def train(self, row: dict[str, float]) -> None:
@@ -158,8 +148,7 @@ class RunLog:
 
     def _keep_results_until(self, step: int) -> None:
         """Reads results.jsonl; what was written after step `step`, or is damaged, is dropped there."""
-        path = self.folder / "checkpoints" / "results.jsonl"
-        lines = _lines(path)
+        lines = _lines(path := self.folder / "checkpoints" / "results.jsonl")
         whole = [result for result in map(_parsed, lines) if isinstance(result, dict)]
         self.results = [result for result in whole if result.get("step", 0) <= step]
         text = "".join(json.dumps(result) + "\n" for result in self.results)
@@ -167,8 +156,7 @@ class RunLog:
 
     def _keep_rows_before(self, step: int) -> None:
         """Drops rows of train.csv that were written from step `step` on, or are damaged."""
-        path = self.folder / "train.csv"
-        lines = _lines(path)
+        lines = _lines(path := self.folder / "train.csv")
         rows = [line.split(",") for line in lines if "\0" not in line]
         if not rows or "step" not in rows[0]:
             return _rewrite(path, "", dropped=0, damaged=len(lines))  # nothing to go on from; it stays as it is

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -33,58 +33,48 @@ def default_name(options: Any) -> str:
 
 @contextmanager
 def claimed(folder: Path | None) -> Iterator[None]:
-    """Within it no other process that claims this folder gets it; None claims nothing.
+    """Within it the folder is this process's alone; it is made, and gone again at the end if nothing came into it.
 
-    The folder is made if there is none, and gone again at the end if nothing has come into it. The lock is the kernel's,
-    on the file `.lock`: it ends with the process, however that ends, and on network file systems it holds between
-    machines, so none is ever stale.
-
-    Raises:
-        UserError: another process has the folder, or it cannot be written.
+    The lock is the kernel's, on the file `.lock`: it ends with the process, however that ends, so none is ever stale,
+    and on network file systems it holds between machines. UserError: another process has it, or it cannot be written.
     """
     if folder is None:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    file = None
-    try:
-        file = _lock(folder)
-        yield
-    finally:
-        if file is not None:
-            (folder / ".lock").unlink(missing_ok=True)
-            file.close()
-        with suppress(OSError):  # of a folder that is not empty
-            for path in made:
-                path.rmdir()
+    with _locked(folder):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # of a folder that is not empty
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
 
 
-def _lock(folder: Path):
+def _locked(folder: Path) -> IO[bytes]:
     """The open file that has the lock."""
     path = folder / ".lock"
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+            file = path.open("a+b", buffering=0)
         except OSError as error:
             raise _cannot_write(folder, error) from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(
-                f"The run {folder} is being written by {file.read() or 'another process'}; wait for its end, or choose "
-                "another --name."
-            ) from None
+            owner = path.read_text() or "another process"
+            otherwise = "wait for its end, or choose another --name"
+            raise UserError(f"The run {folder} is being written by {owner}; {otherwise}.") from None
         except OSError as error:
             logging.warning(f"{folder} cannot be locked ({reason(error)}); see to it that no other run writes there.")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its owner has just left, and deleted it
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            with suppress(OSError):  # of a full disk
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                return file
-        file.close()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()  # its owner has just left, and deleted it
 
 
 def find_resume(options: Any, folder: Path | None) -> str | None:
@@ -113,8 +103,7 @@ def check_unused(folder: Path | None, options: Any) -> None:
 def create(folder: Path, config: dict, copy_codebase: bool = False) -> None:
     """Makes the folder and writes config.yaml (which --config reads back) and params.txt (as OpenCLIP does).
 
-    Raises:
-        UserError: no write access to a folder that has no configuration yet.
+    UserError: they cannot be written, and there are none yet.
     """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -107,11 +107,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Context in which backward passes add up gradients on each process, to be averaged by the first one after it.
-
-    Args:
-        model: as it is run: DDP, sharded, compiled or bare.
-    """
+    """Context in which backward passes add up gradients on each process, to be averaged by the first one after it."""
     model = _bare(model)
     if not isinstance(model, FSDPModule):
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
@@ -188,12 +184,8 @@ def load_full_state_dict(
 ) -> None:
     """Loads what `full_state_dict` gave, of a sharded model or another; each process passes it whole.
 
-    Args:
-        optimizer: of `model` as it is now; None loads the weights only.
-
-    Raises:
-        RuntimeError: the weights do not fit, as `nn.Module.load_state_dict`.
-        ValueError: the optimizer state does not fit, as `torch.optim.Optimizer.load_state_dict`.
+    Without an optimizer, the weights only. What does not fit raises as torch does: RuntimeError for weights, ValueError
+    for the optimizer's state.
     """
     own = model.state_dict()
     model.load_state_dict({name: _shard_like(own.get(name), value) for name, value in weights.items()})
@@ -202,10 +194,7 @@ def load_full_state_dict(
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     numbers = (i for group in state["param_groups"] for i in group["params"])
     owner = dict(zip(numbers, parameters, strict=False))  # other numbers are refused by load_state_dict below
-    parts = {
-        i: {key: _shard_like(owner.get(i), value) for key, value in values.items()}
-        for i, values in state["state"].items()
-    }
+    parts = {i: {k: _shard_like(owner.get(i), v) for k, v in values.items()} for i, values in state["state"].items()}
     optimizer.load_state_dict({**state, "state": parts})
 
 
@@ -225,10 +214,8 @@ def _check_formats(model: nn.Module, stacks: list[list[nn.Module]], precision: s
     in_layers = {p for layer in layers for p in layer}
     rest = [p for p in model.parameters() if p not in in_layers and p.numel() > 1]
     if any(len({p.dtype for p in group if p.requires_grad}) > 1 for group in [*layers, rest]):
-        raise UserError(
-            f"--fsdp cannot split layers whose weights differ in number format, as with --precision {precision}; "
-            "use --precision amp_bf16 or pure_bf16."
-        )
+        what = f"--fsdp cannot split layers whose weights differ in number format, as with --precision {precision}"
+        raise UserError(f"{what}; use --precision amp_bf16 or pure_bf16.")
 
 
 def _average_gradient(p: nn.Parameter) -> None:

@@ -51,10 +51,11 @@ def expendable(path: Path) -> Iterator[None]:
         _failing.discard(path)
 
 
-def append(path: Path, text: str) -> None:
-    """Adds whole lines to an expendable file; a line that was cut there is ended first."""
+def append(path: Path, text: str) -> bool:
+    """Adds whole lines to an expendable file; a line that was cut there is ended first. False: they were not added."""
     with expendable(path), path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             text = text if file.read(1) == b"\n" else "\n" + text
         file.write(text.encode())
+    return path not in _failing

@@ -75,14 +75,9 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        *,
-        enabled: bool = True,
-        report_to: frozenset[str] = frozenset(),
-        step: int = 0,
+        self, folder: Path | None, *, enabled: bool = True, report_to: frozenset[str] = frozenset(), step: int = 0,
         wandb_options: dict[str, Any] | None = None,
-    ):
+    ):  # fmt: skip
         self.folder = folder if enabled else None
         self.columns: list[str] | None = None
         self.results: list[dict[str, float]] = []  # of all evaluations, those of the resumed run included
@@ -110,11 +105,11 @@ class RunLog:
     def train(self, row: dict[str, float]) -> None:
         """One row of training figures; `row` has `step`, and the same keys every time."""
         if self.folder is not None:
-            lines = [] if self.columns else [list(row)]
-            self.columns = self.columns or list(row)
-            lines.append([f"{v:.8g}" if isinstance(v, float) else v for v in map(row.get, self.columns)])
-            csv.writer(text := io.StringIO()).writerows(lines)
-            append(self.folder / "train.csv", text.getvalue())
+            columns = self.columns or list(row)
+            lines = [[f"{v:.8g}" if isinstance(v, float) else v for v in map(row.get, columns)]]
+            csv.writer(text := io.StringIO()).writerows(lines if self.columns else [columns, *lines])
+            if append(self.folder / "train.csv", text.getvalue()):
+                self.columns = columns
         self._report("train", row, row["step"])
 
     def evaluation(self, metrics: dict[str, float], step: int) -> None:

@@ -80,8 +80,8 @@ def create_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> t
     """AdamW, or `timm/NAME` for any optimizer of timm.
 
     Args:
-        model_or_groups: a model, of which `parameter_groups` (or timm's own, as usual with its optimizers) are taken; or
-            a task's own groups, with `weight_decay` and perhaps `lr_scale` each.
+        model_or_groups: a model, of which `parameter_groups` (or timm's own, as usual with its optimizers) are taken,
+            or a task's own groups, with `weight_decay` and perhaps `lr_scale` each.
         options: opt, lr, wd, beta1, beta2, eps, momentum, layer_decay.
 
     Raises:

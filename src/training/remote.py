@@ -42,10 +42,9 @@ class RemoteSync:
     def start(self) -> None:
         """The first copy, which raises UserError if it fails; from then on one every `every_seconds`."""
         with _explained(f"The run's folder cannot be copied to {self.target}"):
-            there = _sizes(self._fs, self._root)
+            there, files = _sizes(self._fs, self._root), _files(self.local)
             # A checkpoint with a number never changes; of other files the size says too little.
-            numbered = {name: stamp for name, stamp in _files(self.local).items() if _NUMBERED.fullmatch(name)}
-            self._copied = {name: stamp for name, stamp in numbered.items() if there.get(name) == stamp[0]}
+            self._copied = {n: s for n, s in files.items() if _NUMBERED.fullmatch(n) and there.get(n) == s[0]}
             self.copy_changes()
         self._thread.start()
 

@@ -39,7 +39,9 @@ def test_a_bare_number_has_the_default_unit():
     assert Duration.parse("7steps", "samples") == Duration(7, "steps")
 
 
-NONE = ["", "ep", "-1", "-3ep", "nan", "inf", "1e999", "three", "3 hours", "3e", "3epps", "3eps2", "1,000", "1_000", "%"]
+NONE = [
+    "", "ep", "-1", "-3ep", "nan", "inf", "1e999", "three", "3 hours", "3e", "3epps", "3eps2", "1,000", "1_000", "%",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

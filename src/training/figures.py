@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .distributed import Ranks
+from .files import expendable
 from .log import peak_memory_gb
 from .tasks.base import Cost
 
@@ -139,10 +140,8 @@ class Figures:
         text = "\n".join(lines)
         logging.info("Summary\n" + text)
         if self.ranks.is_main and folder is not None:
-            try:
+            with expendable(folder / "summary.txt"):
                 (folder / "summary.txt").write_text(text + "\n")
-            except OSError as error:
-                logging.error(f"summary.txt could not be written ({error.strerror}).")
 
 
 def describe(metrics: Mapping[str, float]) -> str:

@@ -23,6 +23,7 @@ from open_clip_elip.reduction import drop_alternatives
 from . import checkpoint
 from .distributed import Ranks
 from .errors import UserError
+from .options.params import reduction_overrides
 from .sharding import shard
 
 
@@ -33,7 +34,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         UserError: unknown model, weights that do not fit, or a tower that cannot be reduced.
     """
     model_kwargs = {}
-    if getattr(args, "siglip", False):  # the SigLIP paper's start values
+    if args.siglip:  # the SigLIP paper's start values
         model_kwargs |= {"init_logit_scale": math.log(10), "init_logit_bias": -10}
     reduction = reduction_config(args)
     if reduction is not None:
@@ -55,7 +56,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
             image_std=args.image_std,
             image_interpolation=args.image_interpolation,
             image_resize_mode=args.image_resize_mode,
-            aug_cfg=getattr(args, "aug_cfg", None),
+            aug_cfg=args.aug_cfg,
             pretrained_image=args.pretrained_image,
             cache_dir=args.cache_dir,
             load_weights=not replaced,
@@ -67,40 +68,43 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         )
     if replaced:
         load_replacement(model, args.pretrained)
-    if getattr(args, "full_tokens_last", None) is not None and not hasattr(model, "reduction"):
+    if args.full_tokens_last is not None and not hasattr(model, "reduction"):
         raise UserError(f"--full-tokens-last needs a model with token reduction; {args.model} has none.")
     model = with_shortcuts(model) if type(model) in SHORTCUT else model
     model.shortcuts = args.shortcuts
-    if getattr(args, "lock_image", False):
+    if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
         )
-    if getattr(args, "lock_text", False):
-        model.lock_text_tower(
-            unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=args.lock_text_freeze_layer_norm
-        )
+    if args.lock_text:
+        try:
+            model.lock_text_tower(args.lock_text_unlocked_layers, args.lock_text_freeze_layer_norm)
+        except AssertionError as error:  # of OpenCLIP's own text tower
+            raise UserError(f"{args.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, preprocess_train, preprocess_val, tokenizer
 
 
 def reduction_config(args: argparse.Namespace) -> dict | None:
-    """The model's own token reduction with the option on top; None leaves the model as its configuration says."""
+    """The model's own token reduction with the flags on top; None leaves the model as its configuration says."""
     schema, identifier = open_clip.factory.parse_model_name(args.model)
     if schema is None:
         check_model_name(identifier.replace("/", "-"))
-    changes = args.token_reduction
-    if changes is None or changes.get("method") == "none":
-        return changes
+    overrides = reduction_overrides(args)
+    if args.token_reduction is None and not overrides:
+        return None
+    if args.token_reduction == "none":  # the baseline of a recipe: its other reduction options no longer matter
+        return {"method": "none"}
     own = own_reduction(args.model)
-    method = changes.get("method", own.get("method"))
+    method = args.token_reduction or own.get("method")
     if method is None:
         raise UserError(
-            f"{args.model} has no token reduction for {', '.join(changes)} to change; name a method, as in "
-            "--token-reduction elip."
+            f"{args.model} has no token reduction for {', '.join(overrides)} to change; "
+            "add --token-reduction elip, or another."
         )
     base = dict(own) if own.get("method") == method else {}
-    return {**drop_alternatives(base, changes), "method": method, **changes}
+    return {**drop_alternatives(base, overrides), "method": method, **overrides}
 
 
 def replaces_weights(model: str, pretrained: str | None) -> bool:

@@ -5,6 +5,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from . import checkpoint, remote, run_folder
 from .data import TrainData
 from .distributed import Ranks
 from .ema import Ema
-from .errors import UserError
 from .figures import describe
 from .log import RunLog, setup_logging
 from .models import wrap
@@ -69,8 +69,17 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
 
     options.name = ranks.broadcast(options.name or run_folder.default_name(options))
     folder = None if options.logs.lower() == "none" else Path(options.logs) / options.name
-    target = None if options.remote_sync is None or folder is None else f"{options.remote_sync.rstrip('/')}/{options.name}"
-    config = resolved(options)
+    target = None
+    if options.remote_sync is not None and folder is not None:
+        target = f"{options.remote_sync.rstrip('/')}/{options.name}"
+    with ExitStack() as stack:
+        with ranks.agree():
+            stack.enter_context(run_folder.claimed(folder if ranks.is_main else None))
+        _run_in(folder, target, options, ranks, build)
+
+
+def _run_in(folder: Path | None, target: str | None, options: TrainingOptions, ranks: Ranks, build: Build) -> None:
+    """The rest of `run`, while its folder is claimed. `target`: where its copy is kept."""
     with ranks.agree():
         resume = None
         if ranks.is_main:
@@ -83,12 +92,12 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
     resume = ranks.broadcast(resume)
 
     parts = build(options, ranks, resume)
-    model, task = parts.model, parts.task
+    model, task, config = parts.model, parts.task, resolved(options)
     trainer, averages = None, None
-    runnable = model if parts.train_data is None else wrap(model, options, ranks, task.ddp_options())
+    runnable = model if parts.train_data is None else wrap(model, options, ranks, **task.ddp_options())
     with ranks.agree():
         if parts.train_data is not None:
-            optimizer = create_optimizer(task.parameter_groups(model, options.wd, options.layer_decay), options)
+            optimizer = create_optimizer(task.parameters(model, options), options)
             check_optimizer(optimizer, options.opt)
             described = {"config": config, "model": parts.identity.to_dict()}
             trainer = Trainer(options, ranks, model, runnable, task, parts.train_data, optimizer, folder, described)
@@ -96,6 +105,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
             averages = _continue(resume, trainer, model, options)
 
     with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
+        run_log = open_log(options, ranks, folder, config, step=trainer.steps if trainer else 0)
         if ranks.is_main and folder is not None:
             run_folder.create(folder, config, copy_codebase=options.copy_codebase)
     ranks.barrier()
@@ -111,9 +121,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
     with ranks.agree():
         if target is not None and ranks.is_main:
             sync = remote.RemoteSync(folder, target, options.remote_sync_frequency)
-            sync.check()
             sync.start()
-    run_log = open_log(options, ranks, folder, config, step=trainer.steps if trainer else 0)
     try:
         if trainer is not None:
             logging.info(parts.train_data.describe())

@@ -27,6 +27,7 @@ from .distributed import Ranks
 from .ema import Ema
 from .errors import UserError
 from .figures import Figures, describe
+from .files import append
 from .log import RunLog
 from .options import TrainingOptions
 from .plan import Plan
@@ -72,6 +73,7 @@ class Trainer:
             folder / "checkpoints" if folder is not None and ranks.is_main else None,
             keep_last=options.keep_last,
             every_minutes=options.save_every_n_minutes,
+            delete_previous=options.delete_previous_checkpoint,
         )
         self.show_progress = sys.stderr.isatty() if options.progress is None else options.progress
         self.plan = Plan.of(options, data.num_batches, ranks.world_size)
@@ -222,11 +224,7 @@ class Trainer:
         self.nonfinite = None
         logging.error(f"Step {self.steps - 1} was not applied: its loss or gradient is not finite.")
         if self.ranks.is_main and self.folder is not None:
-            try:
-                with (self.folder / "nonfinite.jsonl").open("a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in records)
-            except OSError as error:
-                logging.error(f"nonfinite.jsonl could not be written ({error.strerror}): {records}")
+            append(self.folder / "nonfinite.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def log_step(self, losses: dict[str, Tensor], lr: float, batch: Batch) -> None:
         values = self.ranks.mean(losses)  # waits for the device, so the clock is true
@@ -364,8 +362,6 @@ class Trainer:
         if options.save_most_recent:
             names.append(checkpoint.LATEST)
         self.save(names, {})
-        if options.delete_previous_checkpoint and self.ranks.is_main:
-            self.saver.delete(f"epoch_{self.epoch - 1}.pt")
 
     def save_what_failed(self, attempts: int = 5) -> None:
         """At the end of the run: the last checkpoint must be there, so a full disk gets a few more chances."""

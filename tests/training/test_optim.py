@@ -152,6 +152,21 @@ def test_layers_move_by_their_share(opt, scheduled):
         assert moved[name] == pytest.approx(whole * 0.5**distance, rel=1e-6)
 
 
+@pytest.mark.parametrize("opt", ["adamw", "timm/lamb"])
+def test_groups_of_a_task(opt):
+    new, old = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    groups = [
+        {"params": list(new.parameters()), "weight_decay": 0.5, "lr_scale": 5.0},
+        {"params": list(old.parameters()), "weight_decay": 0.0},
+    ]
+    args = run_args(opt=opt, skip_scheduler=False, lr_scheduler="const")
+    found = create_optimizer(groups, args)
+    assert [group["params"] for group in found.param_groups] == [group["params"] for group in groups]
+    assert [(group["lr"], group["weight_decay"]) for group in found.param_groups] == [(5e-3, 0.5), (1e-3, 0.0)]
+    assert create_schedule(found, args, total_steps=10, warmup_steps=2)(0) == 5e-4
+    assert [group["lr"] for group in found.param_groups] == [2.5e-3, 5e-4]
+
+
 def test_timm_makes_its_own_groups_without_layer_decay():
     from timm.optim import create_optimizer_v2
 

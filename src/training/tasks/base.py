@@ -9,7 +9,7 @@ import torch
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
-from ..optim import parameter_groups
+from ..options.run import OptimizationOptions
 from ..plan import Plan
 from ..sharding import no_sync
 
@@ -114,9 +114,10 @@ class Task:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`, which has the same names."""
 
-    def parameter_groups(self, model: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict]:
-        """Groups for the optimizer; a group's `lr_scale` multiplies its learning rate."""
-        return parameter_groups(model, weight_decay, layer_decay)
+    def parameters(self, model: nn.Module, options: OptimizationOptions) -> nn.Module | list[dict]:
+        """What the optimizer steps: the model, or groups of parameters (`optim.parameter_groups`), each with its
+        `weight_decay` and maybe an `lr_scale` that multiplies the learning rate."""
+        return model
 
     def ddp_options(self) -> dict[str, Any]:
         """More arguments for DistributedDataParallel, such as `find_unused_parameters`."""
@@ -129,10 +130,6 @@ class Task:
     def cost(self, batch: Batch) -> Cost | None:
         """What a sample of a batch like this one costs; None if the task does not know."""
         return None
-
-    def summary(self) -> str:
-        """A line for the end of the run; empty for none."""
-        return ""
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
         """What is due at the end of `epoch` (1-based), the same on all processes; {} if nothing is. A collective call."""

@@ -54,7 +54,7 @@ from .options.params import (
     one_of,
     parse_args,
 )
-from .zero_shot import zero_shot_classifier
+from .evaluation.prompts import zero_shot_classifier
 
 # ---------------------------------------------------------------------- options
 

@@ -35,7 +35,7 @@ from .options.params import PRETRAINING, Command, parse_args, resolved_config
 from .sharding import check_optimizer
 from .tasks.contrastive import ClipTask, Task, training_rrt
 from .trainer import Trainer, describe, evaluate
-from .zero_shot import load_zero_shot_data
+from .evaluation.prompts import load_zero_shot_data
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .data.pixels import to_device
 from .distributed import Ranks
 from .ema import Ema
 from .errors import UserError
+from .evaluation.passes import NotFinite
 from .log import RunLog, peak_memory_gb
 from .plan import Plan
 from .sharding import (
@@ -385,7 +386,11 @@ class Trainer:
 
     def evaluate(self) -> None:
         """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
-        metrics = evaluate(self.task, self.model, self.ema, self.epoch, self.finished)
+        try:
+            metrics = evaluate(self.task, self.model, self.ema, self.epoch, self.finished)
+        except NotFinite as problem:  # on all ranks; the weights may still get well
+            logging.warning(f"No evaluation after epoch {self.epoch}: {problem}")
+            return
         if metrics:
             metrics = {"epoch": self.epoch, "step": self.steps, **metrics}
             self.evaluations.append(metrics)
@@ -510,13 +515,15 @@ def evaluate(task: Task, model: nn.Module, ema: Ema | None, epoch: int, last: bo
     """
     device = next(model.parameters()).device
     random_state = _random_state(device)
-    with gathered(model):
-        metrics = task.evaluate(model, epoch, last)
-    if metrics and ema is not None:
-        with ema.applied(model), gathered(model):
-            averaged = task.evaluate(model, epoch, last)
-        metrics |= {f"ema/{name}": value for name, value in averaged.items()}
-    _restore_random_state(device, random_state)
+    try:
+        with gathered(model):
+            metrics = task.evaluate(model, epoch, last)
+        if metrics and ema is not None:
+            with ema.applied(model), gathered(model):
+                averaged = task.evaluate(model, epoch, last)
+            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
+    finally:
+        _restore_random_state(device, random_state)
     return metrics
 
 

@@ -23,8 +23,7 @@ from ..data.transforms import with_decoding
 from ..distributed import Ranks, init_ranks, launch_rank, leave
 from ..errors import EXIT_USER_ERROR, UserError
 from ..log import setup_logging
-from .passes import SKIP, STOP, EncodeSettings
-from .results import Results
+from .passes import SKIP, STOP
 
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
 
@@ -206,49 +205,6 @@ def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def image_encoder(model: nn.Module, args: argparse.Namespace, normalize: bool) -> Callable[[Tensor], Tensor]:
-    """(B, 3, H, W) to float32 image features (B, D), with all tokens; compiled with `--compile`."""
-
-    def encode(images: Tensor) -> Tensor:
-        return model.encode_image(images, normalize=normalize).float()
-
-    return torch.compile(encode) if args.compile else encode
-
-
-def encode_settings(args: argparse.Namespace, description: str) -> EncodeSettings:
-    progress = sys.stderr.isatty() if args.progress is None else args.progress
-    return EncodeSettings(args.batch_size, args.workers, args.precision, args.on_broken, progress, description)
-
-
-def open_results(args: argparse.Namespace, ranks: Ranks) -> Results:
-    return Results(None if args.results.lower() == "none" else Path(args.results), ranks, args.redo)
-
-
-def described(args: argparse.Namespace, command: str, loaded: LoadedModel) -> dict:
-    """The part of a result's description that every command has; see `Results`."""
-    return {
-        "command": command,
-        "model": loaded.name,
-        "pretrained": loaded.pretrained,
-        "weights": loaded.weights_hash,
-        "settings": {
-            "precision": args.precision,
-            "transform": loaded.transform_key,
-            "on_broken": args.on_broken,
-            "vision_guided_reduction": args.vision_guided_reduction,
-        },
-    }
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and the others to the right; `rows` begins with the headings."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Retrieval ranks, contrastive loss and classification accuracy as pure tensor code, and a gather over processes."""
+"""Retrieval ranks, contrastive loss and classification accuracy as pure tensor code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -178,11 +177,6 @@ def contrastive_loss(
     return total / len(image_features)
 
 
-def topk_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """Number of samples whose target is among the k highest logits, for each k of `ks`; see `topk_hits`."""
-    return dict(zip(ks, map(float, topk_hits(logits, target, ks).sum(dim=0)), strict=True))
-
-
 def topk_hits(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     """Whether each sample's target is among the k highest logits: (N, len(ks)) bool.
 
@@ -209,36 +203,3 @@ def mean_per_class_recall(pred: Tensor, target: Tensor, num_classes: int) -> flo
     present = torch.bincount(target, minlength=num_classes)
     right = torch.bincount(target[pred == target], minlength=num_classes)
     return (right[present > 0].double() / present[present > 0].double()).mean().item()
-
-
-def gather_ordered(features: dict[str, Tensor], index: Tensor, world_size: int) -> dict[str, Tensor]:
-    """Rows of all processes, sorted by `index`; every process gets all of them, on the CPU.
-
-    features: tensors (n, ...) with one row a sample; index: (n,) int64, the samples' places in the global order.
-    `n` may differ between processes and may be 0 (the dict may then be empty); if it is 0 on all, the result is {}.
-    A collective call when `world_size` > 1.
-    """
-    if world_size == 1:
-        order = index.argsort().cpu()
-        return {name: rows.cpu()[order] for name, rows in features.items() if len(order)}
-
-    spec = {name: (rows.shape[1:], rows.dtype) for name, rows in features.items()}
-    specs: list = [None] * world_size
-    dist.all_gather_object(specs, (len(index), spec))
-    counts = [count for count, _ in specs]
-    spec = next((spec for count, spec in specs if count), {})
-
-    def gather(rows: Tensor) -> Tensor:
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
-
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    order = gather(index.to(device)).argsort()
-    gathered = {}
-    for name, (shape, dtype) in spec.items():
-        rows = features[name] if len(index) else torch.empty(0, *shape, dtype=dtype)
-        gathered[name] = gather(rows.to(device))[order]
-    return gathered

@@ -17,8 +17,7 @@ from open_clip_elip.vision import can_drive, pool, run_layer, skips_last
 from .augment import Mix
 from ..distributed import Ranks
 from ..errors import UserError
-from ..evaluation.pairs import evaluation_mode
-from ..evaluation.passes import EncodeSettings, ImagePass, collect
+from ..evaluation.passes import EncodeSettings, ImagePass, collect, evaluation_mode
 from ..data.sets.labelled import LabelledImages
 from ..evaluation.scores import score
 from .contrastive import Batch, is_due, training_rrt

@@ -16,7 +16,7 @@ from ..data import ValData
 from ..distributed import Ranks
 from ..evaluation.pairs import evaluate_pairs
 from ..data.sets.labelled import LabelledImages
-from ..zero_shot import run_zero_shot_suite
+from ..evaluation.prompts import run_zero_shot_suite
 
 Batch = dict[str, Any]
 

@@ -92,28 +92,6 @@ class FeatureRows:
         return replace(self, shift=mean.to(self.dtype), scale=scale.to(self.dtype))
 
 
-class MemoryNeed(NamedTuple):
-    """Bytes on the device. `work` is needed in any case, `features` only if these are kept there."""
-
-    features: int
-    work: int
-
-
-def memory_need(rows: int, width: int, num_classes: int, dtype: torch.dtype, history: int) -> MemoryNeed:
-    """What L-BFGS takes for a (rows, width) matrix of `dtype`.
-
-    `work`: `history` pairs of steps and gradient differences and 16 vectors of the same size (weights, gradients and
-    the line search), all float32 of num_classes x (width + 1); six matrices (width, width) in float64 for the
-    covariance; and a chunk: the rows as they are stored, twice, in float32, and three matrices (chunk, num_classes).
-    """
-    chunk = min(rows, chunk_rows(width, num_classes))
-    vectors = (2 * history + 16) * num_classes * (width + 1) * 4
-    return MemoryNeed(
-        features=rows * width * dtype.itemsize,
-        work=vectors + 6 * width * width * 8 + chunk * (2 * width * dtype.itemsize + 4 * width + 3 * 4 * num_classes),
-    )
-
-
 def chunk_rows(width: int, num_classes: int) -> int:
     return max(1, CHUNK_NUMBERS // max(width, num_classes))
 

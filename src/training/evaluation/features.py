@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -166,7 +166,8 @@ def _extract(image_pass: ImagePass, data: LabelledImages, path: Path, key: dict[
                     file.write(json.dumps({**key, **more}).encode())
     finally:
         if ranks.is_main:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def _write_rows(

@@ -15,7 +15,7 @@ from ..data.pixels import to_device
 from ..data.sets.captioned import CaptionedImages
 from ..distributed import Ranks
 from ..errors import UserError
-from .metrics import caption_retrieval_metrics, contrastive_loss, retrieval_metrics
+from .metrics import contrastive_loss, retrieval_metrics
 from .passes import EncodeSettings, ImagePass, collect, encode_texts, evaluation_mode, gather_rows, run_pass
 
 
@@ -99,7 +99,7 @@ def evaluate_captions(
             `CaptionedImages.same_text`.
 
     Returns:
-        The metrics of `caption_retrieval_metrics`, `num_images` and `num_captions`; and the names of the images that
+        `retrieval_metrics`, `num_images` and `num_captions`; and the names of the images that
         cannot be read, which are left out with their captions.
 
     Raises:
@@ -118,7 +118,7 @@ def evaluate_captions(
         texts = data.same_text()[good] if equal_captions_are_hits else None
         features = (image, text[good], image_of[good], texts)
         metrics = {
-            **caption_retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features)),
+            **retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features)),
             "num_images": len(image),
             "num_captions": int(good.sum()),
         }

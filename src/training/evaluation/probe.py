@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..data.sets.labelled import Images, LabelledImages
 from ..data.sets.registry import load_data
 from ..distributed import Ranks
 from ..errors import UserError
-from .feature_rows import FeatureRows, Part, memory_need
+from .feature_rows import FeatureRows, Part
 from .features import DTYPES, FeatureSet, extract_features, feature_encoder
 from .logistic import LinearClassifier, SolverSettings, all_logits, fit, held_out_score
 from .passes import EncodeSettings
@@ -264,19 +263,17 @@ class Probe:
         return rows.standardized() if self.options.standardize else rows
 
     def _fits(self, parts: list[Part]) -> bool:
-        """Whether the training features are kept on the device; else they are read from disk whenever they are used."""
-        features, given = parts[0].features, self.options.feature_memory
-        rows, width = sum(len(part.features) for part in parts), features.shape[1]
-        need = memory_need(rows, width, self.num_classes, features.dtype, self.settings.history)
-        free = _free_memory(self.device) if given is None else given * 1e9
-        fits = sum(need) <= free
-        logging.info(
-            f"{rows:,} x {width} training features of {self.options.feature_dtype}: {need.features / 1e9:.2f} GB, and "
-            f"{need.work / 1e9:.2f} GB to work with, of {free / 1e9:.2f} GB "
-            f"{'free' if given is None else 'allowed'} on {self.device}; they are "
-            f"{'kept there' if fits else 'read from disk in each iteration'}"
-        )
-        return fits
+        """Whether the training features are kept on the device; else they are read from their file, again and again."""
+        size, given = sum(part.features.nbytes for part in parts), self.options.feature_memory
+        if given is not None:
+            room = given * 1e9
+        elif self.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.device)[0] / 2
+        else:
+            room = 0  # the system keeps in memory what it can of a file
+        where = f"kept on {self.device}" if size <= room else "read from disk in each iteration"
+        logging.info(f"{size / 1e9:.2f} GB of training features are {where}")
+        return size <= room
 
 
 def _part(features: FeatureSet) -> Part:
@@ -287,17 +284,3 @@ def _classes(data: LabelledImages) -> str:
     """A hash of the names of the classes, and of which of ImageNet's they are."""
     groups = data.imagenet_classes
     return digest_of([list(data.classnames), None if groups is None else [list(group) for group in groups]])
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that this process can count on: most of a GPU's free memory, or its share of half of the machine's."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return 0.9 * torch.cuda.mem_get_info(device)[0]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return available / 2 / processes

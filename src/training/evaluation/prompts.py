@@ -97,20 +97,6 @@ def classify(
     return {**summary(found, data.labels[places], classes), "classes": classes, "skipped": len(skipped)}
 
 
-def zero_shot_classification(
-    model: nn.Module,
-    tokenizer: Callable,
-    data: LabelledImages,
-    preprocess: Callable[[Image.Image], Tensor],
-    *,
-    ranks: Ranks,
-    settings: EncodeSettings,
-) -> dict[str, float]:
-    """`classify` with the model's `zero_shot_classifier`."""
-    classifier = zero_shot_classifier(model, tokenizer, data, ranks=ranks, precision=settings.precision)
-    return classify(model, classifier, data, preprocess, ranks=ranks, settings=settings)
-
-
 def load_zero_shot_data(options: object) -> dict[str, LabelledImages]:
     """The data sets of `--imagenet-val`, `--imagenet-v2` and `--zeroshot-data` that are set, by metric prefix.
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 import open_clip_elip  # noqa: F401
@@ -445,26 +446,37 @@ def record_in(folder: Path) -> dict:
     return record
 
 
-def test_equals_clip_benchmark():
+@pytest.mark.parametrize("layout", ["folders", "webdataset"])
+def test_equals_clip_benchmark(tmp_path, layout):
     """Top-1, top-5 and mean per-class recall of a random model on random pictures, to the last digit."""
     theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
     torch.manual_seed(0)
     model, _, preprocess = open_clip.create_model_and_transforms("ViT-Ti-8-64-ELIP")
     tokenizer = open_clip.get_tokenizer("ViT-Ti-8-64-ELIP")
     rng = np.random.default_rng(0)
-    pixels = np.kron(rng.integers(0, 256, (60, 4, 4, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
-    labels = torch.from_numpy(rng.permutation(np.arange(60) % 7))
-    names, templates = [f"{word} thing" for word in "abcdefg"], ["a photo of a {}.", "the {}", "{} at night"]
-    data = LabelledImages(ArrayImages(pixels, "random"), labels, names, templates)
-    ours = zero_shot_classification(
-        model, tokenizer, data, preprocess, ranks=ONE, settings=EncodeSettings(16, 0, "fp32")
-    )
-    images = torch.stack([preprocess(data.images.load(i)) for i in range(60)])
-    loader = DataLoader(TensorDataset(images, labels), batch_size=16)
+    names, templates = [f"{word} thing" for word in "abcdefg"], ["a photo of a {}."]
+    members = {}
+    for i, label in enumerate(np.sort(rng.permutation(60) % 7)):
+        pixels, buffer = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8), io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        members |= {f"s{i:07d}.png": buffer.getvalue(), f"s{i:07d}.cls": str(label)}
+    if layout == "folders":
+        pictures = {f"{members[f's{i:07d}.cls']}/{i:02d}.png": members[f"s{i:07d}.png"] for i in range(60)}
+        root = write_folder(tmp_path / "test", pictures, classnames="\n".join(names))
+        dataset = ImageFolder(root, preprocess)
+    else:
+        root = write_folder(tmp_path, {"test/nshards.txt": b"1"}, classnames="\n".join(names))
+        write_shard(root / "test" / "0.tar", members)
+        (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+        builder = pytest.importorskip("clip_benchmark.datasets.builder")
+        dataset = builder.build_dataset("wds/made", root=str(root), transform=preprocess, split="test", task="zeroshot_classification")
+        assert (dataset.classes, dataset.templates) == (names, ["a photo of a {c}."])
+    data = load_data(str(root))
+    assert [list(x) for x in (data.classnames, data.templates)] == [names, templates]
+    ours = zero_shot_classification(model, tokenizer, data, preprocess, settings=EncodeSettings(16, 0, "fp32"))
     # Its own `accuracy` fails with NumPy 2, so scikit-learn counts the hits among its logits.
-    templates = [template.replace("{}", "{c}") for template in templates]
-    classifier = theirs.zero_shot_classifier(model.eval(), tokenizer, names, templates, "cpu", amp=False)
-    logits, target = theirs.run_classification(model, classifier, loader, "cpu", amp=False)
+    classifier = theirs.zero_shot_classifier(model.eval(), tokenizer, names, ["a photo of a {c}."], "cpu", amp=False)
+    logits, target = theirs.run_classification(model, classifier, DataLoader(dataset, 16), "cpu", amp=False)
     assert ours["top1"] == top_k_accuracy_score(target, logits, k=1)
     assert ours["top5"] == top_k_accuracy_score(target, logits, k=5)
     recall = balanced_accuracy_score(target, logits.argmax(dim=1))

@@ -20,8 +20,8 @@ import torch
 
 from training import main as trainer
 from training.checkpoint import newest
-from training.errors import UserError
 from training.data.sets.folders import list_shards
+from training.errors import UserError
 
 from .cells import FULL, REDUCED, Run, Study, words
 from .measure import measure

@@ -74,15 +74,9 @@ def _evaluate(
         return loaded.model.encode_text(tokens, normalize=True).float()
 
     metrics, skipped = evaluate_captions(
-        data,
-        image_encoder(loaded.model, args.compile),
-        encode_text,
-        loaded.tokenizer,
-        loaded.preprocess,
-        ranks=ranks,
-        settings=EncodeSettings.of(args, data.name),
-        equal_captions_are_hits=args.equal_captions_are_hits,
-    )
+        data, image_encoder(loaded.model, args.compile), encode_text, loaded.tokenizer, loaded.preprocess,
+        ranks=ranks, settings=EncodeSettings.of(args, data.name), equal_captions_are_hits=args.equal_captions_are_hits,
+    )  # fmt: skip
     return metrics, {"skipped": skipped, "left_out": data.left_out}
 
 

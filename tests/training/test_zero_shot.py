@@ -19,7 +19,6 @@ from torchvision.transforms.functional import to_tensor
 import open_clip_elip  # noqa: F401
 from training import zero_shot
 from training.data.sets.imagenet import imagenet_synsets
-from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.data.sets.registry import load_data
 from training.distributed import Ranks, leave
 from training.errors import UserError
@@ -154,13 +153,14 @@ class TestClassification:
 
     def test_one_class_and_one_picture(self, tmp_path):
         result = classify(load_data(str(write_folder(tmp_path, {"a/0.png": encoded("blue")}, classnames="red"))))
-        assert result == {"top1": 1, "top5": 1, "mean_per_class_recall": 1, "num_samples": 1, "classes": 1, "skipped": 0}
+        assert result.pop("skipped") == 0 and set(result.values()) == {1}
 
     def test_features_that_are_no_numbers_are_refused(self, tmp_path):
         pictures = {"a/0.png": encoded("red"), "b/0.png": encoded((0, 0, 0)), "b/1.png": encoded("blue")}
         data = load_data(str(write_folder(tmp_path, pictures, classnames="red\nblue")))
         model = ColourModel()
-        encode, model.encode_image = model.encode_image, lambda *a, **k: encode(*a, **k) / a[0].amax(dim=(1, 2, 3))[:, None]
+        encode = model.encode_image
+        model.encode_image = lambda x, normalize: encode(x, normalize) / x.amax(dim=(1, 2, 3))[:, None]
         with pytest.raises(NotFinite, match="The features of .*b/0.png are not finite"):
             classify(data, model)
         model = ColourModel()
@@ -469,7 +469,7 @@ def test_equals_clip_benchmark(tmp_path, layout):
         write_shard(root / "test" / "0.tar", members)
         (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
         builder = pytest.importorskip("clip_benchmark.datasets.builder")
-        dataset = builder.build_dataset("wds/made", root=str(root), transform=preprocess, split="test", task="zeroshot_classification")
+        dataset = builder.build_wds_dataset("wds/made", preprocess, split="test", data_dir=str(root))
         assert (dataset.classes, dataset.templates) == (names, ["a photo of a {c}."])
     data = load_data(str(root))
     assert [list(x) for x in (data.classnames, data.templates)] == [names, templates]

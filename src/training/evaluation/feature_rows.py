@@ -62,7 +62,7 @@ class FeatureRows:
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows in order: features (b, D) and labels (b,), on the device."""
-        size = chunk_rows(self.width, self.num_classes)
+        size = max(1, CHUNK_NUMBERS // max(self.width, self.num_classes))
         places = [(part, start) for part in self.parts for start in range(0, len(part.rows), size)]
         elsewhere = any(part.features.device.type != self.device.type for part in self.parts)
         pin = elsewhere and self.device.type == "cuda"
@@ -90,10 +90,6 @@ class FeatureRows:
         constant = variance.sqrt() <= 1e-6 * mean.abs()
         scale = variance.sqrt().masked_fill(constant, 1)
         return replace(self, shift=mean.to(self.dtype), scale=scale.to(self.dtype))
-
-
-def chunk_rows(width: int, num_classes: int) -> int:
-    return max(1, CHUNK_NUMBERS // max(width, num_classes))
 
 
 def _increasing(part: Part, start: int, size: int) -> tuple[Tensor, Tensor]:

@@ -98,12 +98,8 @@ def evaluate_captions(
         equal_captions_are_hits: a caption is right for every image that has one with the same text, see
             `CaptionedImages.same_text`.
 
-    Returns:
-        `retrieval_metrics`, `num_images` and `num_captions`; and the names of the images that
-        cannot be read, which are left out with their captions.
-
-    Raises:
-        UserError: as `collect`.
+    Returns `retrieval_metrics`, `num_images` and `num_captions`, and the names of the images that cannot be read, which
+    are left out with their captions. Raises as `collect`.
     """
     images, captions = (replace(settings, description=f"{settings.description} {x}") for x in ("images", "captions"))
     image_pass = ImagePass(encode_image, data.images, preprocess, ranks=ranks, settings=images)

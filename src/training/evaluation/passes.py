@@ -56,9 +56,6 @@ class EncodeSettings:
         return cls(*options, progress, description)
 
 
-# ------------------------------------------------------------------------------------------------------- the model
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of any nesting of DistributedDataParallel and `torch.compile`."""
     for wrapped in ("_orig_mod", "module"):
@@ -125,11 +122,7 @@ class Halving:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
-
-
-# -------------------------------------------------------------------------------------------------------- the pass
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def run_pass(
@@ -147,8 +140,7 @@ def run_pass(
         batches: this process's: places in the whole set, and the function's arguments.
         name: what the row of a place is called, such as "the features of a/b.png".
 
-    Raises:
-        NotFinite: a row has a NaN or is infinite.
+    Raises NotFinite for a row with a NaN or an infinite number.
     """
     autocast = get_autocast(precision, device_type=ranks.device.type)
     function = Halving(function)
@@ -203,18 +195,12 @@ def bar(batches: Iterable, ranks: Ranks, settings: EncodeSettings) -> Iterable:
     return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=hidden)
 
 
-# ------------------------------------------------------------------------------------------------ images and texts
-
-
 class ImagePass:
     """Iterates once over this process's share of images; see `run_pass`.
 
     Args:
         function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...).
-        images: what to encode.
         transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
-        ranks: this process among the others.
-        settings: see `EncodeSettings`.
 
     Attributes:
         skipped: names of the broken pictures that this process has left out so far.
@@ -264,11 +250,7 @@ class ImagePass:
                 yield index, (to_device(images, device, input_dtype, normalization),)
 
     def all_skipped(self) -> list[str]:
-        """Names of the broken pictures that all processes have left out, with a warning if there are any. Collective.
-
-        Raises:
-            UserError: there is no other picture.
-        """
+        """What all processes have skipped, with a warning if that is any. Collective; UserError if it is everything."""
         count = len(self.images)
         skipped = sorted(name for names in self.ranks.gather(self.skipped) for name in names)
         if len(skipped) == count:
@@ -284,13 +266,9 @@ def collect(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Rows (n, ...) of a whole pass, their places (n,) in ascending order, and the names of what was skipped.
 
-    The same on every process; a collective call.
+    The same on every process; a collective call. `then` makes of the rows of a batch and their places what is kept.
 
-    Args:
-        then: from the rows of a batch and their places to what is kept of them, so that it need not be all.
-
-    Raises:
-        UserError: on all processes, if no image could be read, or none may be broken and one is.
+    Raises UserError, on all processes, if no image could be read, or none may be broken and one is.
     """
     batches = image_pass if then is None else ((places, then(rows, places)) for places, rows in image_pass)
     places, rows = gather_rows(batches, image_pass.ranks)
@@ -305,11 +283,7 @@ def encode_texts(
     ranks: Ranks,
     settings: EncodeSettings,
 ) -> Tensor:
-    """(N, D) features of N >= 1 texts on the CPU, the same on every process; collective.
-
-    Args:
-        function: tokens (B, T) on the device to (B, D).
-    """
+    """(N, D) features of N >= 1 texts, by a `function` of tokens (B, T); on the CPU of every process. Collective."""
 
     def batches() -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         for places in bar(deal(len(texts), settings.batch_size, ranks), ranks, settings):

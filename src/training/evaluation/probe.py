@@ -170,16 +170,10 @@ class Probe:
             encoder = feature_encoder(self.loaded.model, options.layer, options.normalize, options.compile)
         what = described_model(options, self.loaded) | {"layer": options.layer, "normalize": options.normalize}
         return extract_features(
-            encoder,
-            data,
-            self.loaded.preprocess,
-            what,
-            dtype=DTYPES[options.feature_dtype],
-            folder=Path(options.cache),
-            ranks=self.ranks,
+            encoder, data, self.loaded.preprocess, what, dtype=DTYPES[options.feature_dtype],
+            folder=Path(options.cache), redo=options.redo, ranks=self.ranks,
             settings=EncodeSettings.of(options, f"{data.name} ({data.split})"),
-            redo=options.redo,
-        )
+        )  # fmt: skip
 
     def classifier(self) -> tuple[LinearClassifier, dict]:
         """The trained probe and what is worth knowing about it, the same on every process; kept beside the features.

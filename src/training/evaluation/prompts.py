@@ -22,7 +22,7 @@ from .passes import (
     evaluation_mode,
     gather_rows,
     image_encoder,
-)
+)  # fmt: skip
 from .scores import outcomes, summary
 
 CLASSES_PER_BATCH = 10  # prompts of this many classes go through the text tower together
@@ -43,13 +43,9 @@ def zero_shot_classifier(
     def batches(encoder: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for places in deal(len(data.classnames), CLASSES_PER_BATCH, ranks):
             with autocast():
+                names = [data.classnames[i] for i in places]
                 weights = open_clip.build_zero_shot_classifier(
-                    encoder,
-                    tokenizer=tokenizer,
-                    classnames=[data.classnames[i] for i in places],
-                    templates=data.templates,
-                    num_classes_per_batch=CLASSES_PER_BATCH,
-                    device=ranks.device,
+                    encoder, tokenizer, names, data.templates, num_classes_per_batch=len(names), device=ranks.device
                 )
             rows = weights.T.float().cpu()
             check_finite(rows, places, lambda place: f"the text features of the class {data.classnames[place]!r}")
@@ -121,9 +117,8 @@ def run_zero_shot_suite(
 ) -> dict[str, float]:
     """Zero-shot metrics for the trainer, the same on every process; {} if there is no data. A collective call.
 
-    `data` is `load_zero_shot_data(options)`. Keys: `imagenet-zeroshot-val-top1` and `-top5`,
-    `imagenetv2-zeroshot-val-top1` and `-top5` (OpenCLIP's names), `zeroshot-val-top1`, `-top5`,
-    `-mean_per_class_recall`, `-classes` and `-num_samples`.
+    `data` is `load_zero_shot_data(options)`. Keys: `imagenet-zeroshot-val-top1` and `-top5`, `imagenetv2-...` (as in
+    OpenCLIP), `zeroshot-val-top1`, `-top5`, `-mean_per_class_recall`, `-classes` and `-num_samples`.
     """
     settings = EncodeSettings(options.batch_size, options.workers, options.precision)
     metrics, made = {}, {}

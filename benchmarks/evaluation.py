@@ -42,13 +42,13 @@ from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from open_clip_elip.registry import plain_name
 from training.data.pixels import FAST, PLAIN, REDUCED
+from training.data.sets.labelled import ImageFiles, LabelledImages
 from training.data.transforms import with_decoding
 from training.distributed import Ranks
 from training.errors import UserError
-from training.evaluation.command import image_encoder
-from training.evaluation.passes import EncodeSettings
-from training.data.sets.labelled import ImageFiles, LabelledImages
-from training.zero_shot import TEMPLATES, classify, zero_shot_classifier
+from training.evaluation.passes import EncodeSettings, image_encoder
+from training.evaluation.prompts import classify, zero_shot_classifier
+from training.zero_shot import TEMPLATES
 
 PROMPTS, TENSORS, FILES = "prompts to classifier", "tensors to features", "JPEG files to accuracy"
 UNITS = {PROMPTS: "prompts/s", TENSORS: "images/s", FILES: "images/s"}
@@ -119,7 +119,7 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tup
     size = (args.batch_size, 3, *theirs.visual.image_size)
     tensors = torch.randn(size, generator=torch.Generator().manual_seed(0))
     tensors = tensors.to(device=device, dtype=open_clip.get_input_dtype(args.precision))
-    encode = image_encoder(ours, args, normalize=True)
+    encode = image_encoder(ours, args.compile)
     their_model = torch.compile(theirs) if args.compile else theirs
 
     def our_features() -> torch.Tensor:

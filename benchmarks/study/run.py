@@ -20,11 +20,11 @@ import torch
 
 from training import main as trainer
 from training.checkpoint import newest
-from training.errors import UserError
 from training.data.sets.folders import list_shards
+from training.errors import UserError
 
 from .cells import FULL, REDUCED, Run, Study, words
-from .evaluate import evaluate
+from .measure import measure
 
 LOG_LINES = 8  # of a failed run's log that are shown
 
@@ -106,9 +106,9 @@ def execute(run: Run, setting: Setting) -> dict[str, Any]:
     torch.set_num_threads(run.threads)
     if FULL in run.evaluations:
         fashion = setting.fashion_mnist if setting.probes_fashion(run) else None
-        row |= evaluate(weights, setting.study.data, fashion_mnist=fashion, device=setting.device)
+        row |= measure(weights, setting.study.data, fashion_mnist=fashion, device=setting.device)
     if REDUCED in run.evaluations:
-        figures = evaluate(weights, setting.study.data, reduced=True, device=setting.device)
+        figures = measure(weights, setting.study.data, reduced=True, device=setting.device)
         row |= {f"reduced_{key}": value for key, value in figures.items() if key != "weights"}
     row["seconds"] = round(time.perf_counter() - begin, 1)
     path = setting.row_file(run)

@@ -29,7 +29,7 @@ from .ema import Ema
 from .errors import UserError
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
-from .evaluation.zero_shot import zero_shot_classifier
+from .evaluation.prompts import zero_shot_classifier
 from .models import build_model, described_reduction, token_reduction
 from .options import parse
 from .run import Parts, run

@@ -13,9 +13,10 @@ from .data import build_train_data, build_val_data
 from .data.pairs import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
+from .evaluation.prompts import load_zero_shot_data
 from .models import build_model, build_teacher
 from .run import Parts, run
-from .tasks.contrastive import ContrastiveTask, PretrainingOptions, load_zero_shot_data
+from .tasks.contrastive import ContrastiveTask, PretrainingOptions
 
 
 def main(argv: list[str] | None = None) -> int:

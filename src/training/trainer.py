@@ -26,6 +26,7 @@ from .data.pixels import to_device
 from .distributed import Ranks
 from .ema import Ema
 from .errors import UserError
+from .evaluation.passes import NotFinite
 from .figures import Figures, describe
 from .files import append
 from .log import RunLog
@@ -262,7 +263,11 @@ class Trainer:
 
     def evaluate(self) -> None:
         """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
-        metrics = evaluate_task(self.task, self.model, self.ema, self.engine, self.epoch, self.finished)
+        try:
+            metrics = evaluate_task(self.task, self.model, self.ema, self.engine, self.epoch, self.finished)
+        except NotFinite as problem:  # on all ranks; the weights may still get well
+            logging.warning(f"No evaluation after epoch {self.epoch}: {problem}")
+            return
         if metrics:
             metrics = {"epoch": self.epoch, "step": self.steps, **metrics}
             self.figures.evaluations.append(metrics)
@@ -390,11 +395,13 @@ def evaluate_task(
     The random numbers of the rest of the run do not depend on it: a resumed run may not evaluate here again.
     """
     random_state = engine.random_state()
-    with gathered(model):
-        metrics = task.evaluate(model, epoch, last)
-    if metrics and ema is not None:
-        with ema.applied(model), gathered(model):
-            averaged = task.evaluate(model, epoch, last)
-        metrics |= {f"ema/{name}": value for name, value in averaged.items()}
-    engine.restore_random_state(random_state)
+    try:
+        with gathered(model):
+            metrics = task.evaluate(model, epoch, last)
+        if metrics and ema is not None:
+            with ema.applied(model), gathered(model):
+                averaged = task.evaluate(model, epoch, last)
+            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
+    finally:
+        engine.restore_random_state(random_state)
     return metrics

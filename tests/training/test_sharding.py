@@ -12,7 +12,7 @@ from training import checkpoint, sharding
 from training.distributed import Ranks
 from training.ema import Ema
 from training.errors import UserError
-from training.evaluation.pairs import evaluation_mode
+from training.evaluation.passes import evaluation_mode
 from training.optim import create_optimizer
 from training.tasks.contrastive import ClipTask
 from training.trainer import Trainer

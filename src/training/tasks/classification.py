@@ -18,8 +18,7 @@ from open_clip_elip.tower import ImageTower, can_drive
 from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..errors import UserError
-from ..evaluation.pairs import evaluation_mode
-from ..evaluation.passes import EncodeSettings, ImagePass, collect
+from ..evaluation.passes import EncodeSettings, ImagePass, collect, evaluation_mode
 from ..evaluation.scores import score
 from ..options import TrainingOptions
 from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions

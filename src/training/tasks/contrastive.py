@@ -19,12 +19,12 @@ from ..data import ValData
 from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..evaluation.pairs import evaluate_pairs
+from ..evaluation.prompts import run_zero_shot_suite
 from ..options import TrainingOptions
 from ..options.data import PairOptions
 from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
 from ..options.parser import COUNT, POSITIVE_COUNT, Section, forbid, one_of, option
 from ..options.run import DURATION
-from ..zero_shot import run_zero_shot_suite
 from .base import Batch, Cost, Engine, Progress, Task, is_due
 
 _COCA = "belongs to CoCa models, which this trainer does not train: leave it out"

@@ -6,7 +6,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.data.pixels import Images
 from training.errors import UserError
-from training.evaluation.pairs import evaluate_pairs, evaluation_mode, unwrap
+from training.evaluation.pairs import evaluate_pairs
+from training.evaluation.passes import NotFinite, evaluation_mode, unwrap
 
 from ...processes import spawn
 
@@ -140,10 +141,28 @@ def test_autocast():
     assert dtypes == [torch.bfloat16, torch.float32]
 
 
-def test_progress():
-    done = []
-    evaluate(tiny_clip(), batches([10, 10, 3]), progress=done.append)
-    assert done == [10, 10, 3]
+def test_features_that_are_no_numbers_are_refused():
+    model = tiny_clip()
+    model.text_projection.data[0, 0] = torch.nan
+    with pytest.raises(NotFinite, match="The features of the pair 0 are not finite"):
+        evaluate(model, batches([10, 10, 3]))
+    assert model.training
+
+
+def test_out_of_memory_halves_the_batches(monkeypatch):
+    model, sizes = tiny_clip(), []
+    encode = model.encode_image
+
+    def small(image, normalize):
+        sizes.append(len(image))
+        if len(image) > 4:
+            raise RuntimeError("CUDA out of memory")
+        return encode(image, normalize=normalize)
+
+    expected = evaluate(model, batches([10, 10, 3]))
+    model.encode_image = small
+    assert evaluate(model, batches([10, 10, 3])) == pytest.approx(expected, rel=1e-5)
+    assert sizes == [10, 5, 3, 3, 3, 1, 3, 3, 3, 1, 3]
 
 
 def test_no_pairs():

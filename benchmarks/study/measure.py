@@ -1,28 +1,27 @@
 """What the weights of a run are worth: zero-shot, retrieval and probes from one pass over the pictures."""
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.data.sets.captioned import load_captions
+from training.data.sets.labelled import LabelledImages
+from training.data.sets.registry import load_data
 from training.distributed import Ranks
 from training.errors import UserError
-from training.data.sets.captioned import load_captions
-from training.evaluation.command import LoadedModel, load_model
-from training.evaluation.options import EvaluationOptions
-from training.data.sets.registry import load_data
-from training.evaluation.passes import STOP, EncodeSettings, ImagePass, collect
+from training.evaluation.command import LoadedModel, add_common_options, load_model
 from training.evaluation.feature_rows import FeatureRows, Part
 from training.evaluation.features import feature_encoder
 from training.evaluation.logistic import SolverSettings, all_logits, fit
-from training.data.sets.labelled import LabelledImages
+from training.evaluation.metrics import contrastive_loss, retrieval_metrics
+from training.evaluation.passes import STOP, EncodeSettings, ImagePass, collect, encode_texts
+from training.evaluation.prompts import zero_shot_classifier
 from training.evaluation.scores import score
 from training.evaluation.sweep import stratified_sample
-from training.evaluation.metrics import contrastive_loss, mean_per_class_recall, predictions, retrieval_metrics, topk_hits
-from training.retrieval import encode_captions
-from training.zero_shot import zero_shot_classifier
 
 # Pictures that the probes are trained on; the same ones for all runs. Regularisation is fixed: a sweep would cost more
 # than the training. It is scikit-learn's C, on standardized features.
@@ -30,7 +29,7 @@ CATEGORY_TRAIN, FASHION_TRAIN, FASHION_TEST = 1000, 2000, 2000
 PROBE_C = 0.1
 
 
-def evaluate(
+def measure(
     weights: Path, data: Path, *, reduced: bool = False, fashion_mnist: Path | None = None, device: str | None = None
 ) -> dict[str, float | str]:
     """Figures by name; accuracies and recalls are fractions.
@@ -45,16 +44,17 @@ def evaluate(
     Raises:
         UserError: data or weights that cannot be read.
     """
-    args = EvaluationOptions(
-        pretrained=str(weights), data=[str(data)], image_decode="fast", precision="fp32",
-        vision_guided_reduction=reduced, device=device,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser()
+    add_common_options(parser, data_help="")
+    line = ["--pretrained", str(weights), "--data", str(data), "--image-decode", "fast", "--precision", "fp32"]
+    line += ["--vision-guided-reduction"] * reduced + (["--device", device] if device else [])
+    args = parser.parse_args(line)
     ranks = Ranks(torch.device(args.device))
     with torch.inference_mode():
-        return _Evaluation(load_model(args, ranks), ranks, data).figures(fashion_mnist)
+        return _Measurement(load_model(args, ranks), ranks, data).figures(fashion_mnist)
 
 
-class _Evaluation:
+class _Measurement:
     def __init__(self, loaded: LoadedModel, ranks: Ranks, data: Path):
         self.loaded, self.ranks, self.data = loaded, ranks, data
         self.model = loaded.model
@@ -89,20 +89,16 @@ class _Evaluation:
 
     def zero_shot(self, data: LabelledImages, features: Tensor) -> dict[str, float]:
         """As `training.zero_shot`, from normalized features (n, D)."""
-        classifier = zero_shot_classifier(
-            self.model, self.loaded.tokenizer, data, ranks=self.ranks, precision="fp32"
-        )
-        logits = features.cpu() @ classifier
-        top1, top5 = topk_hits(logits, data.labels, (1, 5)).double().mean(dim=0).tolist()
-        recall = mean_per_class_recall(predictions(logits), data.labels, len(data.classnames))
-        return {"top1": top1, "top5": top5, "mean_per_class": recall}
+        classifier = zero_shot_classifier(self.model, self.loaded.tokenizer, data, ranks=self.ranks, precision="fp32")
+        found = score(features.cpu() @ classifier, data, torch.arange(len(data)))
+        return {"top1": found["top1"], "top5": found["top5"], "mean_per_class": found["mean_per_class_recall"]}
 
     def retrieval(self, data: LabelledImages, features: Tensor) -> dict[str, float]:
         """Images and captions of the held-out names; the loss is that of one batch of all of them."""
         pairs = load_captions(str(self.data / "heldout"))
         if list(pairs.images.names) != list(data.images.names) or len(pairs.captions) != len(data):
             raise UserError(f"{self.data / 'heldout'} must have one caption for each picture; make it anew.")
-        text = encode_captions(
+        text = encode_texts(
             lambda tokens: self.model.encode_text(tokens, normalize=True).float(),
             self.loaded.tokenizer, pairs.captions, ranks=self.ranks, settings=self.settings,
         ).to(features.device)  # fmt: skip

@@ -34,10 +34,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from open_clip_elip import with_shortcuts
+from open_clip_elip.identity import ModelError, describe as describe_model
 from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.errors import ProfileError
 from open_clip_elip.profile.machine import describe_machine, find_device, machine
-from open_clip_elip.profile.models import ModelSpec
+from open_clip_elip.profile.models import Candidate
 from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from open_clip_elip.registry import plain_name
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for i, (work, (functions, amount)) in enumerate(contests.items()):
                 left = args.minutes * 60 - (time.perf_counter() - begin)
                 results.append(compare(work, functions, amount, args, device, left / (len(contests) - i)))
-    except (ProfileError, UserError) as error:
+    except (ModelError, ProfileError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     setting = machine(device) | {
@@ -88,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[dict, dict[str, Any]]:
     """For each kind of work both sides' functions and how many prompts or images there are, and what both agree on."""
-    ours = ModelSpec.parse(args.model).build(device=device, precision=args.precision).eval()
+    ours = Candidate.parse(args.model).build(device, args.precision).eval()
     stem = plain_name(args.model)
-    plain = ModelSpec(stem, args.model, {"method": "none"}) if stem != args.model else ModelSpec.parse(stem)
-    theirs = plain.build(device=device, precision=args.precision).eval()
+    plain = Candidate(stem, describe_model(args.model, token_reduction={"method": "none"}))
+    theirs = plain.build(device, args.precision).eval()
     if type(theirs) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
         raise ProfileError(f"{args.model} has no plain OpenCLIP model to compare with.")
     ours.load_state_dict(theirs.state_dict())

@@ -26,13 +26,14 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 
 from open_clip_elip import TextParts
+from open_clip_elip.identity import ModelError, describe as describe_model
 from open_clip_elip.profile.captions import MEAN, caption_ids, context_length, typical_lengths
 from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.errors import ProfileError
 from open_clip_elip.profile.flops import Flops, count_flops
 from open_clip_elip.profile.machine import describe_machine, find_device, machine
 from open_clip_elip.profile.memory import SavedBytes, peak_bytes, prepare_optimizer
-from open_clip_elip.profile.models import ModelSpec
+from open_clip_elip.profile.models import Candidate
 from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from open_clip_elip.registry import plain_name
@@ -55,6 +56,7 @@ TARGETS = {
     "ViT-S-16-ELIP:scoring_depth=1": (0.575, 0.57, 0.59),
     "ViT-B-16-ELIP:scoring_depth=1": (0.645, 0.66, 0.63),
 }
+NONE = {"method": "none"}
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.1  # noise for images: nothing must be learnt from it
 
 
@@ -69,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         args.repeat = args.repeat or (1 if device.type == "cpu" else 10)
-        contests = list(by_shape([ModelSpec.parse(name) for name in args.models]))
+        contests = list(by_shape([Candidate.parse(name, args.image_size) for name in args.models]))
         work = [count(plain, args).total * (1 + len(ours)) for plain, ours in contests]
         for i, (plain, ours) in enumerate(contests):
             left = args.minutes * 60 - (time.perf_counter() - begin)
             results += compare(plain, ours, args, device, seconds=left * work[i] / sum(work[i:]))
-    except (ProfileError, UserError) as error:
+    except (ModelError, ProfileError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     lengths = typical_lengths(args.batch_size, args.caption_length)
@@ -93,18 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def by_shape(specs: Sequence[ModelSpec]) -> Iterator[tuple[ModelSpec, list[ModelSpec]]]:
+def by_shape(specs: Sequence[Candidate]) -> Iterator[tuple[Candidate, list[Candidate]]]:
     """Plain OpenCLIP's model of each shape, and the models of that shape."""
-    for name in dict.fromkeys(spec.name for spec in specs):
+    for name in dict.fromkeys(spec.identity.name for spec in specs):
         stem = plain_name(name)
-        known = stem in open_clip.list_models()
-        plain = ModelSpec.parse(stem) if known else ModelSpec(f"plain {name}", name, {"method": "none"})
-        yield plain, [spec for spec in specs if spec.name == name]
+        of_shape = [spec for spec in specs if spec.identity.name == name]
+        label, name = (stem, stem) if stem in open_clip.list_models() else (f"plain {name}", name)
+        size = of_shape[0].identity.config["vision_cfg"]["image_size"]
+        yield Candidate(label, describe_model(name, token_reduction=NONE, force_image_size=size)), of_shape
 
 
-def count(spec: ModelSpec, args: argparse.Namespace, text: Tensor | TextParts | None = None) -> Flops:
+def count(spec: Candidate, args: argparse.Namespace, text: Tensor | TextParts | None = None) -> Flops:
     """Operations of a step, on `text` or captions as they are."""
-    model = spec.build(device="meta", image_size=args.image_size)
+    model = spec.build("meta")
     image = torch.empty(args.batch_size, 3, *model.visual.image_size, device="meta")
     return count_flops(model, image, (captions(model, args) if text is None else text).to("meta"))
 
@@ -114,11 +117,11 @@ def captions(model: torch.nn.Module, args: argparse.Namespace) -> Tensor:
 
 
 def compare(
-    plain: ModelSpec, ours: Sequence[ModelSpec], args: argparse.Namespace, device: torch.device, seconds: float
+    plain: Candidate, ours: Sequence[Candidate], args: argparse.Namespace, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
     """OpenCLIP's model and several of ours of the same shape; one result for each of ours."""
     begin = time.perf_counter()
-    shape = plain.build(device="meta", image_size=args.image_size)
+    shape = plain.build("meta")
     if type(shape) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
         raise ProfileError(f"{plain.label} is a {type(shape).__name__}; only CLIP models are compared.")
     image = torch.randn(args.batch_size, 3, *shape.visual.image_size, generator=torch.Generator().manual_seed(0))
@@ -183,9 +186,9 @@ def memory(side: OpenClipSide | OurSide, inputs: Iterable[Tensor], device: torch
 class OpenClipSide:
     """OpenCLIP's model in OpenCLIP's training loop."""
 
-    def __init__(self, spec: ModelSpec, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
+    def __init__(self, spec: Candidate, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
-        self.model = spec.build(device=device, precision=args.precision, image_size=args.image_size)
+        self.model = spec.build(device, args.precision)
         self.runnable = self.model
         self.loss = open_clip.ClipLoss(local_loss=False, gather_with_grad=False, cache_labels=True)
         named = list(self.model.named_parameters())  # OpenCLIP's groups, and its optimizer as its main makes it
@@ -234,15 +237,16 @@ class _Batches(list):
 class OurSide:
     """Our model in our trainer, as the flags make them."""
 
-    def __init__(self, spec: ModelSpec, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
+    def __init__(self, spec: Candidate, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
         pairs = str(args.batch_size)
-        words = ["--model", spec.name, "--dataset-type", "synthetic", "--train-num-samples", pairs, "--workers", "0"]
+        words = ["--model", spec.identity.name, "--dataset-type", "synthetic", "--train-num-samples", pairs, "--workers", "0"]
         words += ["--batch-size", pairs, "--precision", args.precision, "--logs", "none"]
         words += ["--skip-scheduler", "--lr", str(LR), "--wd", str(WEIGHT_DECAY), "--eps", str(EPS)]
-        words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device), *_flags(spec)]
+        words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device)]
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
         options, ranks = parse(PretrainingOptions, words), Ranks(device)
+        options.token_reduction, options.shortcuts = spec.identity.token_reduction or NONE, spec.shortcuts is not False
         parts = pretraining(options, ranks, None)
         self.model = parts.model.train()
         self.optimizer = create_optimizer(self.model, options)
@@ -264,14 +268,6 @@ class OurSide:
     def steps(self, number: int) -> None:
         for _ in range(number):
             self.trainer.step([self.trainer.to_device(self.batch)])
-
-
-def _flags(spec: ModelSpec) -> list[str]:
-    """The trainer's words for a model's options."""
-    settings = [f"{name}={value}".replace(" ", "") for name, value in spec.reduction.items() if name != "method"]
-    method = [spec.reduction["method"]] if "method" in spec.reduction else []
-    words = ["--token-reduction", *method, *settings] if spec.reduction else []
-    return words if spec.shortcuts is not False else [*words, "--no-shortcuts"]
 
 
 # ---------------------------------------------------------------------- what is told

@@ -6,7 +6,11 @@ class up as a module global. The globals are replaced by builders that return ou
 """
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip import factory, pretrained
@@ -62,3 +66,36 @@ def _refuser(plain: type):
 
     build.__name__ = plain.__name__
     return build
+
+
+@contextmanager
+def registered(name: str, config: dict[str, Any]) -> Iterator[None]:
+    """Within it, open_clip knows `config` by this name; what else it knew by the name is there again afterwards."""
+    before = factory._MODEL_CONFIGS.get(name)
+    factory._MODEL_CONFIGS[name] = config
+    try:
+        yield
+    finally:
+        if before is None:
+            del factory._MODEL_CONFIGS[name]
+        else:
+            factory._MODEL_CONFIGS[name] = before
+
+
+def model_folder(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """What open_clip_config.json of `local-dir:` or `hf-hub:` says."""
+    schema, place = factory.parse_model_name(name)
+    if schema == "hf-hub":
+        return factory._get_hf_config(place, cache_dir=cache_dir)
+    return json.loads((Path(place) / "open_clip_config.json").read_text(encoding="utf-8"))
+
+
+def weights_in_folder(name: str, cache_dir: str | None = None) -> str | None:
+    """The file of weights that `local-dir:` or `hf-hub:` brings along; None if there is none."""
+    schema, place = factory.parse_model_name(name)
+    if schema == "local-dir":
+        return factory._find_checkpoint_in_dir(Path(place))
+    try:
+        return pretrained.download_pretrained_from_hf(place, cache_dir=cache_dir)
+    except Exception:  # of many kinds, from huggingface_hub; a repository may hold a description alone
+        return None

@@ -27,6 +27,7 @@ from .data.sets.registry import load_data
 from .distributed import Ranks, end, seed_everything
 from .ema import Ema
 from .errors import UserError
+from .evaluation.loaded import hash_weights
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
 from .evaluation.prompts import zero_shot_classifier
@@ -89,8 +90,8 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
         # The model's reduction is guided by captions, so without the flag it is left out.
         reduces = options.vision_guided_reduction
         options.token_reduction = described_reduction(options) if reduces else {"method": "none"}
-        built = build_model(options, ranks.device)
-        model, (_, transform) = built.model, built.transforms
+        built = build_model(options, ranks.device, image_tower=options.head == "random")
+        model = built.model
     data = next(iter(tests.values()))
     common = {"num_classes": len(data.classnames), "reduce": reduces}
     if options.head == "random":
@@ -108,7 +109,7 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
             encoding = LabelEncoding(train_transform(options, built.identity.preprocess))
             train_data = build_labelled_data(options, train, encoding, **place)
     seed_everything(options.seed + ranks.rank)
-    task = ClassificationTask(options, ranks, Mix(options, len(data.classnames)), tests, transform)
+    task = ClassificationTask(options, ranks, Mix(options, len(data.classnames)), tests, built.preprocess_val)
     return Parts(built.identity, classifier, task, train_data, partial(_finish, options, ranks, task, results, start))
 
 

@@ -82,7 +82,7 @@ def work(options: ProbeOptions, ranks: Ranks) -> str:
     with ranks.agree():
         results = Results.of(options, ranks)
         jobs = load_jobs(options)
-        loaded = load_model(options, ranks)
+        loaded = load_model(options, ranks, image_tower=True)
         check_weights(loaded.model, loaded.name)
     waiting = patient(ranks)
     rows = [("data", "top-1", "top-5", "mean per class", "regularisation")]

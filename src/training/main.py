@@ -30,7 +30,7 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         seed_everything(options.seed)
         built = build_model(options, ranks.device)
         tokenizer = built.tokenizer
-        train_transform, transform = (with_decoding(t, options.image_decode) for t in built.transforms)
+        train_transform, transform = (with_decoding(t, options.image_decode) for t in (built.preprocess_train, built.preprocess_val))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
         train_data = build_train_data(options, PairEncoding(train_transform, tokenizer), **place)

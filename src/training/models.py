@@ -1,212 +1,229 @@
-"""From flags to a model: creation, token reduction, locking, and the wrappers it runs in."""
+"""From options to a model on the device: described, created, filled with weights, locked, and wrapped to be run."""
 from __future__ import annotations
 
-import argparse
-import difflib
 import logging
 import math
-import pickle
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any, NamedTuple
 
-import open_clip
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from open_clip_elip import with_shortcuts
-from open_clip_elip.clip import SHORTCUT
-from open_clip_elip.reduction import drop_alternatives
+from open_clip_elip import identity as identities
+from open_clip_elip import weights
+from open_clip_elip.identity import Identity, ModelError
 
-from . import checkpoint
 from .distributed import Ranks
 from .errors import UserError
-from .options.params import reduction_overrides
 from .sharding import shard
 
+SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10}  # the SigLIP paper's
+CHANGES = (
+    "force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length",
+    "image_mean", "image_std", "image_interpolation", "image_resize_mode", "cache_dir",
+)  # fmt: skip
+# Options of the token reduction as older versions' flags had them, under the names of today.
+_OLD_FLAGS = {
+    "stage_depths": "depths", "reduce_layers": "layers", "merge_per_layer": "r",
+    **{name: name for name in (
+        "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth", "spread", "keep_rate", "prop_attn",
+        "target_rrt",
+    )},
+}  # fmt: skip
 
-def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Callable, Callable, Callable]:
-    """Model, training and evaluation transforms, tokenizer.
+
+class Built(NamedTuple):
+    """What `build_model` makes.
+
+    Attributes:
+        report: what became of each tensor of the weights; None: the weights are random.
+    """
+
+    identity: Identity
+    model: nn.Module
+    preprocess_train: Callable
+    preprocess_val: Callable
+    tokenizer: Callable
+    report: weights.Report | None
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What a person can mend about a model, as the commands tell it."""
+    try:
+        yield
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def build_model(options: Any, device: torch.device, *, image_tower: bool = True) -> Built:
+    """The model of a run with its weights, its transforms and its tokenizer.
+
+    Args:
+        options: `model`, `pretrained`, `pretrained_image`, `token_reduction`, `siglip`, `precision`, what is in
+            `CHANGES`, `aug_cfg`, `shortcuts`, `full_tokens_last`, `grad_checkpointing` and `lock_...` are read.
+        image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
 
     Raises:
         UserError: unknown model, weights that do not fit, or a tower that cannot be reduced.
     """
-    model_kwargs = {}
-    if args.siglip:  # the SigLIP paper's start values
-        model_kwargs |= {"init_logit_scale": math.log(10), "init_logit_bias": -10}
-    reduction = reduction_config(args)
-    if reduction is not None:
-        model_kwargs["token_reduction"] = reduction
-    replaced = replaces_weights(args.model, args.pretrained)
-    size = args.force_image_size
-    with creating(args.model, args.pretrained):
-        model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
-            args.model,
-            args.pretrained,
-            precision=args.precision,
-            device=device,
-            force_quick_gelu=args.force_quick_gelu,
-            force_custom_text=args.force_custom_text,
-            force_patch_dropout=args.force_patch_dropout,
-            force_image_size=size[0] if isinstance(size, (list, tuple)) and len(size) == 1 else size,
-            force_context_length=args.force_context_length,
-            image_mean=args.image_mean,
-            image_std=args.image_std,
-            image_interpolation=args.image_interpolation,
-            image_resize_mode=args.image_resize_mode,
-            aug_cfg=args.aug_cfg,
-            pretrained_image=args.pretrained_image,
-            cache_dir=args.cache_dir,
-            load_weights=not replaced,
-            output_dict=True,
-            **model_kwargs,
-        )
-        tokenizer = open_clip.get_tokenizer(
-            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-        )
-    if replaced:
-        load_replacement(model, args.pretrained)
-    if args.full_tokens_last is not None and not hasattr(model, "reduction"):
-        raise UserError(f"--full-tokens-last needs a model with token reduction; {args.model} has none.")
-    model = with_shortcuts(model) if type(model) in SHORTCUT else model
-    model.shortcuts = args.shortcuts
-    if args.lock_image:
-        model.lock_image_tower(
-            unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
-        )
-    if args.lock_text:
-        try:
-            model.lock_text_tower(args.lock_text_unlocked_layers, args.lock_text_freeze_layer_norm)
-        except AssertionError as error:  # of OpenCLIP's own text tower
-            raise UserError(f"{args.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
-    if args.grad_checkpointing:
+    with told():
+        source = weights.find(options.model, options.pretrained, options.cache_dir)
+        identity = identity_of(vars(options))
+        if options.full_tokens_last is not None and identity.token_reduction is None:
+            raise UserError(f"--full-tokens-last needs a model with token reduction; {options.model} has none.")
+        model, report = create_filled(
+            identity, source, options.precision, device, image_tower=image_tower,
+            pretrained_image=options.pretrained_image, cache_dir=options.cache_dir,
+        )  # fmt: skip
+        preprocess = identities.transforms(identity, options.aug_cfg)
+        tokenizer = identities.tokenizer(identity, options.cache_dir)
+    model.shortcuts = options.shortcuts
+    if options.lock_image:
+        model.lock_image_tower(options.lock_image_unlocked_groups, options.lock_image_freeze_bn_stats)
+    if options.lock_text:
+        model.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
+    if options.grad_checkpointing:
         model.set_grad_checkpointing()
-    return model, preprocess_train, preprocess_val, tokenizer
+    return Built(identity, model, *preprocess, tokenizer, report)
 
 
-def reduction_config(args: argparse.Namespace) -> dict | None:
-    """The model's own token reduction with the flags on top; None leaves the model as its configuration says."""
-    schema, identifier = open_clip.factory.parse_model_name(args.model)
-    if schema is None:
-        check_model_name(identifier.replace("/", "-"))
-    overrides = reduction_overrides(args)
-    if args.token_reduction is None and not overrides:
-        return None
-    if args.token_reduction == "none":  # the baseline of a recipe: its other reduction options no longer matter
-        return {"method": "none"}
-    own = own_reduction(args.model)
-    method = args.token_reduction or own.get("method")
-    if method is None:
-        raise UserError(
-            f"{args.model} has no token reduction for {', '.join(overrides)} to change; "
-            "add --token-reduction elip, or another."
-        )
-    base = dict(own) if own.get("method") == method else {}
-    return {**drop_alternatives(base, overrides), "method": method, **overrides}
+def create_filled(
+    identity: Identity,
+    source: str | None,
+    precision: str,
+    device: torch.device,
+    *,
+    content: Mapping[str, Any] | None = None,
+    image_tower: bool = False,
+    pretrained_image: bool = False,
+    cache_dir: str | None = None,
+) -> tuple[nn.Module, weights.Report | None]:
+    """A model with the weights of a file or URL; None: at random, but for text towers that bring their own.
 
-
-def replaces_weights(model: str, pretrained: str | None) -> bool:
-    """Whether `--pretrained` is a file in the place of the weights that a model brings along (`local-dir:`, `hf-hub:`).
-
-    open_clip would take the model's own. They are then left out, and the file is loaded by `load_replacement`.
+    Args:
+        content: of the file, if it was read already.
 
     Raises:
-        UserError: it is no file.
+        ModelError: see `identity.create` and `weights.load`.
     """
-    if ":" not in model or not pretrained:
-        return False
-    if not Path(pretrained).is_file():
-        raise UserError(
-            f"--pretrained {pretrained} is not a file, and {model} brings weights of its own; correct the path, or "
-            "leave out --pretrained."
-        )
-    return True
+    model = identities.create(
+        identity, precision=precision, device=device, pretrained_image=pretrained_image and source is None,
+        pretrained_text=source is None, cache_dir=cache_dir,
+    )  # fmt: skip
+    if source is None:
+        return model, None
+    if content is None and not source.endswith((".npz", ".npy")):
+        content = weights.read(source)
+        trained_as = checkpoint_identity(content)
+        other = identities.differences(trained_as, identity) if trained_as is not None else []
+        if other:
+            logging.warning(f"{source} was trained with {', '.join(other)}; give the flags that say so to keep it.")
+    report = weights.load(
+        model, source if content is None else content, name=identity.name, label=source, image_tower=image_tower
+    )
+    for sentence in report.sentences():
+        logging.warning(sentence)
+    return model, report
 
 
-def load_replacement(model: nn.Module, pretrained: str) -> None:
-    state = checkpoint.load(pretrained)
-    checkpoint.load_weights(model, state.get("state_dict", state), pretrained)
+def identity_of(options: Mapping[str, Any]) -> Identity:
+    """The model that options name, of this command line or in an older checkpoint; raises ModelError."""
+    changes = {name: options[name] for name in CHANGES if options.get(name) is not None}
+    if options.get("siglip"):
+        changes |= SIGLIP_START
+    reduction = token_reduction(options)
+    return identities.describe(
+        options["model"], pretrained=options.get("pretrained"), token_reduction=reduction, **changes
+    )
 
 
-def own_reduction(name: str) -> dict:
-    """The token reduction in a model's own configuration; {} if it has none."""
-    if open_clip.factory.parse_model_name(name)[0] is None:
-        name = name.replace("/", "-")
-    with creating(name):
-        return (open_clip.get_model_config(name) or {}).get("token_reduction", {})
+def token_reduction(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """{"method": ..., options}, as it is or as older versions had it: a method's name and a flag for each option."""
+    given = options.get("token_reduction")
+    if isinstance(given, dict):
+        return given
+    found = {} if given is None else {"method": given}
+    found |= {new: options[old] for old, new in _OLD_FLAGS.items() if options.get(old) is not None}
+    return found or None
 
 
-def check_model_name(name: str) -> None:
-    known = open_clip.list_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "open_clip.list_models() lists what there is."
-        raise UserError(f"There is no model named {name!r}; {hint}")
+def described_reduction(options: Any) -> dict[str, Any]:
+    """The token reduction that options name, or else the model's own, or else ELIP's."""
+    with told():
+        own = identities.describe(options.model, cache_dir=options.cache_dir).token_reduction or {"method": "elip"}
+    return {"method": own["method"], **(token_reduction(vars(options)) or {})}
 
 
-def build_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module | None:
-    if args.distill_model is None:
+def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
+    """The model that a checkpoint of this trainer is of; None: the file does not say.
+
+    Raises:
+        ModelError: it is of a model that is no longer known.
+    """
+    if isinstance(state.get("model"), Mapping) and "family" in state["model"]:
+        return Identity.from_dict(dict(state["model"]))
+    config = state.get("config")
+    if not isinstance(config, Mapping) or not isinstance(config.get("model"), str):
         return None
-    check_model_name(args.distill_model)
-    with creating(args.distill_model, args.distill_pretrained):
-        teacher, _, _ = open_clip.create_model_and_transforms(
-            args.distill_model, args.distill_pretrained, device=device, precision=args.precision,
-            output_dict=True, cache_dir=args.cache_dir,
-        )
-    teacher = with_shortcuts(teacher) if type(teacher) in SHORTCUT else teacher
+    config = dict(config)
+    if "-ELIP-Adaptive" in config["model"] or config.get("token_reduction") == "adaptive":
+        # A method that is gone. In evaluation it used all tokens, so the weights are read as those of a plain model.
+        config |= {"model": config["model"].replace("-ELIP-Adaptive", "-ELIP"), "token_reduction": {"method": "none"}}
+    return identity_of(config)
+
+
+def build_teacher(options: Any, student: Identity, device: torch.device) -> nn.Module | None:
+    """The model to distil from, which sees the student's pictures and token ids; None without `--distill-model`.
+
+    Raises:
+        UserError: there is no such model, or it takes other pictures or captions than the student.
+    """
+    if options.distill_model is None:
+        return None
+    with told():
+        source = weights.find(options.distill_model, options.distill_pretrained, options.cache_dir)
+        identity = identities.describe(options.distill_model, pretrained=options.distill_pretrained)
+        for what, one, other in zip(("pictures of", "captions of"), _inputs(identity), _inputs(student), strict=True):
+            if one != other:
+                raise UserError(
+                    f"The teacher {identity.name} takes {what} {one}, and {student.name} {other}, but both are given "
+                    "the same; choose another --distill-model, or change the student (--force-image-size, "
+                    "--force-context-length)."
+                )
+        other = identities.differences(identity, student)
+        if other:
+            logging.warning(f"The teacher {identity.name} was made for {', '.join(other)}; it sees the student's.")
+        teacher, _ = create_filled(identity, source, options.precision, device, cache_dir=options.cache_dir)
     return teacher.eval().requires_grad_(False)
 
 
-@contextmanager
-def creating(name: str, weights: str | None = None):
-    """Turns what open_clip raises while it builds a model into one sentence, and keeps its chatter out of the log."""
-    root = logging.getLogger()
-    level = root.level
-    if level > logging.DEBUG:
-        root.setLevel(logging.ERROR)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # from AssertionError to UnpicklingError, according to what is wrong with the file
-        text, source = str(error), weights or name
-        sizes = re.findall(
-            r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?is torch\.Size\(\[(.*?)\]\)", text
-        )
-        if sizes:
-            key, there, here = sizes[0]
-            more = f" (and {len(sizes) - 1} more differences)" if len(sizes) > 1 else ""
-            raise UserError(
-                f"{source} does not fit {name}: {key} is [{there}] there and [{here}] in the model{more}; "
-                "check --model and --pretrained."
-            ) from error
-        first = " ".join(text.split())[:300] or type(error).__name__
-        if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError, KeyError)):
-            raise UserError(f"{source} cannot be read as weights for {name} ({type(error).__name__}).") from error
-        unloaded = f", or {weights} not loaded" if weights else ""
-        raise UserError(f"The model {name} cannot be created{unloaded}: {first}") from error
-    finally:
-        root.setLevel(level)
+def _inputs(identity: Identity) -> tuple[str, str]:
+    height, width = identity.preprocess["size"]
+    text = identity.config["text_cfg"]
+    tokens = f"{text.get('context_length', 77)} tokens by {text.get('hf_tokenizer_name') or 'CLIP'}'s tokenizer"
+    return f"{height}x{width} pixels", tokens
 
 
-def wrap(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
-    """The model as it is run: synchronised batch norm, DDP or sharding (in place), compilation."""
+def wrap(model: nn.Module, options: Any, ranks: Ranks, **ddp: Any) -> nn.Module:
+    """The model as it is run: synchronised batch norm, DDP or sharding (in place), compilation.
+
+    Args:
+        ddp: further options of DistributedDataParallel, which a task may need.
+    """
     runnable = model
-    if ranks.world_size > 1 and args.use_bn_sync:
+    if ranks.world_size > 1 and options.use_bn_sync:
         runnable = nn.SyncBatchNorm.convert_sync_batchnorm(runnable)
-    if args.fsdp:
-        runnable = shard(runnable, ranks, args.precision)
+    if options.fsdp:
+        runnable = shard(runnable, ranks, options.precision)
     elif ranks.world_size > 1:
-        runnable = DistributedDataParallel(
-            runnable,
-            device_ids=None if ranks.device.type == "cpu" else [ranks.device],
-            static_graph=args.ddp_static_graph,
-            gradient_as_bucket_view=True,
-        )
-    if args.torchcompile:
-        if args.grad_checkpointing and ranks.world_size > 1:
+        device_ids = None if ranks.device.type == "cpu" else [ranks.device]
+        ddp = {"static_graph": options.ddp_static_graph, "gradient_as_bucket_view": True, **ddp}
+        runnable = DistributedDataParallel(runnable, device_ids=device_ids, **ddp)
+    if options.torchcompile:
+        if options.grad_checkpointing and ranks.world_size > 1:
             torch._dynamo.config.optimize_ddp = False  # its graph splits do not go together with checkpointing
         runnable = torch.compile(runnable)
     return runnable

@@ -10,10 +10,9 @@ import open_clip
 import pytest
 import torch
 
-from open_clip_elip.cost import batch_cost
 from open_clip_elip.profile.captions import typical_lengths
 from open_clip_elip.profile.command import COMPILED
-from open_clip_elip.profile.models import ModelSpec
+from open_clip_elip.profile.models import Candidate
 from training.tasks.contrastive import COMPILED_MULTIPLE, COMPILED_PARTS
 
 TINY = "ViT-Ti-8-64-ELIP"
@@ -40,11 +39,11 @@ def options(**changes) -> argparse.Namespace:
 def sides(ours: str):
     """OpenCLIP's side and ours, of the same weights, and their batch."""
     args = options()
-    plain, _ = next(script.by_shape([ModelSpec.parse(ours)]))
-    text = script.captions(plain.build(device="meta"), args)
+    plain, _ = next(script.by_shape([Candidate.parse(ours)]))
+    text = script.captions(plain.build("meta"), args)
     image = torch.randn(4, 3, 64, 64)
     theirs = script.OpenClipSide(plain, image, text, args, CPU)
-    own = script.OurSide(ModelSpec.parse(ours), image, text, args, CPU)
+    own = script.OurSide(Candidate.parse(ours), image, text, args, CPU)
     own.model.load_state_dict(theirs.model.state_dict())
     return theirs, own, text
 
@@ -72,7 +71,7 @@ def test_groups_of_the_optimizers_are_the_same():
 
 
 def test_options_of_a_model_reach_the_trainer():
-    spec = ModelSpec.parse(f"{TINY}:keep_ratio=1,.8,.6,.2,lam=0.5,merge=false,scoring_depth=1,depths=1,1,2,2")
+    spec = Candidate.parse(f"{TINY}:keep_ratio=1,.8,.6,.2,lam=0.5,merge=false,scoring_depth=1,depths=1,1,2,2")
     side = script.OurSide(spec, torch.randn(4, 3, 64, 64), torch.zeros(4, 24, dtype=torch.long), options(), CPU)
     config = side.model.reduction.config
     assert (config.keep_ratio, config.depths) == ((1, 0.8, 0.6, 0.2), (1, 1, 2, 2))
@@ -90,7 +89,7 @@ def test_results(tmp_path, capsys):
     found = json.loads((tmp_path / "train_step_cpu_try.json").read_text())
     assert [result["model"] for result in found["results"]] == names
     assert found["setting"]["caption_tokens"]["max"] == max(typical_lengths(4, 8.0))
-    plain = batch_cost(ModelSpec.parse(f"{TINY}:method=none").build(device="meta"), [24] * 4)
+    plain = script.count(Candidate.parse(f"{TINY}:method=none"), options())
     for result in found["results"]:
         assert result["open_clip"]["flops"] == plain.total
         assert result["flops_ratio"] == result["ours"]["flops"] / plain.total < 1

@@ -23,7 +23,7 @@ from training.data.sets.registry import load_data
 from training.distributed import Ranks, leave
 from training.errors import UserError
 from training.evaluation import prompts
-from training.evaluation.command import hash_weights
+from training.evaluation.loaded import hash_weights
 from training.evaluation.passes import EncodeSettings, NotFinite
 from training.evaluation.prompts import load_zero_shot_data, run_zero_shot_suite, zero_shot_classifier
 

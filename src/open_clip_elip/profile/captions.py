@@ -24,14 +24,13 @@ USUAL_CONTEXT = 77
 def typical_lengths(pairs: int, mean: float = MEAN, context_length: int = USUAL_CONTEXT) -> list[int]:
     """Lengths of `pairs` captions in tokens, start and end included: evenly spaced quantiles of a log-normal
     distribution, in shuffled order. The same for each call, and without the luck of a draw."""
-    centre = math.log(mean) - SPREAD**2 / 2
-    shape = NormalDist(centre, SPREAD)
+    shape = NormalDist(math.log(mean) - SPREAD**2 / 2, SPREAD)
     lengths = [round(math.exp(shape.inv_cdf((i + 0.5) / pairs))) for i in range(pairs)]
     return _shuffled([min(max(length, SHORTEST), context_length) for length in lengths])
 
 
-def read_lengths(path: Path, tokenizer: Callable | None, context_length: int) -> list[int]:
-    """Lengths from a file with one of them, or one caption, a line; captions are tokenized.
+def read_lengths(path: Path, tokenize: Callable[[list[str]], Tensor], context_length: int) -> list[int]:
+    """Lengths from a file with one of them, or one caption to tokenize, a line.
 
     Raises:
         ProfileError: the file cannot be read or is empty.
@@ -44,11 +43,10 @@ def read_lengths(path: Path, tokenizer: Callable | None, context_length: int) ->
         raise ProfileError(f"{path} is empty; give one caption, or one length in tokens, a line.")
     if all(line.isdigit() for line in lines):
         lengths = [int(line) for line in lines]
-    elif tokenizer is None:
-        raise ProfileError(f"{path} has captions, which this model has no tokenizer for; give lengths in tokens.")
     else:
-        ids = tokenizer(lines)
-        lengths = ((ids != 0) & (ids != getattr(tokenizer, "pad_token_id", 0))).sum(dim=1).tolist()
+        ids = tokenize(lines)
+        padding = getattr(getattr(tokenize, "tokenizer", None), "pad_token_id", None) or 0
+        lengths = ((ids != 0) & (ids != padding)).sum(dim=1).tolist()
     return [min(max(length, 2), context_length) for length in lengths]
 
 
@@ -66,17 +64,13 @@ def caption_ids(model: nn.Module, lengths: Sequence[int]) -> Tensor:
     padding = getattr(config, "pad_token_id", None) or 0
     vocabulary = getattr(tower, "vocab_size", None) or getattr(config, "vocab_size", None)
     pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
-    end = vocabulary - 1
-    if pool == "eos":
-        end = getattr(tower, "eos_id", None) or tower.text_eos_id
+    end = (getattr(tower, "eos_id", None) or tower.text_eos_id) if pool == "eos" else vocabulary - 1
     context = context_length(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, vocabulary - 1, (len(lengths), context), generator=generator)
     ids[ids == end] = 2
-    place = torch.arange(context)
-    last = torch.tensor(lengths).unsqueeze(1) - 1
-    ids = torch.where(place < last, ids, padding)
-    return torch.where(place == last, end, ids)
+    place, last = torch.arange(context), torch.tensor(lengths).unsqueeze(1) - 1
+    return torch.where(place == last, end, torch.where(place < last, ids, padding))
 
 
 def context_length(model: nn.Module) -> int:

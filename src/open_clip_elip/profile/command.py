@@ -18,30 +18,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip import get_input_dtype
 from torch import Tensor, nn
 
+from ..identity import ModelError, tokenizer
 from ..text import COMPILED_MULTIPLE, COMPILED_PARTS, TextParts, count_columns, cut_text
 from .captions import MEAN, caption_ids, context_length, draw_lengths, read_lengths, typical_lengths
 from .errors import ProfileError
 from .flops import Flops, count_flops
 from .machine import describe_machine, find_device, machine
-from .memory import SavedBytes, largest_batch, peak_bytes, prepare_optimizer
-from .models import ModelSpec
+from .memory import SavedBytes, allocated, largest_batch, peak_bytes, prepare_optimizer
+from .models import Candidate
 from .report import (
-    NO_MATPLOTLIB,
-    Profile,
-    count_parameters,
-    make_folder,
-    markdown_table,
-    plot,
-    save,
-    table,
-    text_table,
+    NO_MATPLOTLIB, Profile, count_parameters, make_folder, markdown_table, plot, save, table, text_table,
     tokens_per_layer,
-)
+)  # fmt: skip
 from .step import TrainStep
 from .timing import Spread, in_turn, ratios
 
@@ -54,12 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         _check(args)
-        specs = [ModelSpec.parse(text) for text in args.models]
-        profiles = profile_counts(specs, args)
+        models = [Candidate.parse(text, args.image_size) for text in args.models]
+        profiles = profile_counts(models, args)
         if args.time:
-            profile_runs(specs, profiles, args)
-        setting = describe(profiles, args)
-        rows = table(profiles)
+            profile_runs(models, profiles, args)
+        setting, rows = describe(profiles, args), table(profiles)
         print(setting + "\n\n" + text_table(rows))
         if args.json is not None:
             found = {"setting": machine(args.device) | _flags(args), "models": [p.to_dict() for p in profiles]}
@@ -68,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             save(args.markdown, setting + "\n\n" + markdown_table(rows))
         if args.plot is not None:
             plot(profiles, args.plot, setting.splitlines()[0])
-    except ProfileError as error:
+    except (ProfileError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -77,96 +68,86 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------- counts
 
 
-def profile_counts(specs: Sequence[ModelSpec], args: argparse.Namespace) -> list[Profile]:
+def profile_counts(models: Sequence[Candidate], args: argparse.Namespace) -> list[Profile]:
     """What needs no step: parameters, tokens, operations. The models have shapes only, so any size will do."""
     profiles = []
-    for spec in specs:
-        model = spec.build(device="meta", image_size=args.image_size)
-        text = batch_text(model, spec, args, args.batch_size)
-        columns = count_columns(text) / args.batch_size
-        tokens, rrt = tokens_per_layer(model), model.rrt() if hasattr(model, "rrt") else 0.0
-        flops = _flops(model, text, spec, args)
+    for one in models:
+        model = one.build("meta")
+        text = batch_text(model, one, args, args.batch_size)
+        rrt = model.rrt() if hasattr(model, "rrt") else 0.0
         profiles.append(
-            Profile(spec.label, args.batch_size, *count_parameters(model), tokens, rrt, columns, flops)
-        )
+            Profile(
+                one.label, args.batch_size, *count_parameters(model), tokens_per_layer(model), rrt,
+                count_columns(text) / args.batch_size, _flops(model, text, one),
+            )
+        )  # fmt: skip
     return profiles
 
 
-def _flops(model: nn.Module, text: Tensor | TextParts, spec: ModelSpec, args: argparse.Namespace) -> Flops:
+def _flops(model: nn.Module, text: Tensor | TextParts, one: Candidate) -> Flops:
+    pairs = len(text.place if isinstance(text, TextParts) else text)
     try:
-        return count_flops(model, batch_image(model, args.batch_size, "meta"), text.to("meta"))
+        return count_flops(model, batch_image(model, pairs, "meta"), text.to("meta"))
     except (NotImplementedError, RuntimeError):  # a tower that looks at the numbers: a real step, then
-        model = spec.build(device="cpu", image_size=args.image_size)
-        return count_flops(model, batch_image(model, args.batch_size, "cpu"), text)
+        model = one.build("cpu")
+        return count_flops(model, batch_image(model, pairs, "cpu"), text)
 
 
-def batch_image(
-    model: nn.Module, pairs: int, device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def batch_image(model: nn.Module, pairs: int, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     size = model.visual.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return torch.randn(pairs, 3, height, width, device=device, dtype=dtype)
 
 
-def batch_text(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> Tensor | TextParts:
+def batch_text(model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int) -> Tensor | TextParts:
     """Token ids on the CPU, cut as the model takes them in training."""
-    ids = caption_ids(model, caption_lengths(model, spec, args, pairs))
-    if not getattr(model, "shortcuts", False):
-        return ids
-    return cut_text(ids, model, *COMPILED) if args.compile else cut_text(ids, model)
-
-
-def caption_lengths(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> list[int]:
     given, context = args.caption_lengths, context_length(model)
     if given == "full":
-        return [context] * pairs
-    if isinstance(given, float):
-        return typical_lengths(pairs, given, context)
-    tokenizer = open_clip.get_tokenizer(spec.name) if open_clip.get_model_config(spec.name) else None
-    return draw_lengths(read_lengths(given, tokenizer, context), pairs)
+        lengths = [context] * pairs
+    elif isinstance(given, float):
+        lengths = typical_lengths(pairs, given, context)
+    else:
+        lengths = draw_lengths(read_lengths(given, tokenizer(one.identity), context), pairs)
+    return cut_text(caption_ids(model, lengths), model, *(COMPILED if args.compile else ()))
 
 
 # ---------------------------------------------------------------------- runs
 
 
-def profile_runs(specs: Sequence[ModelSpec], profiles: Sequence[Profile], args: argparse.Namespace) -> None:
+def profile_runs(models: Sequence[Candidate], profiles: Sequence[Profile], args: argparse.Namespace) -> None:
     """Adds to `profiles` what takes steps on the device: memory of one model at a time, then times of all in turn."""
-    device, steps = args.device, {}
-    for spec, profile in zip(specs, profiles, strict=True):
-        others = _allocated(device)
-        model = spec.build(device=device, precision=args.precision, image_size=args.image_size)
-        steps[spec.label] = step = _step(model, spec, args, args.batch_size)
+    steps = {}
+    for one, profile in zip(models, profiles, strict=True):
+        others = allocated(args.device)
+        steps[one.label] = step = _step(one.build(args.device, args.precision), one, args, args.batch_size)
         prepare_optimizer(step.optimizer)
-        with _running(spec, args):
-            _measure_memory(profile, step, spec, args, others)
+        with _running(one, args):
+            _measure_memory(profile, step, one, args, others)
         step.optimizer.zero_grad(set_to_none=True)
-    with _running(specs[0], args):
-        times = in_turn(
-            steps, device=device, rounds=args.rounds, warmup=1 if device.type == "cpu" else 3, repeat=args.repeat
-        )
+    warmup = 1 if args.device.type == "cpu" else 3
+    with _running(models[0], args):
+        times = in_turn(steps, device=args.device, rounds=args.rounds, warmup=warmup, repeat=args.repeat)
     for profile in profiles:
         profile.seconds = Spread.of(times[profile.label])
         profile.time_ratio = Spread.of(ratios(times[profile.label], times[profiles[0].label]))
 
 
-def _measure_memory(
-    profile: Profile, step: TrainStep, spec: ModelSpec, args: argparse.Namespace, others: int
-) -> None:
+def _measure_memory(profile: Profile, step: TrainStep, one: Candidate, args: argparse.Namespace, others: int) -> None:
     """Adds what the model keeps, its peak, and with `--memory` the batch that fits.
 
     What is kept is that of the model as it is: a compiled one is not seen from inside, nor is its peak on the CPU.
     """
-    pairs, device = args.batch_size, step.image.device
+    pairs = args.batch_size
     with SavedBytes(step.model) as saved, step.not_compiled():
         profile.peak = _peak(step, others)
     profile.saved = saved.bytes
-    compiled = args.compile and device.type == "cuda"
+    compiled = args.compile and args.device.type == "cuda"
     if compiled:
         step()
         profile.peak = _peak(step, others)
     if args.memory is None:
         return
-    half = _step(step.model, spec, args, pairs // 2)
+    half = _step(step.model, one, args, pairs // 2)
     half.optimizer = step.optimizer
     with nullcontext() if compiled else half.not_compiled():
         half()
@@ -181,29 +162,25 @@ def _peak(step: TrainStep, others: int) -> int:
     return peak_bytes(step, step.model, step.optimizer, step.inputs(), step.image.device, others)
 
 
-def _step(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> TrainStep:
-    image = batch_image(model, pairs, args.device, get_input_dtype(args.precision) or torch.float32)
-    return TrainStep(model, image, batch_text(model, spec, args, pairs).to(args.device), args.precision, args.compile)
+def _step(model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int) -> TrainStep:
+    image = batch_image(model, pairs, args.device, get_input_dtype(args.precision))
+    return TrainStep(model, image, batch_text(model, one, args, pairs).to(args.device), args.precision, args.compile)
 
 
 @contextmanager
-def _running(spec: ModelSpec, args: argparse.Namespace) -> Iterator[None]:
+def _running(one: Candidate, args: argparse.Namespace) -> Iterator[None]:
     """Turns what a step of a model can die of into one sentence."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise ProfileError(
-            f"{spec.label} does not fit the device at batch {args.batch_size}; take a smaller --batch-size."
+            f"{one.label} does not fit the device at batch {args.batch_size}; take a smaller --batch-size."
         ) from error
     except RuntimeError as error:
         if not args.compile:
             raise
         first = " ".join(str(error).split())[:200]
-        raise ProfileError(f"{spec.label} cannot be compiled here ({first}); leave --compile out.") from error
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        raise ProfileError(f"{one.label} cannot be compiled here ({first}); leave --compile out.") from error
 
 
 # ---------------------------------------------------------------------- the setting
@@ -229,16 +206,9 @@ def _captions(args: argparse.Namespace) -> str:
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("batch_size", "precision", "compile", "image_size", "rounds", "repeat")
     given = args.caption_lengths
-    return {
-        "batch_size": args.batch_size,
-        "precision": args.precision,
-        "compile": args.compile,
-        "image_size": args.image_size,
-        "captions": _captions(args) if isinstance(given, Path) else given,
-        "rounds": args.rounds,
-        "repeat": args.repeat,
-    }
+    return {n: getattr(args, n) for n in names} | {"captions": _captions(args) if isinstance(given, Path) else given}
 
 
 # ---------------------------------------------------------------------- flags
@@ -251,8 +221,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.memory is not None and (args.batch_size < 2 or not args.time):
         raise ProfileError("--memory measures at two batch sizes: give a --batch-size of at least 2, and no --no-time.")
     args.device = find_device(args.device)
-    if args.repeat is None:
-        args.repeat = 1 if args.device.type == "cpu" else 10
+    args.repeat = args.repeat or (1 if args.device.type == "cpu" else 10)
     for path in filter(None, (args.json, args.markdown, args.plot)):
         make_folder(path.parent)
     if args.plot is not None and find_spec("matplotlib") is None:
@@ -263,16 +232,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _lengths(given: str) -> float | str | Path:
-    if given == "full":
-        return given
+    if given == "full" or Path(given).is_file():
+        return given if given == "full" else Path(given)
     try:
         mean = float(given)
     except ValueError:
-        if not Path(given).is_file():
-            raise ProfileError(
-                f"--caption-lengths {given} is neither a mean number of tokens, nor full, nor a file."
-            ) from None
-        return Path(given)
+        raise ProfileError(
+            f"--caption-lengths {given} is neither a mean number of tokens, nor full, nor a file."
+        ) from None
     if not mean >= 3:
         raise ProfileError(f"--caption-lengths {given}: captions have at least 3 tokens, start and end included.")
     return mean
@@ -280,11 +247,9 @@ def _lengths(given: str) -> float | str | Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m open_clip_elip.profile",
-        description=__doc__,
+        prog="python -m open_clip_elip.profile", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="NAME or NAME:option=value,...")
     add("--batch-size", type=int, default=32, metavar="N", help="pairs in a step; default: %(default)s")

@@ -7,12 +7,16 @@ the backward pass. A causal mask saves nothing in this count.
 """
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..text import TextParts
@@ -23,16 +27,16 @@ class Flops:
     """Operations of a step.
 
     Attributes:
-        forward, backward: of both towers, the scoring pass left out.
+        forward, backward: the scoring pass left out.
         scoring: what runs without gradient in the forward pass, to choose the tokens.
-        text_forward, text_backward: the text tower's part of `forward` and `backward`.
+        text_forward, text_backward: the text tower's part of `forward` and `backward`, where it was counted.
     """
 
     forward: int
     backward: int
     scoring: int
-    text_forward: int
-    text_backward: int
+    text_forward: int = 0
+    text_backward: int = 0
 
     @property
     def total(self) -> int:
@@ -44,33 +48,54 @@ class Flops:
 
     @property
     def image(self) -> int:
-        """The image tower's, scoring left out."""
+        """All but the text tower's and the scoring."""
         return self.forward + self.backward - self.text
 
 
-def count_flops(model: nn.Module, image: Tensor, text: Tensor | TextParts) -> Flops:
-    """Counts one step on this batch (B pairs); parameters get gradients. On the device "meta" nothing is computed.
+def count(model: nn.Module, step: Callable[[], Any]) -> Flops:
+    """Counts a step of any kind. On the device "meta" (`on_meta`) nothing is computed, but for what looks at numbers,
+    which ends in a RuntimeError or NotImplementedError.
 
     Args:
-        model: in training mode, with `output_dict`.
+        model: its gradients are None afterwards.
+        step: the forward pass. What it returns (a tensor; or tensors in a dict, list or tuple) is what is propagated
+            back from.
+    """
+    # What a step draws at random leaves the generators as they were.
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with _WithoutGradient(counter) as scoring:
+            leaves = tree_leaves(step())
+        forward = counter.get_total_flops()
+        sums = [leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        torch.stack(sums).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return Flops(forward - scoring.flops, counter.get_total_flops() - forward, scoring.flops)
+
+
+def count_flops(model: nn.Module, image: Tensor, text: Tensor | TextParts) -> Flops:
+    """Counts one step of a CLIP model in training mode on a batch of B pairs, the text tower's part by itself too.
+
+    Args:
         image: (B, 3, H, W).
         text: token ids (B, T), or cut ones.
     """
-    forward, backward, scoring = _count(model, lambda: model(image, text))
-    text_forward, text_backward, _ = _count(model, lambda: {"text_features": model.encode_text(text)})
-    return Flops(forward - scoring, backward, scoring, text_forward, text_backward)
+    whole, words = count(model, lambda: model(image, text)), count(model, lambda: model.encode_text(text))
+    return Flops(whole.forward, whole.backward, whole.scoring, words.forward, words.backward)
 
 
-def _count(model: nn.Module, run) -> tuple[int, int, int]:
-    """Operations of forward, of backward from all features, and those of forward that ran without gradient."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with _WithoutGradient(counter) as scoring:
-            out = run()
-        forward = counter.get_total_flops()
-        features = [value.float().sum() for value in out.values() if value.is_floating_point() and value.requires_grad]
-        torch.stack(features).sum().backward()
-    model.zero_grad(set_to_none=True)
-    return forward, counter.get_total_flops() - forward, scoring.flops
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy with shapes only, for `count`: without gradient checkpointing, so that nothing is counted twice."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name in ("grad_checkpointing", "gradient_checkpointing"):  # OpenCLIP's and timm's, transformers'
+            if getattr(module, name, False) is True:
+                setattr(module, name, False)
+    return twin
 
 
 class _WithoutGradient(TorchDispatchMode):

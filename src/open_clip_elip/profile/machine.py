@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +29,24 @@ def find_device(name: str | None) -> torch.device:
 
 
 def machine(device: str | torch.device) -> dict[str, Any]:
-    """What the figures were measured on: device, cores and threads, versions. No names of hosts or people."""
+    """Device, cores and threads, versions."""
     device = torch.device(device)
-    found = {
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
     }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def cpu_name() -> str:
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", file.read_text(), re.MULTILINE) if file.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def describe_machine(found: dict[str, Any]) -> str:
     """One line of what `machine` returns."""
     versions = ", ".join(f"{package} {found[package]}" for package in PACKAGES)
-    cores = f"{found['cores']} cores, {found['threads']} threads"
-    return f"{found['device']}, {cores}; Python {found['python']}, {versions}"
+    return f"{found['device']}, {found['cores']} cores, {found['threads']} threads; Python {found['python']}, {versions}"

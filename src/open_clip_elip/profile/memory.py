@@ -1,9 +1,8 @@
 """What a training step keeps, and the most it needs at once.
 
 On CUDA the peak is the allocator's. On the CPU, whose allocator keeps no statistics, it is the most bytes of tensors
-that are alive at the same time: every operation that torch dispatches is seen, its results' storages are added when
-they appear and taken off when the last tensor (or graph) lets go of them. What a kernel takes and gives back within one
-call is not seen, in either way of a library's own (oneDNN, MKL, cuBLAS); nor is what Python itself needs.
+alive at the same time: the storages of each operation's results count from their birth until the last tensor (or graph)
+lets go of them. What a kernel takes and gives back within one call is not seen, nor what Python itself needs.
 """
 from __future__ import annotations
 
@@ -17,15 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts, while it is entered, the bytes of all storages that are kept for a backward pass, each once.
+    """Counts in `bytes`, while it is entered, all storages that are kept for a backward pass, each once.
 
-    The parameters, and the copies of them that autocast makes, are left out: what remains grows with the batch.
-
-    Args:
-        model: whose parameters are meant.
-
-    Attributes:
-        bytes: counted so far.
+    The parameters of `model`, and autocast's copies of them, are left out: what remains grows with the batch.
     """
 
     def __init__(self, model: nn.Module):
@@ -49,9 +42,10 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 # What lies between a parameter and the copy of it that enters a matrix product under autocast.
-_RESHAPES = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "SplitBackward0"} | {
-    "SplitWithSizesBackward0", "SliceBackward0", "PermuteBackward0", "UnbindBackward0",
-}  # fmt: skip
+_RESHAPES = {
+    f"{name}Backward0"
+    for name in ("ToCopy", "T", "Transpose", "View", "Split", "SplitWithSizes", "Slice", "Permute", "Unbind")
+}
 
 
 def _origin(tensor: Tensor) -> Tensor:
@@ -63,13 +57,10 @@ def _origin(tensor: Tensor) -> Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the storages that are alive, while it is entered.
+    """Follows the bytes of the storages that are alive, while it is entered: now (`live`), and at most (`peak`).
 
     Args:
         known: tensors that exist already and count from the start.
-
-    Attributes:
-        live, peak: bytes now, and the most there have been.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -95,15 +86,19 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        self._finalizers.append(weakref.finalize(storage, self._remove, key))
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += self._sizes[key]
+            self.peak = max(self.peak, self.live)
+            self._finalizers.append(weakref.finalize(storage, self._remove, key))
 
     def _remove(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that are in use on a CUDA device now; 0 for others."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -151,10 +146,8 @@ def loss_bytes(pairs: int) -> int:
 def largest_batch(
     limit: float, small: tuple[int, int], large: tuple[int, int], saved: float = 0.0
 ) -> tuple[int, float, float]:
-    """The largest batch whose peak stays within `limit` bytes, and the fixed bytes and bytes a pair that say so.
-
-    A straight line through two measurements, (pairs, peak bytes) each, or a steeper one through the larger; what
-    `loss_bytes` tells comes on top of it. 0 if not even one pair fits.
+    """The largest batch whose peak stays within `limit` bytes (0: not even one pair), and the fixed bytes and bytes a
+    pair that say so: a straight line through two measurements, (pairs, peak bytes) each, with `loss_bytes` on top.
 
     Args:
         saved: bytes that a pair keeps for the backward pass. The line rises by no less: at batches so small that the

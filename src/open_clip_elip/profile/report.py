@@ -72,6 +72,8 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         names = ("forward", "scoring", "backward", "total", "text_forward", "text_backward", "image")
         found = asdict(self) | {"samples_per_second": self.rate}
+        for name in ("seconds", "time_ratio"):
+            found[name] = getattr(self, name) and getattr(self, name).to_dict()
         found["gflops_per_pair"] = {name: self.gflops(name) for name in names}
         found["tflops_per_step"] = self.flops.total / 1e12
         if self.rate is not None:
@@ -105,59 +107,43 @@ def tokens_per_layer(model: nn.Module) -> list[int]:
 def table(profiles: Sequence[Profile]) -> list[list[str]]:
     """Rows of cells: the quantity, then each model's; in brackets what it is of the first model's."""
     first = profiles[0]
-    batch = f"batch {first.batch_size}"
+    batch, limit = f"batch {first.batch_size}", f"{(first.memory_limit or 0) / 1e9:g} GB"
+    of_pair = "GFLOPs a pair, forward"
+    quantities: list[tuple[str, str, Callable[[Profile], Any]]] = [  # name, form, value
+        ("vision parameters, M", ".2f", lambda p: p.vision_parameters / 1e6),
+        ("text parameters, M", ".2f", lambda p: p.text_parameters / 1e6),
+        ("image tokens a layer", "", lambda p: _runs(p.tokens_per_layer) or None),
+        ("RRT", ".1%", lambda p: p.rrt if p.tokens_per_layer else None),
+        ("text tokens, mean", ".1f", lambda p: p.text_tokens),
+        (of_pair, ".2f", lambda p: p.gflops("forward")),
+        ("  of them text", ".2f", lambda p: p.gflops("text_forward")),
+        ("  scoring pass, on top", ".2f", lambda p: p.gflops("scoring")),
+        (f"{of_pair} + backward + scoring", ".2f", Profile.gflops),
+        ("  of them text", ".2f", lambda p: p.gflops("text")),
+        ("  of them image", ".2f", lambda p: p.gflops("image")),
+        ("  of them scoring", ".2f", lambda p: p.gflops("scoring")),
+        (f"step, s ({batch})", ".4g", lambda p: p.seconds and p.seconds.median),
+        ("  quartiles, s", "", lambda p: p.seconds and f"{p.seconds.low:.4g} - {p.seconds.high:.4g}"),
+        ("samples/s", ".4g", lambda p: p.rate),
+        (f"peak memory, GB ({batch})", ".2f", lambda p: p.peak and p.peak / 1e9),
+        ("saved activations, MB a pair", ".2f", lambda p: p.saved and p.saved / p.batch_size / 1e6),
+        (f"largest batch in {limit}", ",.0f", lambda p: p.largest_batch),
+        *((f"{data} epoch, h:min", "", lambda p, n=n: p.rate and _clock(n / p.rate)) for data, n in EPOCHS.items()),
+    ]
+    compared = {f"{of_pair} + backward + scoring", "saved activations, MB a pair"}
+    compared |= {name for name, _, _ in quantities if name.startswith(("step, s", "peak memory", "largest batch"))}
     rows = [["", *(p.label for p in profiles)]]
-
-    def row(
-        name: str,
-        value: Callable[[Profile], float | None],
-        form: Callable[[float], str],
-        ratio: Callable[[Profile], float | None] | None = None,
-    ) -> None:
+    for name, form, value in quantities:
         cells = []
         for profile in profiles:
-            found = value(profile)
-            share = None if found is None or ratio is None else ratio(profile)
-            cells.append("-" if found is None else form(found) + ("" if share is None else f" ({share:.3f})"))
+            found, base = value(profile), value(first)
+            cell = "-" if found is None else format(found, form)
+            if found is not None and name in compared and base:
+                share = profile.time_ratio.median if name.startswith("step, s") else found / base
+                cell += f" ({share:.3f})"
+            cells.append(cell)
         if any(cell != "-" for cell in cells):
             rows.append([name, *cells])
-
-    def of_first(value: Callable[[Profile], float | None]) -> Callable[[Profile], float | None]:
-        return lambda p: value(p) / value(first) if value(first) else None
-
-    def whole(found: float) -> str:
-        return f"{found:,.0f}"
-
-    def plain(found: float) -> str:
-        return f"{found:.2f}"
-
-    row("vision parameters, M", lambda p: p.vision_parameters / 1e6, plain)
-    row("text parameters, M", lambda p: p.text_parameters / 1e6, plain)
-    row("image tokens a layer", lambda p: p.tokens_per_layer or None, _runs)
-    row("RRT", lambda p: p.rrt if p.tokens_per_layer else None, lambda v: f"{v:.1%}")
-    row("text tokens, mean", lambda p: p.text_tokens, lambda v: f"{v:.1f}")
-    row("GFLOPs a pair, forward", lambda p: p.gflops("forward"), plain)
-    row("  of them text", lambda p: p.gflops("text_forward"), plain)
-    row("  scoring pass, on top", lambda p: p.gflops("scoring"), plain)
-    row("GFLOPs a pair, forward + backward + scoring", Profile.gflops, plain, of_first(Profile.gflops))
-    row("  of them text", lambda p: p.gflops("text"), plain)
-    row("  of them image", lambda p: p.gflops("image"), plain)
-    row("  of them scoring", lambda p: p.gflops("scoring"), plain)
-    row(
-        f"step, s ({batch})", lambda p: p.seconds and p.seconds.median, lambda v: f"{v:.4g}",
-        lambda p: p.time_ratio and p.time_ratio.median,
-    )  # fmt: skip
-    row("  quartiles, s", lambda p: p.seconds, lambda v: f"{v.low:.4g} - {v.high:.4g}")
-    row("samples/s", lambda p: p.rate, lambda v: f"{v:.4g}")
-    row(f"peak memory, GB ({batch})", lambda p: p.peak and p.peak / 1e9, plain, of_first(lambda p: p.peak))
-    row(
-        "saved activations, MB a pair", lambda p: p.saved and p.saved / p.batch_size / 1e6, plain,
-        of_first(lambda p: p.saved),
-    )  # fmt: skip
-    limit = f"{(first.memory_limit or 0) / 1e9:g} GB"
-    row(f"largest batch in {limit}", lambda p: p.largest_batch, whole, of_first(lambda p: p.largest_batch))
-    for data, pairs in EPOCHS.items():
-        row(f"{data} epoch, h:min", lambda p, n=pairs: p.rate and n / p.rate, _clock)
     return rows
 
 
@@ -222,9 +208,7 @@ def plot(profiles: Sequence[Profile], path: Path, title: str) -> None:
     except ImportError as error:
         raise ProfileError(NO_MATPLOTLIB) from error
     parts = ("text", "image", "scoring")
-    panels: list[tuple[str, list[tuple[str, list[float]]]]] = [
-        ("GFLOPs a pair, forward + backward", [(part, [p.gflops(part) for p in profiles]) for part in parts])
-    ]
+    panels = [("GFLOPs a pair, forward + backward", [(part, [p.gflops(part) for p in profiles]) for part in parts])]
     measured = {
         "seconds a step": [p.seconds and p.seconds.median for p in profiles],
         "peak memory, GB": [p.peak and p.peak / 1e9 for p in profiles],

@@ -29,22 +29,23 @@ class TrainStep:
     ):
         self.model, self.image, self.text = model, image, text
         self.runnable = torch.compile(model) if compile else model
-        self.loss = _loss(model)
+        if hasattr(model, "text_decoder"):
+            self.loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+        else:
+            self.loss = ClipLoss() if getattr(model, "logit_bias", None) is None else SigLipLoss()
         self.autocast = get_autocast(precision, device_type=image.device.type)
-        self.scaler = torch.amp.GradScaler(image.device.type) if precision == "amp" else None
-        self.optimizer = _adamw(model)
+        self.scaler = torch.amp.GradScaler(image.device.type, enabled=precision == "amp")
+        # A learning rate so small that weights at random and noise for images stay finite.
+        options = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1, "fused": image.device.type in ("cpu", "cuda")}
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, **options)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss = sum(self.loss(**self.runnable(self.image, self.text), output_dict=True).values())
-        if self.scaler is None:
-            loss.backward()
-            self.optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
 
@@ -58,17 +59,4 @@ class TrainStep:
             self.runnable = runnable
 
     def inputs(self) -> list[Tensor]:
-        text = [*self.text.parts, self.text.place] if isinstance(self.text, TextParts) else [self.text]
-        return [self.image, *text]
-
-
-def _loss(model: nn.Module) -> nn.Module:
-    if hasattr(model, "text_decoder"):
-        return CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
-    return ClipLoss() if getattr(model, "logit_bias", None) is None else SigLipLoss()
-
-
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    """The learning rate is so small that weights at random and noise for images stay finite."""
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=fused)
+        return [self.image, *(([*self.text.parts, self.text.place]) if isinstance(self.text, TextParts) else [self.text])]

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Of repeated measurements: median, first and third quartile, and how many there were."""
 
     median: float
@@ -20,13 +19,11 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0], len(values))
-        low, _, high = quantiles(values, n=4, method="inclusive")
+        low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median(values), low, high, len(values))
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return self._asdict()
 
 
 def in_turn(
@@ -55,8 +52,7 @@ def in_turn(
         start = time.perf_counter()
         if seconds is not None and i >= warmup + least and start - begin + longest > seconds:
             break
-        names = list(functions) if i % 2 == 0 else list(functions)[::-1]
-        for name in names:
+        for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
             taken = _seconds(functions[name], device, repeat)
             if i >= warmup:
                 found[name].append(taken)
@@ -76,14 +72,10 @@ def count_rounds(spreads: Iterable[Mapping[str, float]]) -> str:
 
 
 def _seconds(function: Callable[[], object], device: torch.device, repeat: int) -> float:
-    _wait(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     begin = time.perf_counter()
     for _ in range(repeat):
         function()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - begin) / repeat
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

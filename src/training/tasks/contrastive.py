@@ -1,7 +1,6 @@
 """Contrastive pre-training on image-text pairs: its options, its loss, its evaluation."""
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from open_clip import AugmentationCfg
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
-from open_clip_elip.profile.flops import count_flops
+from open_clip_elip.profile.flops import count, on_meta
 from open_clip_elip.text import COMPILED_MULTIPLE, COMPILED_PARTS, MAX_PARTS, count_columns, cut_text
 from open_clip_elip.tower import ImageTower
 
@@ -131,7 +130,7 @@ class ContrastiveTask(Task):
         self.tower: ImageTower | None = getattr(model, "tower", None)
         self.tokenizer, self.transform = tokenizer, transform
         self.val_data, self.zero_shot_data = val_data, zero_shot_data
-        self.shapes, self.costs = without_numbers(model), {}
+        self.shapes, self.costs = None if self.tower is None else on_meta(model), {}
         if options.siglip:
             self.loss = SigLipLoss(rank=ranks.rank, world_size=ranks.world_size, dist_impl=options.loss_dist_impl)
         else:
@@ -230,15 +229,19 @@ class ContrastiveTask(Task):
 
     def cost(self, batch: Batch) -> Cost | None:
         """Counted on a step of the model's shapes, for the first batch and whenever the use of tokens has changed."""
-        if self.tower is None:
+        if self.shapes is None:
             return None
-        if self.tower.reduces not in self.costs:
-            self.shapes.tower.reduces = self.tower.reduces
-            pairs = len(batch["image"])
-            flops = count_flops(self.shapes, batch["image"].to("meta"), batch["text"].to("meta"))
-            tokens = self.tower.num_patches() + count_columns(batch["text"]) / pairs
-            self.costs[self.tower.reduces] = Cost(flops.total / pairs, tokens)
-        return self.costs[self.tower.reduces]
+        reduces = self.tower.reduces
+        if reduces not in self.costs:
+            self.shapes.tower.reduces, image, text = reduces, batch["image"].to("meta"), batch["text"].to("meta")
+            try:
+                counted = count(self.shapes.train(), lambda: self.shapes(image, text))
+            except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
+                self.shapes = None
+                return None
+            tokens = self.tower.num_patches() + count_columns(text) / len(image)
+            self.costs[reduces] = Cost(counted.total / len(image), tokens)
+        return self.costs[reduces]
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
         options, metrics = self.options, {}
@@ -266,13 +269,3 @@ class ContrastiveTask(Task):
                 return sum(metrics[name] for name in names) / len(names)
         return None
 
-
-def without_numbers(model: nn.Module) -> nn.Module:
-    """A copy of a model with shapes only (device "meta"), to count operations on; recomputing is turned off."""
-    tensors = [*model.parameters(), *model.buffers()]
-    shapes = {id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter)
-              else t.to("meta") for t in tensors}  # fmt: skip
-    twin = copy.deepcopy(model, shapes)
-    if hasattr(twin, "set_grad_checkpointing"):
-        twin.set_grad_checkpointing(False)
-    return twin

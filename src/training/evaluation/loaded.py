@@ -1,0 +1,127 @@
+"""The model that an evaluation command is about: of which name, with which weights, and how it sees pictures."""
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_clip_elip import identity as identities
+from open_clip_elip import weights
+from open_clip_elip.identity import Identity
+
+from ..data.transforms import with_decoding
+from ..distributed import Ranks
+from ..errors import UserError
+from ..models import checkpoint_identity, create_filled, told
+
+
+@dataclass
+class LoadedModel:
+    """A model with its weights, ready to evaluate.
+
+    Attributes:
+        model: on the device, in eval mode.
+        tokenizer, preprocess: its tokenizer and evaluation transform.
+        transform_key: what the transform does, as text, for cache keys.
+        weights_hash: 16 hexadecimal digits that tell these weights from any others, wherever they came from.
+        name, pretrained: as given on the command line.
+    """
+
+    model: nn.Module
+    tokenizer: Callable
+    preprocess: Callable
+    transform_key: str
+    weights_hash: str
+    name: str
+    pretrained: str | None
+
+
+def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> LoadedModel:
+    """The model of `--model` and `--pretrained`; for the block of a `ranks.agree()`.
+
+    A checkpoint of this trainer tells its model. With the name of another model of the same shape it keeps all but its
+    token reduction: picture size, normalisation, activation, ...
+
+    Args:
+        options: `model` (filled in if it is None), `pretrained`, `ema`, `precision`, `vision_guided_reduction` and
+            `image_decode` are read.
+        image_tower: weights of an image tower alone will do, as fine-tuning leaves them; it then gives the features
+            before the projection into CLIP's space where that is gone.
+
+    Raises:
+        UserError: no such model, or weights that cannot be had or do not fit.
+    """
+    with told():
+        content, trained_as = _checkpoint(options.pretrained)
+        if options.model is None:
+            options.model = None if trained_as is None else trained_as.name
+        if options.model is None and options.pretrained is not None and content is None:
+            raise UserError(f"--pretrained {options.pretrained} is not a file; correct the path, or add --model.")
+        if options.model is None:
+            raise UserError(
+                "--model is missing, and only a checkpoint of this trainer as --pretrained tells it by itself."
+            )
+        if ":" not in options.model:  # local-dir:... and hf-hub:... bring their weights along
+            identities.check_name(options.model.replace("/", "-"))
+            if options.pretrained is None:
+                raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
+        source = weights.find(options.model, options.pretrained)
+        if source is None:
+            raise UserError(f"{options.model} brings no weights along; give them with --pretrained.")
+        averages = (content or {}).get("ema")
+        if options.ema and content is None:
+            raise UserError("--ema needs a checkpoint file of this trainer as --pretrained.")
+        if options.ema and not averages:
+            raise UserError(f"{options.pretrained} has no averaged weights (--ema-decay was off); leave out --ema.")
+
+        identity = None if trained_as is None else identities.sibling(trained_as, options.model)
+        if identity is None:
+            identity = identities.describe(options.model, pretrained=options.pretrained)
+            if trained_as is not None and (other := identities.differences(trained_as, identity)):
+                logging.warning(f"{source} was trained as {trained_as.name} with {', '.join(other)}, which is not kept.")
+        model, report = create_filled(
+            identity, source, options.precision, ranks.device, content=averages if options.ema else content,
+            image_tower=image_tower,
+        )  # fmt: skip
+        if "visual.proj" in report.new:
+            model.visual.proj = None
+        tokenizer, (_, preprocess) = identities.tokenizer(identity), identities.transforms(identity)
+    if options.vision_guided_reduction:
+        _reduce_by_vision(model, options.model)
+    preprocess = with_decoding(preprocess, options.image_decode)
+    weights_hash = hash_weights(model.state_dict())
+    return LoadedModel(
+        model.eval(), tokenizer, preprocess, repr(preprocess), weights_hash, options.model, options.pretrained
+    )
+
+
+def _checkpoint(pretrained: str | None) -> tuple[dict[str, Any] | None, Identity | None]:
+    """What `--pretrained` holds, and which model it is of; None where it is no file or URL, or does not say."""
+    if pretrained is None or not (Path(pretrained).is_file() or "://" in pretrained):
+        return None, None
+    content = weights.read(pretrained) if Path(pretrained).suffix not in (".npz", ".npy") else None
+    return content, None if content is None else checkpoint_identity(content)
+
+
+def _reduce_by_vision(model: nn.Module, name: str) -> None:
+    reduction = getattr(model, "reduction", None)
+    if reduction is None:
+        raise UserError(f"--vision-guided-reduction needs a model with token reduction; {name} has none.")
+    if not reduction.works_alone:
+        raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
+    model.vision_guided = True
+
+
+def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of the SHA-256 of a state dict: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -8,15 +8,38 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import open_clip
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import nn
 
-from .blocks import is_plain
-from .reduction import LayerWork, TokenReduction
+from .blocks import is_untouched
+from .reduction import TokenReduction
 from .text import can_cut
-from .vision import num_patches, skips_last
+from .tower import ImageTower
+
+
+class LayerWork(NamedTuple):  # the operations of choosing are no longer known here
+    attention: int
+    mlp: int
+    padded: int | None = None
+    chosen_from: int = 0
+    scored: int = 0
+    scored_row: int = 0
+    scored_padded: int | None = None
+    cls_row: int = 0
+    cls_row_scored: int = 0
+    matched: tuple[int, int] = (0, 0)
+
+
+def num_patches(visual: nn.Module) -> int:
+    return ImageTower(visual).num_patches()
+
+
+def skips_last(model: nn.Module) -> bool:
+    cls = model.visual.pool_type == "tok" and not model.visual.output_tokens
+    return cls and hasattr(model, "tower") and model.tower.shortcuts
 
 # ---------------------------------------------------------------------- operations
 
@@ -229,18 +252,18 @@ def is_counted(model: nn.Module) -> bool:
 def _one_row_of_text(model: nn.Module) -> bool:
     """Whether the last layer computes the pooled token only (see `model.Shortcuts`)."""
     text = getattr(model, "text", model)
-    return getattr(model, "shortcuts", False) and can_cut(model) and is_plain(text.transformer.resblocks[-1])
+    return hasattr(model, "tower") and model.tower.shortcuts and can_cut(model) and is_untouched(text.transformer.resblocks[-1])
 
 
 def _reduces(model: nn.Module) -> bool:
-    return getattr(model, "reduction", None) is not None and model.reduces
+    return getattr(model, "reduction", None) is not None and model.tower.reduces
 
 
 def _image_work(model: nn.Module) -> list[LayerWork]:
     """Of each layer of the image tower in training."""
     patches = num_patches(model.visual)
     if _reduces(model):
-        return model.reduction.work(patches)
+        return [LayerWork(*layer) for layer in model.reduction.layers(patches)]
     return [_plain_work(1 + patches)] * len(model.visual.transformer.resblocks)
 
 

@@ -356,7 +356,7 @@ def finetuning(args: argparse.Namespace, ranks: Ranks, resume: str | None) -> Pa
         if resume is None or args.wise_ft:  # else they come from the checkpoint
             weights = zero_shot_classifier(model, tokenizer, data, ranks=ranks, precision=args.precision)
         classifier = zero_shot_head(model, weights=weights, **common)
-    classifier.shortcuts = args.shortcuts
+    classifier.tower.shortcuts = args.shortcuts
     del model
     start = wise_ft.whole_weights(classifier) if args.wise_ft else None
     with ranks.agree():

@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, ranks: Ranks, command: Command, build: Build) 
     logging.info(
         f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"RRT in training {training_rrt(model):.1%}"
-        + (f" (tokens per layer {model.token_counts()})" if hasattr(model, "token_counts") else "")
+        + (f" (tokens per layer {model.tower.token_counts()})" if getattr(model, "reduction", None) else "")
     )
     if resume is not None:
         logging.info(f"Continuing from {resume}" + (f", after step {trainer.steps}." if trainer else "."))

@@ -71,7 +71,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     if args.full_tokens_last is not None and not hasattr(model, "reduction"):
         raise UserError(f"--full-tokens-last needs a model with token reduction; {args.model} has none.")
     model = with_shortcuts(model) if type(model) in SHORTCUT else model
-    model.shortcuts = args.shortcuts
+    if hasattr(model, "tower"):
+        model.tower.shortcuts = args.shortcuts
     if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats

@@ -159,7 +159,7 @@ class Trainer:
             self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
         if self.plan.full_token_steps:
-            self.model.reduces = not self.plan.uses_all_tokens(self.samples)
+            self.model.tower.reduces = not self.plan.uses_all_tokens(self.samples)
         self.optimizer.zero_grad(set_to_none=True)
         if len(window) == 1:
             with self.autocast():

@@ -46,7 +46,7 @@ def test_the_committed_study_has_all_that_it_should():
     assert [table.part for table in study.tables][:2] == ["methods", "methods"]
     for name in ("steps", "compute"):
         assert {c.name for c in tables[name].cells} == {
-            "none", "elip", "elip-depth1", "evit", "tome", "random", "random-unmasked", "adaptive",
+            "none", "elip", "elip-depth1", "evit", "tome", "random", "random-unmasked",
         }  # fmt: skip
     points = {(float(c.options.get("lam", 0.6)), c.options.get("text-scale", "match")) for c in tables["lam"].cells}
     assert {lam for lam, _ in points} == {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
@@ -188,7 +188,7 @@ def test_tables_of_a_page(tmp_path):
         report.fill_page(page.replace("steps", "other"), study, {})
 
 
-@pytest.mark.parametrize("method", ["none", "elip", "adaptive", "evit", "tome", "random"])
+@pytest.mark.parametrize("method", ["none", "elip", "evit", "tome", "random"])
 def test_profile_log_and_study_count_alike(method, data, tmp_path):
     """The ratio of removed tokens, the tokens of each layer and the operations of a method."""
     from open_clip_elip.cost import step_cost
@@ -205,9 +205,9 @@ def test_profile_log_and_study_count_alike(method, data, tmp_path):
 
     costs = Costs(study)
     model = costs.model(job.options).train()
-    assert row["rrt"] == pytest.approx(getattr(model, "rrt", float)(), abs=1e-6)
+    assert row["rrt"] == pytest.approx(model.tower.rrt(), abs=1e-6)
     if method != "none":
-        assert row["tokens_per_layer"] == model.token_counts()
+        assert row["tokens_per_layer"] == model.tower.token_counts()
     assert row["gflops"] == pytest.approx(float(logged["gflops_per_pair"]), rel=1e-6)
     length = 9
     image = torch.randn(4, 3, *model.visual.image_size)
@@ -271,7 +271,7 @@ def test_a_run_leaves_its_row_and_a_report(tiny):
     assert row["samples"] == 16 and row["steps"] == 2 and row["threads"] == 1
     study = cells.load_study(configs)
     model = Costs(study).model({})
-    assert row["rrt"] == pytest.approx(model.rrt()) and row["tokens_per_layer"] == model.token_counts()
+    assert row["rrt"] == pytest.approx(model.tower.rrt()) and row["tokens_per_layer"] == model.tower.token_counts()
     assert row["gflops"] > 0 and row["pflops"] == pytest.approx(row["gflops"] * 16 / 1e6)
     for key in ("seen_top1", "heldout_top5", "category_top1", "image_to_text_R@5", "reduced_seen_top1"):
         assert 0 <= row[key] <= 1
@@ -324,7 +324,7 @@ def test_all_methods_begin_alike(data, tmp_path):
 
     study = cells.load_study(write_configs(tmp_path, TABLE, data=str(data)))
     found = set()
-    others = [{"token-reduction": name} for name in ("none", "adaptive", "evit", "tome", "random")]
+    others = [{"token-reduction": name} for name in ("none", "evit", "tome", "random")]
     for options in ({}, {"lam": 1.0, "merge": False}, *others):
         line = run.command_line(cells.Run("x", options, 3, 16, 1, ["steps/x"]), run.Setting(study, tmp_path))
         args = parse_args(line)

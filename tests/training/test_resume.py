@@ -66,7 +66,6 @@ SETTINGS = {
     "random dropping, all tokens at the end": (
         ["--token-reduction", "random", "--full-tokens-last", "5", "--accum-freq", "2", "--batch-size", "4"], [9, 13],
     ),
-    "adaptive": (["--token-reduction", "adaptive", "--spread", "0.5"], [5]),
     "siglip, lamb": (["--siglip", "--opt", "timm/lamb", "--lr", "1e-3", "--layer-decay", "0.8"], [9]),
 }
 

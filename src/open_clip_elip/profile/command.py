@@ -84,7 +84,7 @@ def profile_counts(specs: Sequence[ModelSpec], args: argparse.Namespace) -> list
         model = spec.build(device="meta", image_size=args.image_size)
         text = batch_text(model, spec, args, args.batch_size)
         columns = count_columns(text) / args.batch_size
-        tokens, rrt = tokens_per_layer(model), model.rrt() if hasattr(model, "rrt") else 0.0
+        tokens, rrt = tokens_per_layer(model), model.tower.rrt() if hasattr(model, "tower") else 0.0
         flops = _flops(model, text, spec, args)
         profiles.append(
             Profile(spec.label, args.batch_size, *count_parameters(model), tokens, rrt, columns, flops)
@@ -111,7 +111,7 @@ def batch_image(
 def batch_text(model: nn.Module, spec: ModelSpec, args: argparse.Namespace, pairs: int) -> Tensor | TextParts:
     """Token ids on the CPU, cut as the model takes them in training."""
     ids = caption_ids(model, caption_lengths(model, spec, args, pairs))
-    if not getattr(model, "shortcuts", False):
+    if not (hasattr(model, "tower") and model.tower.shortcuts):
         return ids
     return cut_text(ids, model, *COMPILED) if args.compile else cut_text(ids, model)
 

@@ -78,7 +78,7 @@ class ModelSpec:
             )  # fmt: skip
             if self.shortcuts is not None:  # an ELIP model has them
                 model = with_shortcuts(model)
-                model.shortcuts = self.shortcuts
+                model.tower.shortcuts = self.shortcuts
         return model.train()
 
     def _token_reduction(self) -> dict[str, Any]:

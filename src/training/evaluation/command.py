@@ -167,7 +167,7 @@ def load_model(args: argparse.Namespace, ranks: Ranks) -> LoadedModel:
             raise UserError(f"--vision-guided-reduction needs a model with token reduction; {args.model} has none.")
         if not model.reduction.works_alone:
             raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
-        model.vision_guided = True
+        model.tower.vision_guided = True
     if args.ema:
         averages = checkpoint.load(args.pretrained).get("ema")
         if not averages:

@@ -22,6 +22,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from open_clip_elip import ImageTower
 from open_clip_elip.clip import Shortcuts
 
 from ..distributed import Ranks
@@ -80,9 +81,7 @@ def feature_encoder(model: nn.Module, layer: Layer, normalize: bool, compiled: b
 def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     visual = model.visual
     if isinstance(visual, VisionTransformer) and visual.pool_type != "none":
-        if isinstance(model, Shortcuts) and visual.transformer.batch_first:
-            return lambda images: visual._pool(model.encode_tokens(images))[0]
-        return lambda images: visual._pool(visual.transformer(visual._embeds(images)))[0]
+        return (model.tower if isinstance(model, Shortcuts) else ImageTower(visual)).pooled
     if isinstance(visual, TimmModel) and "pool" not in dict(visual.head.named_children()):
         trunk = visual.trunk
         if len(visual.head):
@@ -126,7 +125,7 @@ def extract_features(
         "layer": layer,
         "normalize": normalize,
         "precision": settings.precision,
-        "vision_guided": getattr(loaded.model, "vision_guided", False),
+        "vision_guided": hasattr(loaded.model, "tower") and loaded.model.tower.vision_guided,
         "dtype": str(dtype).removeprefix("torch."),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -39,7 +39,7 @@ _JOINED = {
     "report_to": ",",
 }
 # Those of `open_clip_elip.reduction.METHODS`, whose import would make a help page wait for torch.
-REDUCTION_METHODS = ("elip", "adaptive", "evit", "tome", "random")
+REDUCTION_METHODS = ("elip", "evit", "random", "tome")
 # Flag -> option of the model's `token_reduction` config.
 _REDUCTION_OPTIONS = {
     "stage_depths": "depths",

@@ -12,7 +12,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
-from open_clip_elip.vision import can_drive, pool, run_layer, skips_last
+from open_clip_elip import ImageTower
 
 from .augment import Mix
 from ..distributed import Ranks
@@ -36,26 +36,15 @@ class Classifier(nn.Module):
         head: applied in its own precision, whatever autocast says: a hundred times a cosine has no digits to spare.
         normalize: bring the features to unit length first, as a zero-shot classifier wants them.
         reduction: token reduction (`open_clip_elip.TokenReduction`), by vision alone, in training and evaluation.
-        num_patches: that enter the first layer, where tokens are reduced.
 
     Attributes:
-        shortcuts: leave out what changes no number beyond rounding (`open_clip_elip.with_shortcuts`).
+        tower: how the image tower is run; its switches are the classifier's.
     """
 
-    shortcuts: bool = True
-
-    def __init__(
-        self,
-        visual: nn.Module,
-        head: nn.Linear,
-        *,
-        normalize: bool,
-        reduction: nn.Module | None = None,
-        num_patches: int = 0,
-    ):
+    def __init__(self, visual: nn.Module, head: nn.Linear, *, normalize: bool, reduction: nn.Module | None = None):
         super().__init__()
         self.visual, self.head, self.normalize = visual, head, normalize
-        self.reduction, self.num_patches = reduction, num_patches
+        self.tower = ImageTower(visual, reduction)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""
@@ -66,22 +55,7 @@ class Classifier(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """Features (B, D) of all tokens or, with `reduction`, of those that the `[CLS]` itself keeps (Sec. 4.4.5)."""
-        visual = self.visual
-        if not can_drive(visual):
-            return visual(image)
-        x, blocks = visual._embeds(image), visual.transformer.resblocks
-        if self.reduction is not None:
-            return pool(visual, self.reduction(blocks, x, run=self.run_block, only_cls=skips_last(self)))
-        for block in blocks:
-            x = self.run_block(block, x)
-        return pool(visual, x)
-
-    def run_block(self, block: nn.Module, *tensors: Tensor, function: Callable | None = None):
-        return run_layer(self.visual, block, *tensors, function=function, shortcuts=self.shortcuts)
-
-    def rrt(self) -> float:
-        """Ratio of removed tokens (see `TokenReduction.rrt`)."""
-        return 0.0 if self.reduction is None else self.reduction.rrt(self.num_patches)
+        return self.tower.features(image, reduce=self.tower.reduction is not None)
 
 
 def random_classifier(model: nn.Module, num_classes: int, *, reduce: bool = False) -> Classifier:
@@ -125,8 +99,8 @@ def _assemble(model: nn.Module, head: nn.Linear, *, normalize: bool, reduce: boo
     device = next(model.visual.parameters()).device
     if reduce and not model.reduction.works_alone:
         raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
-    reduction = {"reduction": model.reduction, "num_patches": model.num_patches()} if reduce else {}
-    return Classifier(model.visual, head.to(device), normalize=normalize, **reduction)
+    reduction = model.reduction if reduce else None
+    return Classifier(model.visual, head.to(device), normalize=normalize, reduction=reduction)
 
 
 def _drop_projection(visual: nn.Module) -> None:

@@ -162,7 +162,7 @@ class ClipTask:
 
 def training_rrt(model: nn.Module) -> float:
     """Ratio of removed tokens in training; 0 for a plain model."""
-    return model.rrt() if hasattr(model, "rrt") else 0.0
+    return model.tower.rrt() if hasattr(model, "tower") else 0.0
 
 
 def is_due(epoch: int, frequency: int, last: bool) -> bool:

@@ -285,7 +285,7 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--dataset-type", "tar"], "--dataset-type must be one of webdataset, csv, synthetic, auto, not 'tar'."),
         (
             ["--token-reduction", "tomes"],
-            "--token-reduction must be one of elip, adaptive, evit, tome, random, none, not 'tomes'.",
+            "--token-reduction must be one of elip, evit, random, tome, none, not 'tomes'.",
         ),
         (["--lr-scheduler", "step"], "--lr-scheduler must be one of cosine, const, const-cooldown, not 'step'."),
         (

@@ -100,7 +100,7 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tup
     if args.vision_guided_reduction:
         if not hasattr(ours, "reduction"):
             raise ProfileError(f"--vision-guided-reduction needs an ELIP model; {args.model} is none.")
-        ours.vision_guided = True
+        ours.tower.vision_guided = True
     preprocess = image_transform_v2(PreprocessCfg(**theirs.visual.preprocess_cfg), is_train=False)
     our_preprocess = with_decoding(preprocess, args.image_decode)
     tokenizer = open_clip.get_tokenizer(args.model)

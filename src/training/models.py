@@ -80,11 +80,15 @@ def build_model(options: Any, device: torch.device, *, image_tower: bool = True)
         )  # fmt: skip
         preprocess = identities.transforms(identity, options.aug_cfg)
         tokenizer = identities.tokenizer(identity, options.cache_dir)
-    model.shortcuts = options.shortcuts
+    if hasattr(model, "tower"):
+        model.tower.shortcuts = options.shortcuts
     if options.lock_image:
         model.lock_image_tower(options.lock_image_unlocked_groups, options.lock_image_freeze_bn_stats)
     if options.lock_text:
-        model.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
+        try:
+            model.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
+        except AssertionError as error:  # of OpenCLIP's own text tower
+            raise UserError(f"{options.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return Built(identity, model, *preprocess, tokenizer, report)

@@ -135,7 +135,7 @@ def _keep_ddps_numbers(ranks, folder):
         found[precision] = []
         for sharded in (True, False):
             model = build(dtype=dtype)
-            model.shortcuts = False  # those inside of a block are not taken of a sharded one
+            model.tower.shortcuts = False  # those inside of a block are not taken of a sharded one
             runnable = sharding.shard(model, ranks, precision) if sharded else DistributedDataParallel(model)
             trainer = make_trainer(model, ranks=ranks, runnable=runnable, precision=precision, norm=None)
             found[precision].append((train(trainer, BATCHES[:1]), gradients(model)))

@@ -20,6 +20,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from open_clip_elip import ImageTower
 from open_clip_elip.clip import Shortcuts
 
 from ..data.sets.labelled import LabelledImages
@@ -78,9 +79,7 @@ def feature_encoder(model: nn.Module, layer: Layer, normalize: bool, compiled: b
 def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     visual = model.visual
     if isinstance(visual, VisionTransformer) and visual.pool_type != "none":
-        if isinstance(model, Shortcuts) and visual.transformer.batch_first:
-            return lambda images: visual._pool(model.encode_tokens(images))[0]
-        return lambda images: visual._pool(visual.transformer(visual._embeds(images)))[0]
+        return (model.tower if isinstance(model, Shortcuts) else ImageTower(visual)).pooled
     if isinstance(visual, TimmModel) and "pool" not in dict(visual.head.named_children()):
         trunk = visual.trunk
         if len(visual.head):

@@ -139,7 +139,7 @@ def test_without_the_flag_no_token_is_removed():
     clip = tiny_clip().eval()
     expected = clip.visual(images())
     model = zero_shot_head(clip, CLASSES).train()
-    assert model.rrt() == 0
+    assert model.tower.rrt() == 0
     torch.testing.assert_close(model.visual(images()), expected)
 
 
@@ -152,7 +152,7 @@ def test_vision_guided_reduction_is_elip_without_a_caption():
         everything = clip.visual(x)
     assert any(k is not None for k in kept)
     model = zero_shot_head(clip, CLASSES, torch.randn(16, CLASSES, dtype=torch.float64), reduce=True)
-    assert model.rrt() == pytest.approx(clip.rrt()) and model.rrt() > 0.1
+    assert model.tower.rrt() == pytest.approx(clip.tower.rrt()) and model.tower.rrt() > 0.1
     for mode in (True, False):  # in evaluation too
         model.train(mode)
         torch.testing.assert_close(model.encode(x), features)

@@ -40,7 +40,7 @@ def _regularisation(text: str) -> float | str:
 class ProbeOptions(EvaluationOptions, title="probe", command="training.linear_probe"):
     also: list[str] = option(
         [], "More test sets for the probes: each with the classes of one of --data, or with some of ImageNet's.",
-        metavar="[NAME=]PATH", noptions="+", path=True)
+        metavar="[NAME=]PATH", nargs="+", path=True)
     layer: str = option("pooled", "Features before or after the projection.", one_of("pooled", "projected"))
     normalize: bool = option(False, "Features of unit length.")
     standardize: bool = option(False, "Mean 0 and variance 1 in each dimension, on the training set.")

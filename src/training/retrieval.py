@@ -31,7 +31,7 @@ DIRECTIONS = {"TR": "image_to_text", "IR": "text_to_image"}
 class RetrievalOptions(EvaluationOptions, title="captions", command="training.retrieval"):
     data: list[str] = option(
         [], "A data set's folder (coco=DIR, flickr30k=DIR), a JSON or CSV file of captions, or webdataset shards.",
-        metavar="[NAME=]PATH", noptions="+", path=True)
+        metavar="[NAME=]PATH", nargs="+", path=True)
     split: str | None = option(None, "Of the data set, several joined with +. Without it: test, if there are splits.")
     images: Path | None = option(
         None, "The pictures, if they are not beside the captions.", FILE, metavar="DIR", path=True)

@@ -162,7 +162,7 @@ def _introduce(options: TrainingOptions, ranks: Ranks, model: nn.Module) -> None
     logging.info(f"{ranks.world_size} process(es), {ranks.device}, precision {options.precision}.")
     text = f"{options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
     tower = getattr(model, "tower", None)
-    if tower is not None:
+    if tower is not None and tower.reduction is not None:
         text += f", RRT in training {tower.rrt():.1%} (tokens per layer {tower.token_counts()})"
     logging.info(text)
 

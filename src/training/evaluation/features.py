@@ -27,7 +27,6 @@ from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..errors import UserError
 from ..files import written_whole
-from .loaded import LoadedModel
 from .passes import STOP, EncodeSettings, ImagePass
 from .results import described_data, digest_of
 

@@ -12,8 +12,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
-from open_clip_elip import TokenReduction
-from open_clip_elip.tower import ImageTower, can_drive
+from open_clip_elip import ImageTower, TokenReduction
 
 from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
@@ -132,19 +131,18 @@ class Classifier(nn.Module):
             (Guo et al., Sec. 4.4.5).
 
     Attributes:
-        tower: runs the image tower; None for one that is not OpenCLIP's own ViT.
+        tower: runs the image tower.
     """
 
     def __init__(self, visual: nn.Module, head: nn.Linear, *, normalize: bool, reduction: TokenReduction | None = None):
         super().__init__()
         self.visual, self.head, self.normalize = visual, head, normalize
-        self.tower = ImageTower(visual, reduction) if can_drive(visual) else None
-        if reduction is not None:
-            self.tower.vision_guided = True
+        self.tower = ImageTower(visual, reduction)
+        self.tower.vision_guided = reduction is not None
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""
-        features = self.visual(image) if self.tower is None else self.tower.features(image)
+        features = self.tower.features(image)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.head.weight.dtype)
             return self.head(F.normalize(features, dim=-1) if self.normalize else features)
@@ -194,8 +192,7 @@ def _assemble(model: nn.Module, head: nn.Linear, *, normalize: bool, reduce: boo
     classifier = Classifier(
         model.visual, head.to(device), normalize=normalize, reduction=model.reduction if reduce else None
     )
-    if classifier.tower is not None:
-        classifier.tower.shortcuts = model.tower.shortcuts
+    classifier.tower.shortcuts = model.tower.shortcuts
     return classifier
 
 
@@ -294,7 +291,7 @@ class ClassificationTask(Task):
         return {"loss": F.cross_entropy(logits, target.to(logits.dtype)), "accuracy": accuracy}
 
     def log(self, model: nn.Module) -> dict[str, float]:
-        return {"rrt": model.tower.rrt() if model.tower is not None and model.tower.vision_guided else 0.0}
+        return {"rrt": model.tower.rrt()}
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
         return self.metrics(model) if is_due(epoch, self.options.val_frequency, last) else {}

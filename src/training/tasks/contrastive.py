@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from open_clip import AugmentationCfg
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from open_clip_elip.profile.flops import count, on_meta
@@ -130,7 +131,7 @@ class ContrastiveTask(Task):
         self.tower: ImageTower | None = getattr(model, "tower", None)
         self.tokenizer, self.transform = tokenizer, transform
         self.val_data, self.zero_shot_data = val_data, zero_shot_data
-        self.shapes, self.costs = None if self.tower is None else on_meta(model), {}
+        self.shapes, self.costs = on_meta(model) if isinstance(model.visual, VisionTransformer) else None, {}
         if options.siglip:
             self.loss = SigLipLoss(rank=ranks.rank, world_size=ranks.world_size, dist_impl=options.loss_dist_impl)
         else:

@@ -17,7 +17,6 @@ from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation import features as module
-from training.evaluation.loaded import LoadedModel
 from training.evaluation.features import extract_features, feature_encoder
 from training.evaluation.passes import EncodeSettings
 

@@ -396,14 +396,6 @@ def test_folder_of_a_local_model_may_be_called_anything():
         (["--image-mean", "0", "0"], "--image-mean takes one number, or three (red, green, blue)."),
         (["--image-std", "1", "1"], "--image-std takes one number, or three (red, green, blue)."),
         (["--force-image-size", "3", "3", "3"], "--force-image-size takes one number, or two (height, width)."),
-<<<<<<< HEAD:tests/training/options/test_options.py
-=======
-        (["--dataset-type", "tar"], "--dataset-type must be one of webdataset, csv, synthetic, auto, not 'tar'."),
-        (
-            ["--token-reduction", "tomes"],
-            "--token-reduction must be one of elip, evit, random, tome, none, not 'tomes'.",
-        ),
->>>>>>> elip:tests/training/options/test_params.py
         (["--lr-scheduler", "step"], "--lr-scheduler must be one of cosine, const, const-cooldown, not 'step'."),
         (["--precision", "fp8"],
          "--precision must be one of amp, amp_bf16, amp_bfloat16, bf16, fp16, pure_bf16, pure_fp16, fp32, "

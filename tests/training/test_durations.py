@@ -7,7 +7,7 @@ from training.durations import Duration
 from training.errors import UserError
 from training.plan import Plan
 
-from .tiny import run_args
+from .tiny import run_options
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_text_and_back(text):
 def plan(**changes) -> Plan:
     """100 steps of 64 samples in an epoch, on 2 processes."""
     options = {"epochs": "2", "batch_size": 16, "accum_freq": 2, "warmup": "5%", "epochs_cooldown": "0.5"}
-    return Plan.of(run_args(**options | changes), 200, 2)
+    return Plan.of(run_options(**options | changes), 200, 2)
 
 
 def test_plan():
@@ -124,6 +124,6 @@ def test_an_older_plan_is_continued_with_another_batch():
     old = plan().state_dict() | {"full_token_steps": 0}  # an attribute of earlier versions
     new = plan(batch_size=8)
     assert new.change_from(old, mid_epoch=True) == "16 samples in a batch (now 8)"
-    new = new.continued(old, run_args(epochs="2", batch_size=8, accum_freq=2, warmup="5%"))
+    new = new.continued(old, run_options(epochs="2", batch_size=8, accum_freq=2, warmup="5%"))
     assert (new.global_batch, new.reference_batch, new.total_samples) == (32, 64, 200 * 64)
     assert (new.steps_of("7%"), new.steps_of("640samples")) == (14, 10)

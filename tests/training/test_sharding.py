@@ -14,11 +14,11 @@ from training.ema import Ema
 from training.errors import UserError
 from training.evaluation.passes import evaluation_mode
 from training.optim import create_optimizer
-from training.tasks.contrastive import ClipTask
+from training.tasks.contrastive import ContrastiveTask
 from training.trainer import Trainer
 
 from ..processes import spawn
-from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
+from .tiny import MemoryData, micro_batches, pairs, run_options, tiny_clip
 
 CPU = torch.device("cpu")
 BATCHES = [pairs(16, seed=i) for i in range(3)]
@@ -41,14 +41,14 @@ def build(text_first=True, checkpointing=False, seed=0, dtype=torch.float64) -> 
 
 def make_trainer(model, micro_batches=1, ranks=None, runnable=None, precision="fp32", norm=CLIP_NORM) -> Trainer:
     ranks = ranks or Ranks(CPU)
-    args = run_args(
+    args = run_options(
         accum_freq=micro_batches, batch_size=16 // micro_batches // ranks.world_size, grad_clip_norm=norm,
         precision=precision,
     )
-    task = ClipTask(args, ranks, tokenizer=None, preprocess=None)
+    task = ContrastiveTask(args, ranks, model, tokenizer=None, transform=None)
     data = MemoryData([{"text": ()}] * micro_batches)  # the tests call `step` with batches of their own
     optimizer = create_optimizer(model, args)
-    return Trainer(args, ranks, model, runnable or model, task, data, optimizer, folder=None, config={})
+    return Trainer(args, ranks, model, runnable or model, task, data, optimizer)
 
 
 def window(batch: dict, count: int, ranks: Ranks) -> list[dict]:
@@ -63,7 +63,7 @@ def train(trainer: Trainer, batches: list[dict]) -> list[float]:
     dtype = trainer.parameters[-1].dtype
     for batch in batches:
         batch = {**batch, "image": batch["image"].to(dtype)}
-        found, _ = trainer.step(window(batch, trainer.args.accum_freq, trainer.ranks))
+        found, _ = trainer.step(window(batch, trainer.options.accum_freq, trainer.ranks))
         losses.append(sum(trainer.ranks.gather(found["loss"].item())) / trainer.ranks.world_size)
     return losses
 

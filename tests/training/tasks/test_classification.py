@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.tasks.augment import Mix
+from training.tasks.augment import AugmentationOptions, Mix
 from training.tasks.classification import (
     ClassificationTask,
+    FinetuningOptions,
     add_drop_path,
     random_classifier,
     zero_shot_head,
@@ -22,7 +23,7 @@ from training.evaluation.scores import score
 from training.optim import create_optimizer, parameter_groups
 from training.trainer import Trainer
 
-from ..tiny import MemoryData, run_args, tiny_clip
+from ..tiny import MemoryData, run_options, tiny_clip
 
 CLASSES = 5
 
@@ -41,16 +42,15 @@ def labelled(count=8, seed=0):
 
 
 def task(mix=None, data=(), **changes):
-    args = run_args(on_broken="skip", workers=0, **changes)
-    return ClassificationTask(args, Ranks(torch.device("cpu")), mix or Mix(CLASSES), dict(data), lambda image: image)
+    options = run_options(FinetuningOptions, workers=0, **changes)
+    mix = mix or Mix(options, CLASSES)
+    return ClassificationTask(options, Ranks(torch.device("cpu")), mix, dict(data), lambda image: image)
 
 
 def trainer(model, batches, mix=None, **changes):
-    args = run_args(batch_size=len(batches[0]["label"]), **changes)
-    return Trainer(
-        args, Ranks(torch.device("cpu")), model, model, task(mix), MemoryData(batches), create_optimizer(model, args),
-        None, {},
-    )  # fmt: skip
+    options = run_options(FinetuningOptions, batch_size=len(batches[0]["label"]), **changes)
+    optimizer = create_optimizer(model, options)
+    return Trainer(options, Ranks(torch.device("cpu")), model, model, task(mix), MemoryData(batches), optimizer)
 
 
 def gradients(model):
@@ -77,7 +77,7 @@ def test_a_random_head_is_on_the_features_before_the_projection():
 
 def test_a_random_head_begins_at_chance():
     model = random_classifier(tiny_clip(), CLASSES).train()
-    loss = task().losses(task().features(model, labelled()))["loss"]
+    loss = task().losses(model, labelled(), None)["loss"]
     assert loss.item() == pytest.approx(math.log(CLASSES), abs=1e-3)
 
 
@@ -253,7 +253,7 @@ def test_accumulation_is_one_large_batch():
 def test_accumulation_gives_both_passes_the_same_mix_and_the_same_dropped_branches():
     whole = labelled(8)
     parts = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
-    mix = Mix(CLASSES, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    mix = Mix(AugmentationOptions(mixup=0.8, cutmix=1.0, label_smoothing=0.1), CLASSES)
     model = random_classifier(tiny_clip(), CLASSES)
     add_drop_path(model.visual, 0.3)
     model.head.weight.data.normal_(generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from training.evaluation import feature_rows, logistic
+from training.evaluation import feature_rows
 from training.evaluation.feature_rows import FeatureRows, Part
 from training.evaluation.logistic import (
     LinearClassifier,
@@ -73,19 +73,6 @@ def test_nothing_cancels_for_certain_rows():
     assert 0 < exact < 1e-15
     assert loss == pytest.approx(exact, rel=1e-6)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=0)
-
-
-def test_gradient_in_other_coordinates():
-    """L-BFGS works in coordinates of its own; the gradient there is that of the same objective."""
-    objective = Objective(noise_rows(), 0.5)
-    coordinates = logistic._Coordinates(objective)
-    theta = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    grad = coordinates.gradient(objective(coordinates.to_weights(theta))[1])
-    for i in range(0, 32, 5):
-        step = torch.zeros_like(theta)
-        step[i] = 1e-5
-        up, down = (objective(coordinates.to_weights(theta + sign * step))[0] for sign in (1, -1))
-        assert (up - down) / 2e-5 == pytest.approx(grad[i].item(), rel=1e-5, abs=1e-6)
 
 
 # --- scikit-learn ---

@@ -33,11 +33,6 @@ def ranks_by_sorting(query, gallery, target):
 
 
 class TestRetrievalRanks:
-    def test_hand_made(self):
-        gallery = torch.eye(3)
-        query = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, -1.0, 5.0]])
-        assert retrieval_ranks(query, gallery, torch.tensor([0, 1, 2, 1])).tolist() == [0, 1, 2, 2]
-
     @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
     @pytest.mark.parametrize("queries,items", [(50, 50), (50, 20), (13, 64)])
     def test_equals_sorting(self, queries, items, chunk):
@@ -45,11 +40,6 @@ class TestRetrievalRanks:
         ranks = retrieval_ranks(query, gallery, target, chunk)
         assert ranks.dtype == torch.int64
         assert torch.equal(ranks, ranks_by_sorting(query, gallery, target))
-
-    def test_ties_count_against_the_model(self):
-        gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-        query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        assert retrieval_ranks(query, gallery, torch.tensor([0, 3, 2])).tolist() == [2, 2, 0]
 
     @pytest.mark.parametrize("items,width", [(257, 512), (33, 100), (17, 3)])
     def test_collapsed_gallery_has_the_worst_rank(self, items, width):
@@ -68,14 +58,6 @@ class TestRetrievalRanks:
     def test_small_differences_beyond_rounding_count(self):
         gallery = torch.tensor([[1.0, 0.0], [1.0 - 1e-5, 0.0]])
         assert retrieval_ranks(gallery[:1], gallery, torch.tensor([0])).tolist() == [0]
-
-    def test_nan_has_the_worst_rank(self):
-        query = gallery = torch.full((4, 2), torch.nan)
-        assert retrieval_ranks(query, gallery, torch.arange(4)).tolist() == [3] * 4
-
-    def test_nan_elsewhere_counts_against_the_model(self):
-        gallery = torch.tensor([[1.0, 0.0], [torch.nan, 0.0]])
-        assert retrieval_ranks(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([0])).tolist() == [1]
 
     def test_low_precision_features_are_compared_in_float32(self):
         query, gallery = unit(40, 64).bfloat16(), unit(40, 64).bfloat16()
@@ -118,17 +100,6 @@ class TestRetrievalMetrics:
         assert [metrics[f"image_to_text_R@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
         assert metrics["image_to_text_mean_rank"] == 10.5
         assert metrics["image_to_text_median_rank"] == 10
-
-    def test_perfect_and_collapsed(self):
-        features = unit(30, 16)
-        perfect = retrieval_metrics(features, features)
-        assert perfect["image_to_text_R@1"] == perfect["text_to_image_R@1"] == 1
-        assert perfect["image_to_text_mean_rank"] == perfect["image_to_text_median_rank"] == 1
-        point = features[:1].expand(30, 16)
-        for image, text in ((point, point), (features, point), (point, features)):
-            collapsed = retrieval_metrics(image, text)
-            assert collapsed["image_to_text_R@1"] <= 1 / 30 and collapsed["text_to_image_R@1"] <= 1 / 30
-        assert retrieval_metrics(point, point)["image_to_text_R@10"] == 0
 
     def test_single_pair(self):
         metrics = retrieval_metrics(unit(1, 4), unit(1, 4))
@@ -304,16 +275,6 @@ class TestContrastiveLoss:
         expected = sum(SigLipLoss()(image[b], text[b], scale, bias).item() * len(image[b]) for b in batches) / 25
         assert loss == pytest.approx(expected, rel=1e-6)
 
-    def test_bias_does_not_change_the_softmax_loss(self):
-        image, text = unit(6, 8), unit(6, 8)
-        without = contrastive_loss(image, text, 5.0, batch_size=6)
-        assert contrastive_loss(image, text, 5.0, -10.0, batch_size=6) == pytest.approx(without, rel=1e-5)
-
-    def test_collapsed_is_the_logarithm_of_the_batch_size(self):
-        point = torch.ones(8, 4) / 2
-        assert contrastive_loss(point, point, 100.0, batch_size=4) == pytest.approx(torch.tensor(4.0).log().item())
-
-
 class TestClassification:
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
 
@@ -321,9 +282,6 @@ class TestClassification:
         target = torch.tensor([0, 4, 5, 1])
         assert topk_accuracy(self.logits, target) == {1: 2.0, 5: 3.0}
         assert topk_accuracy(self.logits, target, ks=(2, 6, 100)) == {2: 2.0, 6: 4.0, 100: 4.0}
-
-    def test_fewer_classes_than_k(self):
-        assert topk_accuracy(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0, 1])) == {1: 1.0, 5: 2.0}
 
     def test_equals_torch_topk(self):
         logits, target = torch.randn(100, 12), torch.randint(12, (100,))
@@ -339,9 +297,6 @@ class TestClassification:
         logits = torch.tensor([[torch.nan] * 3, [torch.nan, 1.0, 0.0], [1.0, torch.nan, 0.0]])
         assert topk_accuracy(logits, torch.tensor([0, 0, 0]), ks=(1, 5)) == {1: 0.0, 5: 1.0}
         assert predictions(logits).tolist() == [-1, -1, -1]
-
-    def test_predictions(self):
-        assert predictions(self.logits).tolist() == [0, 0, 0, 1]
 
     def test_mean_per_class_recall(self):
         target = torch.tensor([0, 0, 0, 0, 1, 1, 3])

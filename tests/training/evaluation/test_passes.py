@@ -73,12 +73,6 @@ def test_each_process_has_whole_batches():
         assert torch.equal(parts[k % 3][k // 3][0], index) and torch.equal(parts[k % 3][k // 3][1], outputs)
 
 
-def test_no_gradients():
-    weight = torch.ones(3, requires_grad=True)
-    outputs, _, _ = collect(image_pass(noise(2), lambda images: mean_colour(images) * weight))
-    assert not outputs.requires_grad
-
-
 def test_broken_pictures(tmp_path, caplog):
     for i, picture in enumerate([b"no picture", None, b""]):
         if picture is None:
@@ -122,12 +116,6 @@ class TestHalving:
         with pytest.raises(RuntimeError, match="shapes"):
             Halving(function)(torch.arange(10), torch.arange(10))
         assert sizes == [10]
-
-    def test_one_row_that_does_not_fit(self):
-        function, sizes = self.limited(0)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            Halving(function)(torch.arange(3), torch.arange(3))
-        assert sizes == [3, 2, 1]
 
     def test_what_torch_says(self):
         assert out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))

@@ -19,7 +19,6 @@ behind each shard. Its own reader is used here, told not to; all else is its pip
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import json
 import os
@@ -160,8 +159,7 @@ def ours(
 
 
 def theirs(args: argparse.Namespace, transform: Callable, tokenizer: Callable) -> Epoch:
-    if "eof_value" in inspect.signature(tar_file_expander).parameters:
-        open_clip_data.tar_file_expander = partial(tar_file_expander, eof_value=None)
+    open_clip_data.tar_file_expander = partial(tar_file_expander, eof_value=None)
     info = open_clip_data.get_wds_dataset(args, transform, is_train=True, tokenizer=tokenizer)
 
     def epoch(number: int) -> int:

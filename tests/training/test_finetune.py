@@ -310,7 +310,7 @@ def test_what_the_flags_say_is_what_is_done(data, shifted, pretrained, tmp_path)
     rates = [[hook.rate for hook in block.ls_2._forward_hooks.values()] for block in blocks]
     assert rates == [[], *([pytest.approx(0.05 * i)] for i in range(1, 6))]
     assert [(d.name, len(d)) for d in parts.task.data.values()] == [("shifted", 15)]
-    transform = str(parts.train_data._make_stream.keywords["preprocess"])
+    transform = str(parts.train_data._make_stream.keywords["encoding"].transform)
     for part in (
         "scale=(0.3, 0.9), ratio=(0.8, 1.1), interpolation=bilinear", "RandomHorizontalFlip(p=0.4)",
         "brightness=(0.8, 1.2)", "RandomErasing(p=0.6, mode=rand", "mean=tensor([0.4815, 0.4578, 0.4082])",

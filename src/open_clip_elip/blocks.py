@@ -116,11 +116,6 @@ def _within_hooks(module: nn.Module, x: Tensor, function: Callable):
     return (out, *rest) if rest else out
 
 
-def run_as_it_is(block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The block's own forward, called as OpenCLIP's transformer calls it."""
-    return block(x, attn_mask=mask)
-
-
 def run_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
     """The block's output (B, L, D) for `x` (B, L, D); `causal`: a token attends to itself and those before it."""
     q, k, v = project(block, x)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import is_sharded, is_untouched, run_as_it_is, run_block, run_block_at
+from .blocks import is_sharded, is_untouched, run_block, run_block_at
 from .reduction.attention import take_row
 
 MAX_PARTS = 4
@@ -100,7 +100,7 @@ def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
 
 
 def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
-    """Text features (B, embed_dim), not normalized, in the batch's order."""
+    """Text features (B, embed_dim), not normalized, in the batch's order, of a model for which `can_cut`."""
     tower = text_tower(model)
     # Looked up together: each lookup has a gradient of the size of the vocabulary.
     embedded = tower.token_embedding(torch.cat([part.flatten() for part in text.parts]))
@@ -117,10 +117,10 @@ def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
     end, mask = end_of_text(tower, text), tower.attn_mask[:length, :length]
     checkpointing = transformer.grad_checkpointing and torch.is_grad_enabled()
     for block in transformer.resblocks:
-        function, more = run_as_it_is, mask
-        if is_untouched(block):
-            function, more = (run_block_at, end) if block is transformer.resblocks[-1] else (run_block, True)
-        x = checkpoint(function, block, x, more, use_reentrant=False) if checkpointing else function(block, x, more)
+        function, more = nn.Module.__call__, (None, None, mask)
+        if not hasattr(block, "unshard"):  # else `fully_shard` brings its weights when it is called
+            function, more = (run_block_at, (end,)) if block is transformer.resblocks[-1] else (run_block, (True,))
+        x = checkpoint(function, block, x, *more, use_reentrant=False) if checkpointing else function(block, x, *more)
     x = tower.ln_final(x)
     x = (x if function is run_block_at else take_row(x, end))[:, 0]
     projection = tower.text_projection

@@ -9,7 +9,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import is_traced, is_untouched, run_as_it_is, run_block, run_block_at, run_in_place
+from .blocks import is_traced, is_untouched, run_block, run_block_at, run_in_place
 from .reduction import TokenReduction
 
 
@@ -132,15 +132,14 @@ class ImageTower:
         self, block: nn.Module, x: Tensor, *more: Tensor, function: Callable | None = None, cut: nn.Module | None = None
     ):
         """One layer, checkpointed if the tower is; `function(block, x, *more)` stands in for the block's forward."""
-        if function is None:
-            function = run_as_it_is
-            if self.shortcuts and not is_traced() and is_untouched(block):
-                function = run_block_at if block is cut else run_block
-        else:
+        if function is not None:
             function = functools.partial(_in_place, function=function)
-        if self.visual.transformer.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, block, x, *more, use_reentrant=False)
-        return function(block, x, *more)
+        elif self.shortcuts and not is_traced() and is_untouched(block):
+            function = run_block_at if block is cut else run_block
+        run, recomputed = function or block, self.visual.transformer.grad_checkpointing and torch.is_grad_enabled()
+        if function is None:  # as OpenCLIP's transformer calls it
+            return checkpoint(run, x, None, None, None, use_reentrant=False) if recomputed else run(x, attn_mask=None)
+        return checkpoint(run, block, x, *more, use_reentrant=False) if recomputed else run(block, x, *more)
 
 
 def _in_place(block: nn.Module, x: Tensor, *more: Tensor, function: Callable):

@@ -31,7 +31,8 @@ def draw_plots(tables: Sequence[Table], runs: DataFrame, folder: Path, values: C
             axis.grid(alpha=0.3)
             lines: dict[str, dict[float, tuple[float, float]]] = {"match": {}, "none": {}}
             for number, cell in enumerate(table.cells):
-                gflops, found = values(runs, cell, "gflops"), 100 * values(runs, cell, key)
+                found = 100 * values(runs, cell, key)
+                gflops = values(runs, cell, "gflops")[found.index]
                 if table.name != "lam":
                     axis.plot(gflops, found, ".", color=f"C{number % 10}", alpha=0.4)
                     axis.plot(gflops.mean(), found.mean(), "o", color=f"C{number % 10}", label=cell.name)

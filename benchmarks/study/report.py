@@ -43,8 +43,7 @@ def read_runs(file: Path) -> DataFrame:
     """
     if not file.is_file():
         raise UserError(f"There is no {file}, and no finished run: nothing to report.")
-    dtypes = {"id": str, "weights": str}
-    return pandas.read_csv(file, float_precision="round_trip", keep_default_na=False, na_values=[""], dtype=dtypes)
+    return pandas.read_csv(file, keep_default_na=False, na_values=[""], dtype={"id": str, "weights": str})
 
 
 def tables_of(study: Study, runs: DataFrame) -> list[Table]:
@@ -66,7 +65,7 @@ def runs_of(cell: Cell, runs: DataFrame) -> DataFrame:
 def values(runs: DataFrame, cell: Cell, key: str) -> Series:
     """A figure of a cell by seed, of reduced evaluation where the cell asks for it; without seeds that lack it."""
     own = runs_of(cell, runs)
-    key = f"reduced_{key}" if cell.evaluation == REDUCED and key != "train_loss" else key
+    key = f"reduced_{key}" if cell.evaluation == REDUCED and key not in ("gflops", "train_loss") else key
     return own[key].dropna() if key in own else Series(dtype=float)
 
 

@@ -187,7 +187,7 @@ def replaced_folder(out: Path) -> Iterator[Path]:
 
 
 def read_finished(out: Path) -> dict | None:
-    """What `dataset.json` of a finished folder says, None when there is no folder yet; UserError if it has other things."""
+    """What `dataset.json` of a finished folder says, None when there is none yet; UserError if it has other things."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -205,8 +205,8 @@ def make_folder(
     """Make the folder `out`, or leave it as it is when a finished one with the same settings is there.
 
     `make` gives all pictures, and how many were left out as equal to an earlier one; `fill` writes these into a folder
-    and gives what `dataset.json` says beside the settings. Returns the content of `dataset.json`, and whether the folder
-    was built by this call.
+    and gives what `dataset.json` says beside the settings. Returns the content of `dataset.json`, and whether the
+    folder was built by this call.
 
     Raises:
         UserError: a setting out of range, or something else already at `out`.

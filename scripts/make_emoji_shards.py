@@ -31,7 +31,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import emoji_data
-from emoji_data import MIN_CLASS_SIZE, Emoji, Sample, UserError, plain_code, stem_of, uniform, write_prompts, write_shards
+from emoji_data import (
+    MIN_CLASS_SIZE,
+    Emoji,
+    Sample,
+    UserError,
+    plain_code,
+    stem_of,
+    uniform,
+    write_prompts,
+    write_shards,
+)
 from PIL import Image
 from tqdm import tqdm
 

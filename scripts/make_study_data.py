@@ -35,7 +35,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emoji_data
-from emoji_data import MIN_CLASS_SIZE, Emoji, Sample, UserError, plain_code, stem_of, uniform, write_prompts, write_shards
+from emoji_data import (
+    MIN_CLASS_SIZE,
+    Emoji,
+    Sample,
+    UserError,
+    plain_code,
+    stem_of,
+    uniform,
+    write_prompts,
+    write_shards,
+)
 from PIL import Image
 
 # Part of the settings: a change in captions, stems or split rebuilds existing folders.

@@ -52,8 +52,8 @@ def tables_of(study: Study, runs: DataFrame) -> list[Table]:
     tables = []
     for table in study.tables:
         known = {cell.full_name: cell for cell in table.cells}
-        former = {name: Cell(name) for name in names if name.startswith(f"{table.name}/")}
-        tables.append(replace(table, cells=[cell for name, cell in {**known, **former, **known}.items() if name in names]))
+        cells = known | {name: Cell(name) for name in names if name.startswith(f"{table.name}/")} | known
+        tables.append(replace(table, cells=[cell for name, cell in cells.items() if name in names]))
     return tables
 
 
@@ -94,17 +94,19 @@ def write_report(study: Study, runs: DataFrame, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     tables = tables_of(study, runs)
     runs.to_csv(folder / "runs.csv", index=False, float_format="%.17g")  # all digits
-    text = "\n".join(f"## {table.title}\n\n{markdown(table, runs)}\n{_changes(table, runs)}" for table in tables if table.cells)
+    texts = (f"## {table.title}\n\n{markdown(table, runs)}\n{_changes(table, runs)}" for table in tables if table.cells)
+    text = "\n".join(texts)
     text += "".join(f"\n![{plot.stem}]({plot.name})\n" for plot in draw_plots(tables, runs, folder, values))
     seeds = ", ".join(map(str, sorted(set(runs["seed"]))))
     (folder / "README.md").write_text(
-        f"# Results of the study\n\n`python scripts/study.py`: {runs['model'].iloc[0]}, batches of {study.batch_size}, "
-        f"{study.samples:,} samples a run where compute is not matched, {runs['threads'].iloc[0]} thread(s), seeds "
-        f"{seeds}. Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed begin with "
-        "the same weights and see the same data in the same order, so differences are taken by seed. Bold: a paired "
-        "t-test at 5 % tells the difference from none, over at least three seeds; of so many comparisons, one in twenty "
-        "is bold by chance.\n\nseen: zero-shot over names that were trained on, in a style that was not. held-out: the "
-        "same over names that were not trained on; TR and IR: retrieval of their captions and pictures.\n\n" + text,
+        f"# Results of the study\n\n`python scripts/study.py`: {runs['model'].iloc[0]}, batches of "
+        f"{study.batch_size}, {study.samples:,} samples a run where compute is not matched, {runs['threads'].iloc[0]} thread(s), "
+        f"seeds {seeds}. Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed "
+        "begin with the same weights and see the same data in the same order, so differences are taken by seed. Bold: a "
+        "paired t-test at 5 % tells the difference from none, over at least three seeds; of so many comparisons, one in "
+        "twenty is bold by chance.\n\nseen: zero-shot over names that were trained on, in a style that was not. "
+        "held-out: the same over names that were not trained on; TR and IR: retrieval of their captions and pictures."
+        "\n\n" + text,
         encoding="utf-8",
     )
     return f"{len(runs)} runs reported in {folder}"

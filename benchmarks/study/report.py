@@ -98,17 +98,16 @@ def write_report(study: Study, runs: DataFrame, folder: Path) -> str:
     text = "\n".join(texts)
     text += "".join(f"\n![{plot.stem}]({plot.name})\n" for plot in draw_plots(tables, runs, folder, values))
     seeds = ", ".join(map(str, sorted(set(runs["seed"]))))
-    (folder / "README.md").write_text(
+    heading = (
         f"# Results of the study\n\n`python scripts/study.py`: {runs['model'].iloc[0]}, batches of "
-        f"{study.batch_size}, {study.samples:,} samples a run where compute is not matched, {runs['threads'].iloc[0]} thread(s), "
-        f"seeds {seeds}. Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed "
-        "begin with the same weights and see the same data in the same order, so differences are taken by seed. Bold: a "
+        f"{study.batch_size}, {study.samples:,} samples a run where compute is not matched, {runs['threads'].iloc[0]} "
+        f"thread(s), seeds {seeds}. Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed begin "
+        "with the same weights and see the same data in the same order, so differences are taken by seed. Bold: a "
         "paired t-test at 5 % tells the difference from none, over at least three seeds; of so many comparisons, one in "
         "twenty is bold by chance.\n\nseen: zero-shot over names that were trained on, in a style that was not. "
         "held-out: the same over names that were not trained on; TR and IR: retrieval of their captions and pictures."
-        "\n\n" + text,
-        encoding="utf-8",
     )
+    (folder / "README.md").write_text(f"{heading}\n\n{text}", encoding="utf-8")
     return f"{len(runs)} runs reported in {folder}"
 
 

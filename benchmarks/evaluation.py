@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from open_clip_elip import with_shortcuts
-from open_clip_elip.identity import ModelError, describe as describe_model
+from open_clip_elip.identity import ModelError
+from open_clip_elip.identity import describe as describe_model
 from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.errors import ProfileError
 from open_clip_elip.profile.machine import describe_machine, find_device, machine

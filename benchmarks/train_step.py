@@ -26,7 +26,8 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 
 from open_clip_elip import TextParts
-from open_clip_elip.identity import ModelError, describe as describe_model
+from open_clip_elip.identity import ModelError
+from open_clip_elip.identity import describe as describe_model
 from open_clip_elip.profile.captions import MEAN, caption_ids, context_length, typical_lengths
 from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.errors import ProfileError

@@ -28,9 +28,9 @@ from .distributed import Ranks, end, seed_everything
 from .ema import Ema
 from .errors import UserError
 from .evaluation.loaded import hash_weights
+from .evaluation.prompts import zero_shot_classifier
 from .evaluation.results import Results
 from .evaluation.scores import METRICS, check_classes
-from .evaluation.prompts import zero_shot_classifier
 from .models import build_model, described_reduction, token_reduction
 from .options import parse
 from .run import Parts, run
@@ -42,7 +42,6 @@ from .tasks.classification import (
     random_classifier,
     zero_shot_head,
 )
-
 
 # What a classifier is. With --evaluate and without --model, these options are as in the checkpoint.
 _OF_CLASSIFIER = (
@@ -109,7 +108,7 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
             encoding = LabelEncoding(train_transform(options, built.identity.preprocess))
             train_data = build_labelled_data(options, train, encoding, **place)
     seed_everything(options.seed + ranks.rank)
-    task = ClassificationTask(options, ranks, Mix(options, len(data.classnames)), tests, built.preprocess_val)
+    task = ClassificationTask(options, ranks, Mix(options, len(data.classnames)), tests, built.transform)
     return Parts(built.identity, classifier, task, train_data, partial(_finish, options, ranks, task, results, start))
 
 

@@ -22,7 +22,15 @@ from .evaluation.probe import SWEEP, Probe, load_jobs
 from .evaluation.results import Results
 from .evaluation.sweep import patient
 from .options.parser import (
-    FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SEED, Kind, forbid, one_of, option,
+    FRACTION_BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_COUNT,
+    SEED,
+    Kind,
+    forbid,
+    one_of,
+    option,
 )  # fmt: skip
 
 

@@ -8,13 +8,15 @@ From a recipe:    torchrun --nproc_per_node 4 -m training.main --config configs/
 """
 from __future__ import annotations
 
+from open_clip_elip import identity as identities
+
 from .command import run_command
 from .data import build_train_data, build_val_data
 from .data.pairs import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
 from .evaluation.prompts import load_zero_shot_data
-from .models import build_model, build_teacher
+from .models import build_model, build_teacher, lock
 from .run import Parts, run
 from .tasks.contrastive import ContrastiveTask, PretrainingOptions
 
@@ -28,17 +30,18 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
     """Contrastive training on image-text pairs; see `run.Build`."""
     with ranks.agree():
         seed_everything(options.seed)
-        built = build_model(options, ranks.device)
-        tokenizer = built.tokenizer
-        train_transform, transform = (with_decoding(t, options.image_decode) for t in (built.preprocess_train, built.preprocess_val))
+        identity, model, transform, tokenizer = build_model(options, ranks.device)
+        lock(model, options)
+        train_transform, _ = identities.transforms(identity, options.aug_cfg)
+        train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
         train_data = build_train_data(options, PairEncoding(train_transform, tokenizer), **place)
         val_data = build_val_data(options, PairEncoding(transform, tokenizer), **place)
         zero_shot_data = load_zero_shot_data(options)
-        teacher = build_teacher(options, built.identity, ranks.device)
-        task = ContrastiveTask(options, ranks, built.model, tokenizer, transform, val_data, zero_shot_data, teacher)
-    return Parts(built.identity, built.model, task, train_data)
+        teacher = build_teacher(options, identity, ranks.device)
+        task = ContrastiveTask(options, ranks, model, tokenizer, transform, val_data, zero_shot_data, teacher)
+    return Parts(identity, model, task, train_data)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import open_clip
 from torch import Tensor
 
 from .command import run_command
-from .data.sets.folders import read_lines, read_templates
+from .data.sets.classnames import read_templates
 from .data.sets.labelled import LabelledImages
 from .data.sets.registry import load_data
 from .distributed import Ranks, end
@@ -35,7 +35,7 @@ class ZeroShotOptions(EvaluationOptions, title="classes and prompts", command="t
     templates: str | None = option(
         None, "Prompts: OpenAI's 80 for ImageNet, its 7 best, or one a line with {} for the name. Without it: those of "
         "the data.", metavar="openai|simple|FILE")
-    classnames: Path | None = option(None, "Names, one a line, instead of the data's own.", FILE, path=True)
+    classnames: Path | None = option(None, "Class names instead of the data's own: a file as classnames.txt.", FILE, path=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def work(options: ZeroShotOptions, ranks: Ranks) -> str:
     """Evaluates on each data set that is not finished yet; returns the table of all."""
     with ranks.agree():
         results = Results.of(options, ranks)
-        sets = [_with_prompts(load_data(spec, split=options.split, download=options.download), options) for spec in options.data]
+        found_as = {"split": options.split, "download": options.download, "classnames": options.classnames}
+        sets = [_with_templates(load_data(spec, **found_as), options.templates) for spec in options.data]
         loaded = load_model(options, ranks)
         check_weights(loaded.model, loaded.name)
     rows = [("data", "images", "classes", "top-1", "top-5", "mean per class", "chance")]
@@ -86,21 +87,13 @@ def _classifier(
     return classifier
 
 
-def _with_prompts(data: LabelledImages, options: ZeroShotOptions) -> LabelledImages:
-    """With the names and templates of the flags in place of the data set's own."""
-    if options.classnames is not None:
-        if not options.classnames.is_file():
-            raise UserError(f"There is no file {options.classnames}; check --classnames.")
-        names = read_lines(options.classnames)
-        if len(names) != len(data.classnames):
-            raise UserError(f"{options.classnames} names {len(names)} classes; {data.name} has {len(data.classnames)}.")
-        data = replace(data, classnames=names)
-    if options.templates is not None:
-        if options.templates not in TEMPLATES and not Path(options.templates).is_file():
-            raise UserError(f"--templates {options.templates} is neither a file nor one of {', '.join(TEMPLATES)}.")
-        templates = TEMPLATES.get(options.templates) or read_templates(Path(options.templates))
-        data = replace(data, templates=templates)
-    return data
+def _with_templates(data: LabelledImages, given: str | None) -> LabelledImages:
+    """With the templates of the flag in place of the data set's own."""
+    if given is None:
+        return data
+    if given not in TEMPLATES and not Path(given).is_file():
+        raise UserError(f"--templates {given} is neither a file nor one of {', '.join(TEMPLATES)}.")
+    return replace(data, templates=TEMPLATES.get(given) or read_templates(Path(given)))
 
 
 def _row(name: str, metrics: dict[str, float]) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from PIL import Image
 import open_clip_elip  # noqa: F401  (makes the models known)
 from tests.training.runs import picture, register_models
 from training.data.report import DataReport
-from training.data.shards import read_shard
 from training.data.sets.captioned import CaptionOptions, load_captions
+from training.data.shards import read_shard
 from training.main import main as train
 from training.options import parse, resolved
 from training.tasks.contrastive import PretrainingOptions

@@ -15,9 +15,8 @@ from torchvision.transforms.functional import to_tensor
 from training import checkpoint
 from training.control import EXIT_INTERRUPTED
 from training.data.pairs import LabelEncoding, LabelledRows
-from training.distributed import Ranks
-from training.errors import UserError
 from training.data.sets.registry import load_data
+from training.distributed import Ranks
 from training.finetune import finetuning, main
 from training.options import parse, resolved
 from training.tasks.classification import FinetuningOptions

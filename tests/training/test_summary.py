@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from training.summary import Cost, peak_flops, summary
 
 from open_clip_elip.profile.flops import Flops
-from training.summary import Cost, peak_flops, summary
 
 COST = Cost.of(Flops(forward=20, backward=40, scoring=20), samples=2, tokens=273)
 

@@ -31,7 +31,15 @@ from .machine import describe_machine, find_device, machine
 from .memory import SavedBytes, allocated, largest_batch, peak_bytes, prepare_optimizer
 from .models import Candidate
 from .report import (
-    NO_MATPLOTLIB, Profile, count_parameters, make_folder, markdown_table, plot, save, table, text_table,
+    NO_MATPLOTLIB,
+    Profile,
+    count_parameters,
+    make_folder,
+    markdown_table,
+    plot,
+    save,
+    table,
+    text_table,
     tokens_per_layer,
 )  # fmt: skip
 from .step import TrainStep

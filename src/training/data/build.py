@@ -103,7 +103,7 @@ def build_labelled_data(
         f"  {num_batches:,} batches of {options.batch_size:,} on each of {world_size} process(es) "
         f"({options.workers} workers each) = {samples:,} samples per epoch",
     ]
-    identity = {"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint()}
+    identity = {"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint(times=False)}
     source = RowSource(LabelledRows(data), options.seed, options.batch_size, num_batches)
     place = {"rank": rank, "world_size": world_size, "num_batches": num_batches}
     return TrainData(source, encoding, options, **place, identity=identity, description="\n".join(lines))

@@ -8,7 +8,17 @@ from typing import Any
 from ..errors import UserError
 from .config_file import SOURCE_SEPARATOR
 from .parser import (
-    COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SEED, Kind, Section, forbid, key_values, one_of, option,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_COUNT,
+    SEED,
+    Kind,
+    Section,
+    forbid,
+    key_values,
+    one_of,
+    option,
 )  # fmt: skip
 
 IMAGE_DECODE = one_of("plain", "fast", "reduced")

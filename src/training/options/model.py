@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from .parser import (
-    COUNT, FRACTION_BELOW_1, NUMBER, POSITIVE, POSITIVE_COUNT, Kind, Section, forbid, key_values, one_of, option,
+    COUNT,
+    FRACTION_BELOW_1,
+    NUMBER,
+    POSITIVE,
+    POSITIVE_COUNT,
+    Kind,
+    Section,
+    forbid,
+    key_values,
+    one_of,
+    option,
 )  # fmt: skip
 
 

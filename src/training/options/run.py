@@ -9,8 +9,18 @@ from ..durations import Duration
 from ..errors import UserError
 from .data import LoadingOptions
 from .parser import (
-    COUNT, FRACTION_ABOVE_0, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SWITCH, Kind, Section, forbid,
-    one_of, option,
+    COUNT,
+    FRACTION_ABOVE_0,
+    FRACTION_BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_COUNT,
+    SWITCH,
+    Kind,
+    Section,
+    forbid,
+    one_of,
+    option,
 )  # fmt: skip
 
 PRECISION = one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")

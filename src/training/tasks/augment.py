@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..options.parser import (
-    FRACTION, FRACTION_ABOVE_0, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, Section, forbid, one_of, option,
+    FRACTION,
+    FRACTION_ABOVE_0,
+    FRACTION_BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Section,
+    forbid,
+    one_of,
+    option,
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from open_clip_elip.tower import ImageTower
 from ..data import ValData
 from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
+from ..errors import UserError
 from ..evaluation.pairs import evaluate_pairs
 from ..evaluation.prompts import run_zero_shot_suite
 from ..options import TrainingOptions
@@ -57,8 +58,6 @@ class ContrastiveOptions(Section, title="loss"):
         wrong = distills and self.accum_freq > 1
         forbid(wrong, "--distill-model cannot be used with --accum-freq: leave one out.")
         forbid(distills and self.siglip, "--distill-model needs the softmax loss: leave out --siglip.")
-        nothing = self.full_tokens_last is not None and (self.token_reduction or {}).get("method") == "none"
-        forbid(nothing, "--full-tokens-last has nothing to end with --token-reduction none: leave one out.")
 
 
 @dataclass
@@ -129,6 +128,8 @@ class ContrastiveTask(Task):
     ):
         self.options, self.ranks, self.model, self.teacher = options, ranks, model, teacher
         self.tower: ImageTower | None = getattr(model, "tower", None)
+        if options.full_tokens_last is not None and getattr(self.tower, "reduction", None) is None:
+            raise UserError(f"--full-tokens-last needs a model with token reduction; {options.model} has none.")
         self.tokenizer, self.transform = tokenizer, transform
         self.val_data, self.zero_shot_data = val_data, zero_shot_data
         self.shapes, self.costs = on_meta(model) if isinstance(model.visual, VisionTransformer) else None, {}

@@ -8,10 +8,10 @@ from PIL import Image
 from timm.data.mixup import Mixup, mixup_target
 from timm.loss import SoftTargetCrossEntropy
 
-from training.tasks import augment
-from training.tasks.augment import AugmentationOptions, Mix, cutmix, train_transform
 from training.data.randomness import seed_globals
 from training.errors import UserError
+from training.tasks import augment
+from training.tasks.augment import AugmentationOptions, Mix, cutmix, train_transform
 
 
 def mix_of(classes, **options):

@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training.data.sets.labelled import ArrayImages, LabelledImages
+from training.distributed import Ranks
+from training.errors import UserError
+from training.evaluation.scores import score
+from training.optim import create_optimizer, parameter_groups
 from training.tasks.augment import AugmentationOptions, Mix
 from training.tasks.classification import (
     ClassificationTask,
@@ -16,11 +21,6 @@ from training.tasks.classification import (
     random_classifier,
     zero_shot_head,
 )
-from training.distributed import Ranks
-from training.errors import UserError
-from training.data.sets.labelled import ArrayImages, LabelledImages
-from training.evaluation.scores import score
-from training.optim import create_optimizer, parameter_groups
 from training.trainer import Trainer
 
 from ..tiny import MemoryData, run_options, tiny_clip

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from training.errors import UserError
-from training.data.sets.registry import load_data
 from training.data.sets.classnames import packaged_lines
 from training.data.sets.folders import find_splits, list_pictures
+from training.data.sets.registry import load_data
+from training.errors import UserError
 
 from .layout_files import contents, encoded, make_folders, write_folder, write_shard
 

@@ -19,7 +19,6 @@ behind each shard. Its own reader is used here, told not to; all else is its pip
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import json
 import os
@@ -44,7 +43,9 @@ from photographs import QUALITY, jpeg, photograph
 from webdataset.tariterators import tar_file_expander
 
 from training.data import build_train_data, images
+from training.data.pairs import PairEncoding
 from training.data.pixels import FAST, PLAIN, REDUCED, to_device
+from training.data.transforms import with_decoding
 
 CROP = 224
 BATCH = 64
@@ -118,7 +119,7 @@ def loaders(pattern: str, count: int, scale: tuple[float, float], tokenizer: Cal
     transform = image_transform(CROP, is_train=True, aug_cfg={"scale": scale})
     args = argparse.Namespace(
         train_data=pattern, train_num_samples=count, train_data_upsampling_factors=None, dataset_type="webdataset",
-        dataset_resampled=False, batch_size=BATCH, workers=0, seed=0, world_size=1,
+        dataset_resampled=False, batch_size=BATCH, workers=0, seed=0, world_size=1, stall_seconds=0,
     )  # fmt: skip
     made = {THEIRS: theirs(args, transform, tokenizer)}
     for decoding in (PLAIN, FAST, REDUCED):
@@ -144,22 +145,21 @@ def ours(
     args: argparse.Namespace, transform: Callable, tokenizer: Callable, decoding: str, normalise: bool = False
 ) -> Epoch:
     args = argparse.Namespace(**vars(args), image_decode=decoding)
-    data = build_train_data(args, transform, tokenizer, rank=0, world_size=1)
+    data = build_train_data(args, PairEncoding(with_decoding(transform, decoding), tokenizer), rank=0, world_size=1)
 
     def epoch(number: int) -> int:
         count = 0
         for batch in data.epoch(number):
-            count += len(batch["image"])
+            count += len(batch["key"])
             if normalise:
-                to_device(batch["image"], torch.device("cpu"), None, batch["normalization"])
+                to_device(batch["image"], torch.device("cpu"))
         return count
 
     return epoch
 
 
 def theirs(args: argparse.Namespace, transform: Callable, tokenizer: Callable) -> Epoch:
-    if "eof_value" in inspect.signature(tar_file_expander).parameters:
-        open_clip_data.tar_file_expander = partial(tar_file_expander, eof_value=None)
+    open_clip_data.tar_file_expander = partial(tar_file_expander, eof_value=None)
     info = open_clip_data.get_wds_dataset(args, transform, is_train=True, tokenizer=tokenizer)
 
     def epoch(number: int) -> int:

@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from open_clip_elip import with_shortcuts
-from open_clip_elip.identity import ModelError, describe as describe_model
+from open_clip_elip.identity import ModelError
+from open_clip_elip.identity import describe as describe_model
 from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.errors import ProfileError
 from open_clip_elip.profile.machine import describe_machine, find_device, machine
@@ -43,13 +44,13 @@ from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from open_clip_elip.registry import plain_name
 from training.data.pixels import FAST, PLAIN, REDUCED
+from training.data.sets.labelled import ImageFiles, LabelledImages
 from training.data.transforms import with_decoding
 from training.distributed import Ranks
 from training.errors import UserError
-from training.evaluation.command import image_encoder
-from training.evaluation.passes import EncodeSettings
-from training.data.sets.labelled import ImageFiles, LabelledImages
-from training.zero_shot import TEMPLATES, classify, zero_shot_classifier
+from training.evaluation.passes import EncodeSettings, image_encoder
+from training.evaluation.prompts import classify, zero_shot_classifier
+from training.zero_shot import TEMPLATES
 
 PROMPTS, TENSORS, FILES = "prompts to classifier", "tensors to features", "JPEG files to accuracy"
 UNITS = {PROMPTS: "prompts/s", TENSORS: "images/s", FILES: "images/s"}
@@ -100,7 +101,7 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tup
     if args.vision_guided_reduction:
         if not hasattr(ours, "reduction"):
             raise ProfileError(f"--vision-guided-reduction needs an ELIP model; {args.model} is none.")
-        ours.vision_guided = True
+        ours.tower.vision_guided = True
     preprocess = image_transform_v2(PreprocessCfg(**theirs.visual.preprocess_cfg), is_train=False)
     our_preprocess = with_decoding(preprocess, args.image_decode)
     tokenizer = open_clip.get_tokenizer(args.model)
@@ -120,7 +121,7 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tup
     size = (args.batch_size, 3, *theirs.visual.image_size)
     tensors = torch.randn(size, generator=torch.Generator().manual_seed(0))
     tensors = tensors.to(device=device, dtype=open_clip.get_input_dtype(args.precision))
-    encode = image_encoder(ours, args, normalize=True)
+    encode = image_encoder(ours, args.compile)
     their_model = torch.compile(theirs) if args.compile else theirs
 
     def our_features() -> torch.Tensor:

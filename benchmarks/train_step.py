@@ -38,12 +38,14 @@ from open_clip_elip.profile.models import Candidate
 from open_clip_elip.profile.report import make_folder, save_tables, text_table
 from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
 from open_clip_elip.registry import plain_name
+from training.data.pixels import Images, to_device
 from training.distributed import Ranks
 from training.errors import UserError
 from training.main import pretraining
 from training.models import wrap
 from training.optim import create_optimizer
-from training.options.params import parse_args
+from training.options import parse
+from training.tasks.contrastive import PretrainingOptions
 from training.trainer import Trainer
 
 MODELS = ("ViT-S-16-ELIP", "ViT-S-16-ELIP:scoring_depth=1", "ViT-B-16-ELIP", "ViT-B-16-ELIP:scoring_depth=1")
@@ -245,7 +247,7 @@ class OurSide:
         words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device)]
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
-        options, ranks = parse_args(words), Ranks(device)
+        options, ranks = parse(PretrainingOptions, words), Ranks(device)
         options.token_reduction = spec.identity.token_reduction or NONE
         options.shortcuts = spec.shortcuts is not False
         parts = pretraining(options, ranks, None)
@@ -254,22 +256,22 @@ class OurSide:
         self.trainer = Trainer(
             options, ranks, self.model, self.model, parts.task, parts.train_data, self.optimizer, None, {}
         )
-        self.trainer.twin = None  # what counts operations is no part of a step
-        self.batch = {"image": image, "text": text, "key": [str(i) for i in range(args.batch_size)]}
+        self.batch = {"image": Images(image), "text": text, "key": [str(i) for i in range(args.batch_size)]}
 
     def text(self) -> Tensor | TextParts:
         """As the model gets it."""
-        return self.trainer.task.prepare(self.model, self.batch)["text"]
+        return self.trainer.task.prepare(self.batch)["text"]
 
     def compile(self) -> bool:
-        args = self.trainer.args
-        if args.torchcompile:
-            self.trainer.runnable = wrap(self.model, args, self.trainer.ranks)
-        return args.torchcompile
+        options = self.trainer.options
+        if options.torchcompile:
+            self.trainer.engine.model = wrap(self.model, options, self.trainer.ranks)
+        return options.torchcompile
 
     def steps(self, number: int) -> None:
         for _ in range(number):
-            self.trainer.step([self.trainer.to_device(self.batch)])
+            batch = self.trainer.task.prepare(self.batch)
+            self.trainer.step([to_device(batch, self.trainer.ranks.device, self.trainer.input_dtype)])
 
 
 # ---------------------------------------------------------------------- what is told

@@ -1,17 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tunes an image tower for classification, on one machine, in one process for each GPU (docs/finetune.md):
-#
-#   bash scripts/finetune.sh configs/finetune/slip_vit_b.yaml --model ViT-B-16-ELIP --pretrained epoch_32.pt \
-#       --data imagenet=/data/imagenet --also imagenet-v2=/data/imagenet-v2 --name my-run --resume latest
-#
-# CONFIG, then flags of training.finetune. The global batch is the recipe's, whatever the number of processes. Variables:
-# those of scripts/launch.sh.
+# Full fine-tuning with the paper's settings, on ImageNet (docs/finetune.md; other recipes: --config configs/finetune/NAME.yaml):
+#   bash scripts/finetune.sh epoch_32.pt /data/imagenet --model ViT-B-16-ELIP [more flags of training.finetune]
+# NPROC=4 runs on four GPUs, in the environment that has this package.
 set -euo pipefail
-
-if [ $# -eq 0 ] || [ ! -f "$1" ]; then
-    echo "finetune: name a config: bash scripts/finetune.sh configs/finetune/NAME.yaml [flags]" >&2
-    exit 2
-fi
-config="$1"
-shift
-exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" training.finetune --config "$config" "$@"
+checkpoint="${1:?name the checkpoint}" imagenet="${2:?name the folder of ImageNet}"
+recipe="$(dirname "${BASH_SOURCE[0]}")/../configs/finetune/elip_paper.yaml"
+exec torchrun --standalone --nproc_per_node "${NPROC:-1}" -m training.finetune -- \
+    --config "$recipe" --pretrained "$checkpoint" --data "imagenet=$imagenet" "${@:3}"

@@ -34,10 +34,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # for where the package is not installed
 
 from training.data.images import load_rgb  # noqa: E402
-from training.data.shards import IMAGE_KEYS  # noqa: E402
-from training.errors import EXIT_USER_ERROR, UserError  # noqa: E402
 from training.data.sets.captioned import CaptionedImages, CaptionOptions, NoSuchSplit, load_captions  # noqa: E402
 from training.data.sets.labelled import ImageFiles, TarImages  # noqa: E402
+from training.data.shards import IMAGE_KEYS  # noqa: E402
+from training.errors import EXIT_USER_ERROR, UserError  # noqa: E402
 
 JPEG_QUALITY = 95
 

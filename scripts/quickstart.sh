@@ -36,9 +36,6 @@ DATA="${DATA:-$ROOT/data/openmoji-64}"
 FOLDER="$ROOT/logs/$RUN"
 CONFIG=configs/quickstart.yaml
 
-global_batch="$(sed -n 's/^batch[-_]size: *\([0-9][0-9]*\).*/\1/p' "$CONFIG")"
-[ $((global_batch % NPROC)) = 0 ] || fail "NPROC=$NPROC does not divide the batch of $global_batch: choose 1, 2, 4 or 8."
-
 echo "quickstart: 1/3 pictures"
 "$PYTHON" scripts/make_emoji_shards.py --out "$DATA" --size 64
 
@@ -68,7 +65,6 @@ else
         --train-data "$(shards "$DATA/train")" \
         --val-data "$(shards "$DATA/val")" \
         --zeroshot-data "$DATA/val" \
-        --batch-size $((global_batch / NPROC)) \
         ${EPOCHS:+--epochs "$EPOCHS"} \
         --logs "$ROOT/logs" --name "$RUN" --resume latest
 fi

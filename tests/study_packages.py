@@ -29,6 +29,26 @@ def load_script(name: str):
     return module
 
 
+def read_shards(folder: Path) -> dict[str, dict[str, dict[str, bytes]]]:
+    """shard name -> key -> extension -> bytes."""
+    content: dict = {}
+    for shard in sorted(folder.glob("*.tar")):
+        samples = content[shard.name] = {}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    return content
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
+    return {key: sample for shard in read_shards(folder).values() for key, sample in shard.items()}
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def code(group: int, number: int) -> str:
     return f"{0x1F400 + 256 * group + number:X}"
 

@@ -1,241 +1,199 @@
-"""From configs/study to the runs there are: cells by table, their settings, lengths and names."""
+"""From configs/study to the runs there are: cells by table, their settings, operations, lengths and names."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from open_clip_elip.profile import command as profile
+from training.data.sets.folders import list_shards
 from training.errors import UserError
 
 FULL, REDUCED = "full", "vision-guided-reduction"  # how weights are evaluated: with all tokens, or with some
-MATCH_ELIP = "elip"  # as a target-rrt: that of the model's own reduction
+THREADS = 1  # of the CPU, for a run: sums, and with them the last digits, depend on it
 
 Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: flags of `training.main` beside the base's, and how the weights are evaluated."""
+    """A row of the table in its full name: options of `training.main` beside the base's, how weights are evaluated."""
 
-    table: str
-    name: str
-    options: Options
+    full_name: str
+    options: Options = field(default_factory=dict)
     evaluation: str = FULL
 
     @property
-    def full_name(self) -> str:
-        return f"{self.table}/{self.name}"
+    def name(self) -> str:
+        return self.full_name.partition("/")[2]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells that are compared with the cell called `reference`, after as many samples or as many operations as it."""
+    """Cells to compare with the one called `reference`, after as many samples or, with `match`, operations as it."""
 
     name: str
     part: str
     title: str
     reference: str
     cells: Sequence[Cell]
-    match_compute: bool = False
+    match: str | None = None
 
 
 @dataclass(frozen=True)
 class Study:
-    """What configs/study says.
-
-    Attributes:
-        base: flags of all runs: those in `base_file`, with `overrides` on top.
-        samples: of a run, already scaled by the budget.
-    """
+    """What configs/study and the command line say."""
 
     tables: Sequence[Table]
-    base: Options
-    base_file: Path
-    overrides: Options
+    base: Options  # of all runs
     seeds: Sequence[int]
-    samples: int
+    batch_size: int
+    samples: int  # of a run where compute is not matched, scaled by the budget
     data: Path
+    out: Path = Path("logs/study")  # a row `<id>.json` for each finished run; the runs, their config files and logs
+    device: str | None = None
+    fashion_mnist: Path | None = None  # folder, for another probe
+    keep_weights: bool = False  # the last checkpoint of each run
 
     @property
-    def batch_size(self) -> int:
-        return int(self.base["batch-size"])
+    def cells(self) -> list[Cell]:
+        return [cell for table in self.tables for cell in table.cells]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training. Equal runs are one: `id` is a hash of all that the result depends on.
-
-    Attributes:
-        cells: full names of the cells that it is the result of.
-        evaluations: `FULL`, `REDUCED`, or both.
-        flops: of one pair, as far as they are known before the run.
-    """
+    """One training. Equal runs are one: `id` is a hash of all that the result depends on."""
 
     id: str
     options: Options
     seed: int
     samples: int
-    threads: int
-    cells: list[str] = field(default_factory=list)
-    evaluations: list[str] = field(default_factory=list)
-    flops: float | None = None
-
-    @property
-    def name(self) -> str:
-        return self.cells[0]
+    flops: float = 0.0  # of one sample, as counted before the run
+    cells: list[str] = field(default_factory=list)  # full names of those that it is the result of
+    evaluations: set[str] = field(default_factory=set)
 
 
 def load_study(
-    folder: Path, *, budget: float = 1.0, data: Path | None = None, overrides: Options | None = None
+    folder: Path, *, budget: float = 1.0, data: Path | None = None, model: str | None = None, **settings: Any
 ) -> Study:
-    """The study in `folder`/study.yaml.
+    """The study in `folder`/study.yaml with `settings`, which are more attributes of `Study`.
 
     Args:
         budget: factor for the number of samples.
-        data: instead of the study's own.
-        overrides: flags of the trainer that win over the base's, such as {"model": "ViT-S-16-ELIP"}.
+        data, model: instead of the study's own.
 
     Raises:
         UserError: a file that is not there or says something that cannot be meant, or a budget that leaves no step.
     """
-    if not budget > 0:
-        raise UserError(f"--budget must be more than 0, not {budget:g}.")
-    whole = _read(folder / "study.yaml", {"base", "tables", "seeds", "samples", "data"})
-    overrides = dict(overrides or {})
-    base = _read(folder / whole["base"]) | overrides
+    whole = _read(folder / "study.yaml")
+    if set(whole) != {"base", "tables", "seeds", "samples", "data"}:
+        raise UserError(f"{folder / 'study.yaml'} must have base, tables, seeds, samples and data.")
+    base = _read(folder / whole["base"]) | ({} if model is None else {"model": model})
     tables = [table for file in whole["tables"] for table in _tables(folder / file)]
-    names = [table.name for table in tables]
-    if len(set(names)) < len(names):
-        raise UserError(f"{folder}: two tables have the same name; the names are {', '.join(names)}.")
     batch = int(base["batch-size"])
-    steps = round(whole["samples"] * budget / batch)
-    if not steps:
+    steps = whole["samples"] * budget / batch
+    if not steps > 0.5:
         raise UserError(f"--budget {budget:g} leaves less than one step of {batch} samples; raise it.")
-    file, data = folder / whole["base"], data or Path(whole["data"])
-    return Study(tables, base, file, overrides, whole["seeds"], steps * batch, data)
+    return Study(tables, base, whole["seeds"], batch, round(steps) * batch, data or Path(whole["data"]), **settings)
 
 
 def _tables(file: Path) -> list[Table]:
     tables = []
     for name, content in _read(file).items():
-        known = {"title", "reference", "match", "cells"}
-        if not isinstance(content, dict) or not {"title", "reference", "cells"} <= set(content) <= known:
+        if not isinstance(content, dict) or set(content) - {"match"} != {"title", "reference", "cells"}:
             raise UserError(f"{file}: the table {name} must have title, reference and cells, and may have match.")
-        if content.get("match", "compute") != "compute":
-            raise UserError(f"{file}: match of the table {name} can only be compute, not {content['match']!r}.")
-        if content["reference"] not in content["cells"]:
-            raise UserError(f"{file}: the reference {content['reference']!r} of the table {name} is none of its cells.")
         cells = []
         for cell, options in content["cells"].items():
             options = dict(options or {})
-            evaluation = options.pop("evaluate", FULL)
-            if evaluation not in (FULL, REDUCED):
-                raise UserError(f"{file}: {name}/{cell} can be evaluated {FULL} or {REDUCED}, not {evaluation!r}.")
-            cells.append(Cell(name, str(cell), options, evaluation))
-        match = content.get("match") == "compute"
-        tables.append(Table(name, file.stem, content["title"], content["reference"], cells, match))
+            cells.append(Cell(f"{name}/{cell}", evaluation=options.pop("evaluate", FULL), options=options))
+        if content["reference"] not in content["cells"] or content.get("match", "compute") != "compute":
+            raise UserError(f"{file}: the reference of {name} must be one of its cells, and match can only be compute.")
+        if wrong := {cell.evaluation for cell in cells} - {FULL, REDUCED}:
+            raise UserError(f"{file}: in {name}, evaluate is {FULL} or {REDUCED}, not {wrong.pop()}.")
+        tables.append(Table(name, file.stem, **content | {"cells": cells}))
     return tables
 
 
-def _read(file: Path, needed: set[str] | None = None) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check --configs.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict) or (needed and set(content) != needed):
-        raise UserError(f"{file} must be a YAML mapping" + (f" of {', '.join(sorted(needed))}." if needed else "."))
-    return content
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not a YAML mapping ({' '.join(str(error).split())}); check --configs.") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
-
-
-def expand(
-    study: Study,
-    flops: Callable[[Options], float | None],
-    rrt: Callable[[], float],
-    *,
-    data_key: str,
-    threads: int = 1,
-) -> tuple[list[Run], dict[tuple[str, int], Run]]:
-    """All runs in their order, each once, and the run of each (full name of a cell, seed).
-
-    The order gives a whole coarse result early: the parts in turn, and in each all cells with one seed after another.
-
-    Args:
-        flops: operations of one pair in training with these options; None if they cannot be counted.
-        rrt: the ratio of removed tokens that `target-rrt: elip` stands for.
-        data_key: what tells the data from other data.
-        threads: of the CPU, for each run; sums, and with them the last digits, depend on it.
-    """
-    runs: dict[str, Run] = {}
-    of_cell: dict[tuple[str, int], Run] = {}
-    for part in dict.fromkeys(table.part for table in study.tables):
-        for seed in study.seeds:
-            for table in (table for table in study.tables if table.part == part):
-                for cell in table.cells:
-                    options = resolved(cell.options, rrt)
-                    samples, cost = study.samples, flops(options)
-                    if table.match_compute:
-                        reference = next(c for c in table.cells if c.name == table.reference)
-                        samples = matched_samples(study, flops(resolved(reference.options, rrt)), cost)
-                    key = run_id(study, options, seed, samples, threads, data_key)
-                    run = runs.setdefault(key, Run(key, options, seed, samples, threads, flops=cost))
-                    if cell.full_name not in run.cells:
-                        run.cells.append(cell.full_name)
-                    if cell.evaluation not in run.evaluations:
-                        run.evaluations.append(cell.evaluation)
-                    of_cell[cell.full_name, seed] = run
-    return list(runs.values()), of_cell
-
-
-def resolved(options: Options, rrt: Callable[[], float]) -> dict[str, Any]:
-    """`options` with the number that `target-rrt: elip` stands for."""
-    if options.get("target-rrt") == MATCH_ELIP:
-        return {**options, "target-rrt": round(rrt(), 6)}
-    return dict(options)
-
-
-def matched_samples(study: Study, reference: float | None, cost: float | None) -> int:
-    """Samples, in whole steps, that cost as much as `study.samples` of the reference; 0 where that is not known."""
-    if not reference or not cost:
-        return 0
-    return round(study.samples * reference / cost / study.batch_size) * study.batch_size
-
-
-def run_id(study: Study, options: Options, seed: int, samples: int, threads: int, data_key: str) -> str:
-    what = {**study.base, **options, "seed": seed, "samples": samples, "threads": threads, "data": data_key}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def find_cell(study: Study, name: str) -> Cell:
-    """The cell with this full name, or with this name if only one table (or only equal cells) has it.
+def choose(study: Study, cell: str | None, seed: int | None) -> set[tuple[str, int]]:
+    """The full names and seeds that are meant by a name, in full or not, and a seed, or by None.
 
     Raises:
-        UserError: there is none, or there are several.
+        UserError: no such cell, several, no such seed, or folders of the study that are not there.
     """
-    cells = [cell for table in study.tables for cell in table.cells]
-    found = [cell for cell in cells if name in (cell.full_name, cell.name)]
-    if not found:
-        raise UserError(f"There is no cell {name}; --list shows them.")
-    if len(found) > 1 and name not in (cell.full_name for cell in found):
-        raise UserError(f"There are {' and '.join(cell.full_name for cell in found)}; say which.")
-    return found[0]
+    if not (study.data / "dataset.json").is_file():
+        raise UserError(f"There are no pictures in {study.data}; make them with scripts/make_study_data.py --out DIR.")
+    if study.fashion_mnist is not None and not study.fashion_mnist.is_dir():
+        raise UserError(f"There is no folder {study.fashion_mnist}; check --fashion-mnist.")
+    found = [own.full_name for own in study.cells if cell in (None, own.name, own.full_name)]
+    if not found or (cell and len(found) > 1):
+        several = f"There are {' and '.join(found)}; say which."
+        raise UserError(several if found else f"There is no cell {cell}; --list shows them.")
+    if seed not in (None, *study.seeds):
+        raise UserError(f"--seed must be one of {', '.join(map(str, study.seeds))}, not {seed}.")
+    return {(name, own) for name in found for own in study.seeds if seed in (None, own)}
 
 
-def words(options: Options) -> list[str]:
-    """Options as words of a command line: true and false become --name and --no-name."""
-    line = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            line.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            line += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return line
+def expand(study: Study, flops: Callable[[Options], float]) -> list[Run]:
+    """All runs, each once, in an order that gives a whole coarse result early: the parts in turn, in each all cells
+    with one seed after another. `flops` are the operations of one sample in training with a cell's options."""
+    data = hashlib.sha256((study.data / "dataset.json").read_bytes()).hexdigest()[:12]
+    runs: dict[str, Run] = {}
+    for part, seed in ((part, seed) for part in dict.fromkeys(t.part for t in study.tables) for seed in study.seeds):
+        for table, cell in ((t, cell) for t in study.tables if t.part == part for cell in t.cells):
+            samples, cost = study.samples, flops(cell.options)
+            if table.match:
+                reference = next(flops(other.options) for other in table.cells if other.name == table.reference)
+                samples = round(samples * reference / cost / study.batch_size) * study.batch_size
+            what = {"seed": seed, "samples": samples, "threads": THREADS, "data": data}
+            text = json.dumps({**study.base, **cell.options, **what}, sort_keys=True)
+            key = hashlib.sha256(text.encode()).hexdigest()[:12]
+            run = runs.setdefault(key, Run(key, cell.options, seed, samples, cost))
+            run.cells.append(cell.full_name)
+            run.evaluations.add(cell.evaluation)
+    return list(runs.values())
+
+
+def count_operations(study: Study) -> Callable[[Options], float]:
+    """Operations of one sample in training by a cell's options, as `open_clip_elip.profile` counts them for captions
+    of the study's lengths; UserError if a cell's model cannot be made."""
+
+    def spec(options: Options) -> str:
+        values = {"shortcuts": True, **options.get("token-reduction", {})}
+        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+        return f"{study.base['model']}:{','.join(words)}"
+
+    full, captions = spec({"token-reduction": {"method": "none"}}), []
+    for shard in list_shards(study.data / "train")[:2]:
+        with tarfile.open(shard) as tar:
+            captions += [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    specs, said = {full, *(spec(cell.options) for cell in study.cells)}, io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(said):
+        lines, found = Path(folder, "captions.txt"), Path(folder, "profile.json")
+        lines.write_text("\n".join(captions), encoding="utf-8")
+        flags = ["--no-time", "--device", "cpu", "--batch-size", str(study.batch_size), "--caption-lengths", str(lines)]
+        if profile.main([*sorted(specs), *flags, "--json", str(found)]):
+            raise UserError(said.getvalue().strip().removeprefix("error: "))
+        models = json.loads(found.read_text())["models"]
+    counted = {model["label"]: 1e12 * model["tflops_per_step"] / model["batch_size"] for model in models}
+
+    def flops(options: Options) -> float:
+        share = float(str(options.get("full-tokens-last", "0%")).removesuffix("%")) / 100
+        return (1 - share) * counted[spec(options)] + share * counted[full]
+
+    return flops

@@ -1,121 +1,88 @@
 """One run: train, evaluate, write its row. And many of them, side by side and resumable."""
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing import connection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pandas
 import torch
 
+from training import linear_probe, retrieval, zero_shot
 from training import main as trainer
 from training.checkpoint import newest
-from training.errors import UserError
 from training.data.sets.folders import list_shards
+from training.errors import UserError
+from training.files import written_whole
 
-from .cells import FULL, REDUCED, Run, Study, words
-from .evaluate import evaluate
+from .cells import FULL, REDUCED, THREADS, Run, Study
 
 LOG_LINES = 8  # of a failed run's log that are shown
+EVALUATION = "--image-decode fast --precision fp32 --batch-size 128 --workers 0 --on-broken stop".split()
+# Regularisation is fixed, for a sweep would cost more than the training; all runs' probes see the same pictures.
+PROBE = "--regularisation 0.1 --standardize --max-iterations 300 --max-train-samples".split()
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of a call share.
-
-    Attributes:
-        out: a row `<id>.json` for each finished run, and the folders of the runs.
-        fashion_mnist: folder, for a probe on it; None: no such probe.
-        fashion_parts: parts of the study whose runs get it.
-        keep_weights: keep the last checkpoint of each run.
-    """
-
-    study: Study
-    out: Path
-    device: str | None = None
-    fashion_mnist: Path | None = None
-    keep_weights: bool = False
-
-    def row_file(self, run: Run) -> Path:
-        return self.out / f"{run.id}.json"
-
-    def log_file(self, run: Run) -> Path:
-        return self.out / "logs" / f"{run.id}.log"
-
-    def probes_fashion(self, run: Run) -> bool:
-        """The methods' runs get this probe: the first part's."""
-        first = self.study.tables[0].part
-        tables = {table.name for table in self.study.tables if table.part == first}
-        return self.fashion_mnist is not None and any(cell.partition("/")[0] in tables for cell in run.cells)
-
-    def finished(self, run: Run) -> dict[str, Any] | None:
-        """The row of a run that has been trained and evaluated as it should be; else None."""
-        try:
-            row = json.loads(self.row_file(run).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        missing = (FULL in run.evaluations and "seen_top1" not in row) or (
-            REDUCED in run.evaluations and "reduced_seen_top1" not in row
-        )
-        return None if missing or (self.probes_fashion(run) and "fashion_top1" not in row) else row
+def path_of(run: Run, study: Study, kind: str) -> Path:
+    """A run's file: json, log or yaml."""
+    place = study.out / ("" if kind == "json" else kind)
+    place.mkdir(parents=True, exist_ok=True)
+    return place / f"{run.id}.{kind}"
 
 
-# ------------------------------------------------------------------------------------------------------------- one run
+def finished(run: Run, study: Study) -> dict[str, Any] | None:
+    """The row of a run that has been trained and evaluated as it should be; else None."""
+    try:
+        row = json.loads(path_of(run, study, "json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    needed = {{FULL: "seen_top1", REDUCED: "reduced_seen_top1"}[kind] for kind in run.evaluations}
+    return row if needed | ({"fashion_top1"} if study.fashion_mnist else set()) <= set(row) else None
 
 
-def command_line(run: Run, setting: Setting) -> list[str]:
-    """Arguments of `training.main` for a run."""
-    train = setting.study.data / "train"
-    last = len(list_shards(train)) - 1
+def command_line(run: Run, study: Study) -> list[str]:
+    """Arguments of `training.main` for a run, whose config file is written for it."""
+    config = path_of(run, study, "yaml")
+    config.write_text(json.dumps({**study.base, **run.options}, indent=2), encoding="utf-8")  # YAML too
+    parts = {name: study.data / name for name in ("train", "heldout")}
+    shards = {name: f"{folder}/{{00000..{len(list_shards(folder)) - 1:05d}}}.tar" for name, folder in parts.items()}
     return [
-        "--config", str(setting.study.base_file), *words({**setting.study.overrides, **run.options}),
-        "--train-data", f"{train}/{{00000..{last:05d}}}.tar",
-        "--duration", f"{run.samples}samples", "--seed", str(run.seed),
-        "--logs", str(setting.out / "runs"), "--name", run.id, "--resume", "latest", "--no-progress",
-        *(("--device", setting.device) if setting.device else ()),
+        "--config", str(config), "--train-data", shards["train"], "--val-data", shards["heldout"],
+        "--duration", f"{run.samples}samples", "--seed", str(run.seed), "--logs", str(study.out / "runs"),
+        "--name", run.id, "--resume", "latest", "--no-progress", *_device(study),
     ]  # fmt: skip
 
 
-def execute(run: Run, setting: Setting) -> dict[str, Any]:
+def execute(run: Run, study: Study) -> dict[str, Any]:
     """Trains and evaluates in this process; writes the row and returns it. An interrupted training is continued.
 
     Raises:
-        UserError: the training refused, or the evaluation did.
+        UserError: the training refused, or an evaluation did.
     """
-    torch.set_num_threads(run.threads)
-    begin = time.perf_counter()
-    folder = setting.out / "runs" / run.id
-    code = trainer.main(command_line(run, setting))
-    if code:
-        raise UserError(f"The training of {run.name}, seed {run.seed}, ended with exit code {code}.")
-    row = {
-        "id": run.id, "seed": run.seed, "threads": run.threads, "device": setting.device or "auto",
-        "model": setting.study.base["model"], "options": run.options, **read_training(folder),
-    }  # fmt: skip
-    weights = newest(folder / "checkpoints")
-    torch.set_num_threads(run.threads)
-    if FULL in run.evaluations:
-        fashion = setting.fashion_mnist if setting.probes_fashion(run) else None
-        row |= evaluate(weights, setting.study.data, fashion_mnist=fashion, device=setting.device)
-    if REDUCED in run.evaluations:
-        figures = evaluate(weights, setting.study.data, reduced=True, device=setting.device)
-        row |= {f"reduced_{key}": value for key, value in figures.items() if key != "weights"}
+    torch.set_num_threads(THREADS)
+    begin, folder = time.perf_counter(), study.out / "runs" / run.id
+    if code := trainer.main(command_line(run, study)):
+        raise UserError(f"The training of {run.cells[0]}, seed {run.seed}, ended with exit code {code}.")
+    torch.set_num_threads(THREADS)
+    row = {"id": run.id, "seed": run.seed, "threads": THREADS, "device": study.device or "auto"}
+    row |= {"model": study.base["model"], "options": json.dumps(run.options), **read_training(folder)}
+    for kind in sorted(run.evaluations):
+        flags, prefix = ([], "") if kind == FULL else ([f"--{REDUCED}"], "reduced_")
+        row |= {f"{prefix}{key}": value for key, value in evaluate(folder, study, *flags).items()}
     row["seconds"] = round(time.perf_counter() - begin, 1)
-    path = setting.row_file(run)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-    if not setting.keep_weights:
+    with written_whole(path_of(run, study, "json")) as file:
+        file.write(json.dumps(row, indent=2).encode())
+    if not study.keep_weights:
         shutil.rmtree(folder / "checkpoints")
     return row
 
@@ -123,119 +90,100 @@ def execute(run: Run, setting: Setting) -> dict[str, Any]:
 def read_training(folder: Path) -> dict[str, Any]:
     """What a run's own log says of it.
 
-    `gflops` is the mean over the logged steps of what the trainer counts for a pair, `pflops` that times the samples;
-    `train_loss` is the mean over the last tenth of the logged steps.
+    `gflops` is the mean over the logged steps of what the trainer counts for a sample, `pflops` that times the samples;
+    `train_loss` is the mean over the last tenth of the logged steps, `val_loss` that of the held-out pairs at the end.
     """
-    with (folder / "train.csv").open(newline="") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    log = (folder / "out.log").read_text(encoding="utf-8")
-    counts = re.search(r"tokens per layer (\[.*?\])\)", log)
-    row: dict[str, Any] = {
-        "rrt": statistics.fmean(row.get("rrt", 0.0) for row in rows),
-        "tokens_per_layer": json.loads(counts[1]) if counts else None,
-        "samples": int(rows[-1]["samples"]),
-        "steps": int(rows[-1]["step"]) + 1,
-        "train_loss": statistics.fmean(row["loss"] for row in rows[-max(1, len(rows) // 10) :]),
-        "train_seconds": round(sum(_seconds(rows)), 1),
+    log = pandas.read_csv(folder / "train.csv")
+    counts = re.search(r"tokens per layer (\[.*?\])\)", (folder / "out.log").read_text(encoding="utf-8"))
+    evaluations = (folder / "checkpoints" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    samples, gflops = int(log["samples"].iloc[-1]), float(log["gflops_per_sample"].mean())
+    return {
+        "rrt": float(log["rrt"].mean()) if "rrt" in log else 0.0,
+        "tokens_per_layer": counts and counts[1],
+        "samples": samples,
+        "steps": int(log["step"].iloc[-1]) + 1,
+        "train_loss": float(log["loss"].tail(max(1, len(log) // 10)).mean()),
+        "train_seconds": float((log["samples"].diff().fillna(log["samples"]) / log["samples_per_second"]).sum()),
+        "val_loss": json.loads(evaluations[-1])["clip_val_loss"],
+        "gflops": gflops,
+        "pflops": gflops * samples / 1e6,
     }
-    if "gflops_per_pair" in rows[0]:
-        gflops = statistics.fmean(row["gflops_per_pair"] for row in rows)
-        row |= {"gflops": gflops, "pflops": gflops * row["samples"] / 1e6}
-    return row
 
 
-def _seconds(rows: Sequence[dict[str, float]]) -> list[float]:
-    """Of the steps since the row before."""
-    seconds, done = [], 0.0
-    for row in rows:
-        seconds.append((row["samples"] - done) / row["samples_per_second"])
-        done = row["samples"]
-    return seconds
+def evaluate(folder: Path, study: Study, *flags: str) -> dict[str, float | str]:
+    """What the evaluation commands say of the weights of the run in `folder`; accuracies and recalls are fractions."""
+    weights = str(newest(folder / "checkpoints"))
+
+    def measured(command: ModuleType, data: str, *more: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as results:
+            words = ["--pretrained", weights, "--data", data, "--results", results, *EVALUATION, *_device(study)]
+            if code := command.main([*words, *flags, *more]):
+                raise UserError(f"The evaluation of {weights} on {data} ended with exit code {code}.")
+            (record,) = (json.loads(path.read_text(encoding="utf-8")) for path in Path(results).glob("*.json"))
+            return {"weights": record["weights"], **record["metrics"]}
+
+    figures: dict[str, float | str] = {}
+    for name in ("seen", "heldout"):
+        found = measured(zero_shot, f"webdataset={study.data / name}")
+        keys = {"top1": "top1", "top5": "top5", "mean_per_class": "mean_per_class_recall"}
+        figures |= {"weights": found["weights"], **{f"{name}_{key}": found[theirs] for key, theirs in keys.items()}}
+    found = measured(retrieval, str(study.data / "heldout"))
+    figures |= {key: found[key] for key in found if key.endswith(("R@1", "R@5", "R@10", "mean_rank"))}
+    probes = {"category": (f"webdataset={study.data / 'categories'}", "1000")}
+    probes |= {"fashion": (f"fashion-mnist={study.fashion_mnist}", "2000")} if study.fashion_mnist else {}
+    for name, (data, samples) in probes.items():
+        figures[f"{name}_top1"] = measured(linear_probe, data, *PROBE, samples)["top1"]
+    return figures
 
 
-# ------------------------------------------------------------------------------------------------------------ many runs
+def _device(study: Study) -> list[str]:
+    return ["--device", study.device] if study.device else []
 
 
-def _child(run: Run, setting: Setting) -> None:
-    """In a process of its own: everything that is printed goes to the run's log."""
-    log = setting.log_file(run)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        execute(run, setting)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def run_all(
-    runs: Sequence[Run],
-    setting: Setting,
-    *,
-    jobs: int,
-    minutes: float | None = None,
-    show: Callable[[str], None] = print,
-) -> list[Run]:
+def run_all(runs: Sequence[Run], study: Study, *, jobs: int, show: Callable[[str], None] = print) -> list[Run]:
     """Does the runs that are not finished, `jobs` at a time in their order, and returns those that failed.
 
-    Args:
-        minutes: start no further run after that time; those that are under way end.
-        show: is called with a line for each run that ends.
+    `show` is called with a line for each run that ends.
     """
-    setting.out.mkdir(parents=True, exist_ok=True)
-    waiting = [run for run in runs if setting.finished(run) is None]
-    show(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
-    begin, failed, done = time.monotonic(), [], len(runs) - len(waiting)
+    done, failed = [run for run in runs if finished(run, study)], []
+    waiting = [run for run in runs if run not in done]
+    show(f"{len(done)} of {len(runs)} runs are finished already")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.main", "benchmarks.study.run"])  # torch and open_clip are imported once
-    busy: dict[int, tuple[Any, Run]] = {}
-    try:
-        while waiting or busy:
-            late = minutes is not None and time.monotonic() - begin > 60 * minutes
-            while waiting and len(busy) < jobs and not late:
-                run = waiting.pop(0)
-                process = context.Process(target=_child, args=(run, setting))
-                process.start()
-                busy[process.sentinel] = process, run
-            if not busy:
-                show(f"{len(waiting)} runs are left for another time")
-                break
-            for sentinel in connection.wait(list(busy)):
-                process, run = busy.pop(sentinel)
-                process.join()
-                row = setting.finished(run) if process.exitcode == 0 else None
-                if row is None:
-                    failed.append(run)
-                    show(f"FAILED {run.name}, seed {run.seed} (exit code {process.exitcode}):\n{tail(run, setting)}")
-                else:
-                    done += 1
-                    show(f"[{done}/{len(runs)}] {describe(run, row)}")
-    finally:
-        for process, _ in busy.values():
-            process.terminate()
-        for process, _ in busy.values():
-            process.join()
+
+    def do(run: Run) -> None:
+        process = context.Process(target=_child, args=(run, study))
+        process.start()
+        process.join()
+        if process.exitcode == 0 and (row := finished(run, study)):
+            done.append(run)
+            show(f"[{len(done)}/{len(runs)}] {describe(run, row)}")
+        else:
+            failed.append(run)
+            lines = path_of(run, study, "log").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+            show("\n    ".join([f"FAILED {run.cells[0]}, seed {run.seed} (exit code {process.exitcode}):", *lines]))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(do, waiting))
     return failed
 
 
-def tail(run: Run, setting: Setting) -> str:
+def _child(run: Run, study: Study) -> None:
+    """In a process of its own: everything that is printed goes to the run's log."""
+    with path_of(run, study, "log").open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     try:
-        lines = setting.log_file(run).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    return "\n".join(f"    {line}" for line in lines[-LOG_LINES:]) or "    (nothing was logged)"
+        execute(run, study)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
-def describe(run: Run, row: dict[str, Any]) -> str:
-    """A run in one line."""
-    figures = ", ".join(
-        f"{name} {100 * row[key]:.1f} %"
-        for name, key in (("seen", "seen_top1"), ("held-out", "heldout_top1"), ("category", "category_top1"))
-        if key in row
-    )
-    return (
-        f"{run.name} seed {run.seed}: loss {row['train_loss']:.3f}, {figures}, RRT {row['rrt']:.1%}, "
-        f"{row.get('gflops', 0):.3f} GFLOP/pair, {row['samples']} samples, {row['seconds']:.0f} s"
-    )
+def describe(run: Run, row: dict[str, Any] | None) -> str:
+    """A run in one line, of what it gave or, before that, of what it will cost."""
+    name = f"{' = '.join(run.cells)} seed {run.seed} ({run.id}), {run.samples:,} samples"
+    if row is None:
+        return f"{name}: {run.flops / 1e9:.3f} GFLOP/sample, {run.flops * run.samples / 1e15:.4f} PFLOP"
+    figures = ", ".join(f"{key} {row[key]:.1%}" for key in ("seen_top1", "heldout_top1", "category_top1") if key in row)
+    costs = f"RRT {row['rrt']:.1%}, {row['gflops']:.3f} GFLOP/sample, {row['seconds']:.0f} s"
+    return f"{name}: loss {row['train_loss']:.3f}, {figures}, {costs}"

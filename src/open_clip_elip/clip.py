@@ -5,7 +5,7 @@ both ways with `strict=True`.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 
 import open_clip
 import torch
@@ -14,9 +14,10 @@ from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncode
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .blocks import has_hooks, is_traced
 from .reduction import METHODS, TokenReduction, check_blocks
 from .text import TextParts, can_cut, cut_text, encode_parts
-from .vision import can_drive, num_patches, only_cls, pool, run_layer, skips_last
+from .tower import ImageTower
 
 # Hugging Face text models whose first token is a `[CLS]`; the others (mT5, M2M100) have none and use what they pool.
 HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
@@ -29,76 +30,44 @@ class Shortcuts(nn.Module):
     - Of the last layers only the row that is pooled is computed.
     - Blocks run without copies (see `blocks.py`).
 
-    What a tower does not allow runs as OpenCLIP runs it.
-
-    Attributes:
-        shortcuts: turn them off with False.
+    What a tower does not allow, or what was changed about it, runs as OpenCLIP runs it.
     """
 
-    shortcuts: bool = True
+    def __init__(self, *args, token_reduction: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        reduction = None if token_reduction is None else make_reduction(self.visual, token_reduction)
+        self._tower = ImageTower(self.visual, reduction)
+
+    @property
+    def tower(self) -> ImageTower:
+        """How the image tower is run; its switches are the model's."""
+        if self._tower.visual is not self.visual:  # another one was put in its place
+            self._tower.visual = self.visual
+        return self._tower
 
     def encode_text(self, text: Tensor | TextParts, normalize: bool = False) -> Tensor:
         """
         Args:
             text: (B, T) token ids, or what `cut_text` makes of them. Token ids are cut here, except where that would
-                make a training step wait for a GPU, or be in a compiled graph.
+                make a training step wait for a GPU, or be in a compiled graph. Nothing is cut while a graph is traced
+                or exported, which is to fit other captions too.
             normalize: return features of unit length.
 
         Returns:
             (B, embed_dim).
         """
-        if not isinstance(text, TextParts):
+        if isinstance(text, TextParts):
+            text = text if can_cut(self) else text.whole(self.context_length)
+        elif self.tower.shortcuts and not is_traced():
             waits = self.training and text.device.type != "cpu"
-            if self.shortcuts and not waits and not torch.compiler.is_compiling():
+            if not waits and not torch.compiler.is_compiling():
                 text = cut_text(text, self)
-            elif self.shortcuts and can_cut(self):
+            elif can_cut(self):
                 text = TextParts((text,), torch.arange(len(text), device=text.device))
         if not isinstance(text, TextParts):
             return super().encode_text(text, normalize=normalize)
         features = encode_parts(self, text)
         return F.normalize(features, dim=-1) if normalize else features
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """(B, 3, H, W) to (B, embed_dim), with all tokens."""
-        if not (self.shortcuts and can_drive(self.visual)):
-            return super().encode_image(image, normalize=normalize)
-        return self.pool_image(self.encode_tokens(image), normalize)
-
-    def encode_tokens(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) to the tokens after the last layer, (B, L, D); OpenCLIP's own ViT only."""
-        x = self.visual._embeds(image)
-        for block in self.visual.transformer.resblocks:
-            x = self.run_vision_block(block, x)
-        return x
-
-    def run_vision_block(self, block: nn.Module, *tensors: Tensor, function: Callable | None = None):
-        """One layer of the image tower; see `vision.run_layer`."""
-        return run_layer(self.visual, block, *tensors, function=function, shortcuts=self.shortcuts)
-
-    def pool_image(self, x: Tensor, normalize: bool) -> Tensor:
-        """(B, L, D) after the last layer to features (B, embed_dim)."""
-        features = pool(self.visual, x)
-        return F.normalize(features, dim=-1) if normalize else features
-
-
-class TextFirst(Shortcuts):
-    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption if the method
-    is one that uses it.
-
-    - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
-    - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
-      ever reaches an image feature that is evaluated.
-
-    Attributes:
-        reduction: the method; has no parameters.
-        reduces: False trains with all tokens, as the last stretch of a run may (`--full-tokens-last`).
-        vision_guided: reduce tokens without a caption too, scored by the image alone (ELIP: lam = 1; Sec. 4.4.5).
-            Faster, at some loss of quality; off unless it is asked for.
-    """
-
-    reduction: TokenReduction
-    reduces: bool = True
-    vision_guided: bool = False
 
     def encode_image(
         self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None, reduce: bool | None = None
@@ -108,30 +77,33 @@ class TextFirst(Shortcuts):
             image: (B, 3, H, W).
             normalize: return features of unit length.
             guidance: (B, vision width) from `guidance_from_text`.
-            reduce: remove tokens. None: if there is guidance, or with `vision_guided`.
+            reduce: remove tokens. None: if there is guidance, or with `tower.vision_guided`.
 
         Returns:
             (B, embed_dim).
         """
         if guidance is not None:
             _check_pairs(image, guidance)
-        if not self._is_reduced(guidance, reduce):
-            return super().encode_image(image, normalize=normalize)
-        return self.pool_image(self.encode_tokens(image, guidance, reduce), normalize)
+        features = self.tower.features(image, guidance, reduce=reduce)
+        return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_tokens(self, image: Tensor, guidance: Tensor | None = None, reduce: bool | None = None) -> Tensor:
-        """As in `Shortcuts`, reduced as in `encode_image`."""
-        if not self._is_reduced(guidance, reduce):
-            return super().encode_tokens(image)
-        captioned = guidance is not None and self.reduction.uses_text
-        if not (captioned or self.training or self.reduction.works_alone):
-            raise ValueError(f"{type(self.reduction).__name__} reduces tokens in training only.")
-        x = self.visual._embeds(image)
-        blocks = self.visual.transformer.resblocks
-        return self.reduction(blocks, x, guidance, run=self.run_vision_block, only_cls=skips_last(self))
+    def __prepare_scriptable__(self) -> nn.Module:
+        return without_token_reduction(self)  # TorchScript compiles OpenCLIP's own
 
-    def _is_reduced(self, guidance: Tensor | None, reduce: bool | None) -> bool:
-        return guidance is not None or self.vision_guided if reduce is None else reduce
+
+class TextFirst(Shortcuts):
+    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption if the method
+    is one that uses it.
+
+    - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
+    - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
+      ever reaches an image feature that is evaluated.
+    """
+
+    @property
+    def reduction(self) -> TokenReduction:
+        """The method; has no parameters."""
+        return self.tower.reduction
 
     def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
         """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.
@@ -143,7 +115,8 @@ class TextFirst(Shortcuts):
         if _has_unpooled_cls(tower):
             mask = (text != tower.config.pad_token_id).long()
             out = tower.transformer(input_ids=text, attention_mask=mask)
-            features = tower.proj(tower.pooler(out, mask))
+            touched = has_hooks(tower) or "forward" in vars(tower)
+            features = tower(text) if touched else tower.proj(tower.pooler(out, mask))
             cls_features = tower.proj(out.last_hidden_state[:, 0])
             features = F.normalize(features, dim=-1) if normalize else features
         else:
@@ -165,7 +138,7 @@ class TextFirst(Shortcuts):
         image_features = text_features = guidance = reduce = None
         if text is not None:
             if self.training and image is not None:
-                reduce = self.reduces
+                reduce = self.tower.reduces
             if reduce and self.reduction.uses_text:
                 text_features, guidance = self.encode_text_and_guidance(text, normalize=True)
             else:
@@ -182,19 +155,6 @@ class TextFirst(Shortcuts):
         out = (image_features, text_features, scale)
         return out if self.logit_bias is None else (*out, self.logit_bias)
 
-    def num_patches(self) -> int:
-        """Patch tokens that enter the first layer in training (M); see `vision.num_patches`."""
-        return num_patches(self.visual)
-
-    def token_counts(self) -> list[int]:
-        """Sequence length in each layer of the image tower in training, `[CLS]` included."""
-        patches = self.num_patches()
-        return self.reduction.token_counts(patches) if self.reduces else [1 + patches] * self.reduction.num_layers
-
-    def rrt(self) -> float:
-        """Ratio of removed tokens in training (see `TokenReduction.rrt`)."""
-        return self.reduction.rrt(self.num_patches()) if self.reduces else 0.0
-
 
 class ShortcutCLIP(Shortcuts, open_clip.CLIP):
     """`open_clip.CLIP` with the exact shortcuts, and no token reduction."""
@@ -205,27 +165,19 @@ class ShortcutCustomTextCLIP(Shortcuts, open_clip.CustomTextCLIP):
 
 
 class TextFirstCLIP(TextFirst, open_clip.CLIP):
-    """`open_clip.CLIP` with token reduction; takes its arguments plus `token_reduction` (see `attach_reduction`)."""
-
-    def __init__(self, *args, token_reduction: dict, **kwargs):
-        super().__init__(*args, **kwargs)
-        attach_reduction(self, token_reduction)
+    """`open_clip.CLIP` with token reduction; takes its arguments plus `token_reduction` (see `make_reduction`)."""
 
 
 class TextFirstCustomTextCLIP(TextFirst, open_clip.CustomTextCLIP):
     """`open_clip.CustomTextCLIP` with token reduction, for any text tower, Hugging Face's included."""
-
-    def __init__(self, *args, token_reduction: dict, **kwargs):
-        super().__init__(*args, **kwargs)
-        attach_reduction(self, token_reduction)
 
 
 SHORTCUT = {open_clip.CLIP: ShortcutCLIP, open_clip.CustomTextCLIP: ShortcutCustomTextCLIP}
 TEXT_FIRST = {open_clip.CLIP: TextFirstCLIP, open_clip.CustomTextCLIP: TextFirstCustomTextCLIP}
 
 
-def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
-    """Sets `model.reduction` from options such as `{"method": "elip", "lam": 0.6}`.
+def make_reduction(visual: nn.Module, token_reduction: dict) -> TokenReduction:
+    """The method of options such as `{"method": "elip", "lam": 0.6}` for the image tower of a CLIP model.
 
     Raises:
         ValueError: unknown method or option, or an image tower that cannot be reduced.
@@ -234,7 +186,6 @@ def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
     method = options.pop("method", None)
     if method not in METHODS:
         raise ValueError(f"Unknown token reduction method {method!r}; known are {', '.join(METHODS)}.")
-    visual = model.visual
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
             f"Token reduction needs OpenCLIP's own ViT as the image tower; this model has a {type(visual).__name__}."
@@ -243,17 +194,11 @@ def attach_reduction(model: nn.Module, token_reduction: dict) -> None:
     check_blocks(blocks)
     if not visual.transformer.batch_first:
         raise ValueError("Token reduction needs a batch-first image tower.")
-    width, embed_dim = visual.transformer.width, visual.output_dim
-    if visual.proj is None and embed_dim != width:
-        raise ValueError(
-            f"The image tower has no projection, so text features ({embed_dim}) do not come to its width ({width})."
-        )
-    if visual.proj is not None and visual.proj.shape[0] != width:
-        raise ValueError("Token reduction does not support an image tower whose pooled width differs from its tokens'.")
-    config_class, module_class = METHODS[method]
-    if module_class.needs_cls and not only_cls(visual):
-        raise ValueError(f"Token reduction by {method!r} needs an image tower that pools [CLS] (pool_type 'tok').")
-    model.reduction = module_class(config_class.from_dict(options), len(blocks))
+    width = visual.transformer.width
+    if width != (visual.output_dim if visual.proj is None else visual.proj.shape[0]):
+        raise ValueError("Token reduction needs an image tower whose pooled features have the width of its tokens.")
+    kind = METHODS[method]
+    return kind(kind.Config.from_dict(options), len(blocks))
 
 
 def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> nn.Module:
@@ -270,9 +215,7 @@ def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> n
         ValueError: another kind of model, or an option that does not fit it.
     """
     plain = _plain_class(model)
-    twin = _twin(model, TEXT_FIRST[plain])
-    attach_reduction(twin, {"method": method, **options})
-    return twin
+    return _twin(model, TEXT_FIRST[plain], make_reduction(model.visual, {"method": method, **options}))
 
 
 def with_shortcuts(model: nn.Module) -> nn.Module:
@@ -288,11 +231,7 @@ def with_shortcuts(model: nn.Module) -> nn.Module:
 def without_token_reduction(model: nn.Module) -> nn.Module:
     """The plain OpenCLIP model behind a text-first one, sharing its weights; a plain model is returned as it is."""
     plain = _plain_class(model)
-    if type(model) is plain:
-        return model
-    twin = _twin(model, plain)
-    twin._modules.pop("reduction", None)
-    return twin
+    return model if type(model) is plain else _twin(model, plain)
 
 
 def _check_pairs(image: Tensor, captions: Tensor) -> None:
@@ -312,12 +251,16 @@ def _plain_class(model: nn.Module) -> type[nn.Module]:
     )
 
 
-def _twin(model: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """Another object over the same submodules, parameters and buffers."""
+def _twin(model: nn.Module, cls: type[nn.Module], reduction: TokenReduction | None = None) -> nn.Module:
+    """Another object over the same submodules, parameters and buffers, with an image tower of its own."""
     twin = cls.__new__(cls)
     twin.__dict__.update(model.__dict__)
     for registry in ("_modules", "_parameters", "_buffers"):  # own dicts, so that adding a module to one stays there
         twin.__dict__[registry] = dict(model.__dict__[registry])
+    tower = copy.copy(twin.__dict__.pop("_tower", None)) or ImageTower(model.visual)
+    tower.reduction = reduction
+    if issubclass(cls, Shortcuts):
+        twin._tower = tower
     return twin
 
 

@@ -183,7 +183,7 @@ def _resolve_reduction(name: str, own: dict[str, Any], given: dict[str, Any]) ->
     if method not in METHODS:
         raise ModelError(f"Unknown token reduction method {method!r}; known are none, {', '.join(METHODS)}.")
     base = {key: value for key, value in own.items() if key != "method"} if own.get("method") == method else {}
-    kind = _config_class(method)
+    kind = METHODS[method].Config
     lists = {f.name for f in fields(kind) if str(f.type).startswith("tuple")}
     options = {k: [v] if k in lists and isinstance(v, (int, float)) else v for k, v in options.items()}
     try:
@@ -191,10 +191,6 @@ def _resolve_reduction(name: str, own: dict[str, Any], given: dict[str, Any]) ->
     except (TypeError, ValueError) as error:
         raise ModelError(f"Token reduction of {name}: {error}") from error
     return {"method": method, **config.to_dict()}
-
-
-def _config_class(method: str) -> type:
-    return METHODS[method][0]
 
 
 def _plain(value: Any) -> Any:

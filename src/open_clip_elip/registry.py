@@ -16,19 +16,17 @@ import open_clip
 from open_clip import factory, pretrained
 
 from .clip import TEXT_FIRST
+from .reduction import METHODS
 
 MODEL_CONFIGS = Path(__file__).parent / "model_configs"
-# What a model's name has behind the name of the plain model, by method.
-SUFFIXES = {"elip": "-ELIP", "adaptive": "-ELIP-Adaptive", "evit": "-EViT", "tome": "-ToMe", "random": "-Random"}
 
 
 def register() -> None:
     """Registers the model configurations and the builders. Calling it again changes nothing."""
     if getattr(factory.CLIP, "builds_text_first", False):
         return
-    factory.CLIP = _builder(open_clip.CLIP)
-    factory.CustomTextCLIP = _builder(open_clip.CustomTextCLIP)
-    factory.CoCa = _refuser(open_clip.CoCa)
+    for plain in (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa):
+        setattr(factory, plain.__name__, _builder(plain))
     open_clip.add_model_config(MODEL_CONFIGS)
     # The weights are the plain model's, so its pretrained tags are valid here too.
     for path in MODEL_CONFIGS.glob("*.json"):
@@ -39,32 +37,20 @@ def register() -> None:
 
 def plain_name(name: str) -> str:
     """The plain model of the same shape: `ViT-B-16` for `ViT-B-16-ToMe`."""
-    for suffix in sorted(SUFFIXES.values(), key=len, reverse=True):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
+    suffixes = sorted((method.suffix for method in METHODS.values() if method.suffix), key=len, reverse=True)
+    return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
 
 
 def _builder(plain: type):
-    text_first = TEXT_FIRST[plain]
-
     def build(*args, token_reduction: dict | None = None, **kwargs):
         if token_reduction is None or token_reduction.get("method") == "none":
             return plain(*args, **kwargs)
-        return text_first(*args, token_reduction=token_reduction, **kwargs)
+        if plain not in TEXT_FIRST:
+            raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} captions from all tokens.")
+        return TEXT_FIRST[plain](*args, token_reduction=token_reduction, **kwargs)
 
     build.__name__ = plain.__name__  # create_model logs it
     build.builds_text_first = True
-    return build
-
-
-def _refuser(plain: type):
-    def build(*args, token_reduction: dict | None = None, **kwargs):
-        if token_reduction is None or token_reduction.get("method") == "none":
-            return plain(*args, **kwargs)
-        raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} captions from all tokens.")
-
-    build.__name__ = plain.__name__
     return build
 
 

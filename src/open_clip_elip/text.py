@@ -5,15 +5,15 @@ Exact: no token sees a later one, and only the feature at the end-of-text token 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from open_clip.transformer import TextTransformer, text_global_pool
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import is_plain, run_block, run_block_at
+from .blocks import is_sharded, is_untouched, run_block, run_block_at
+from .reduction.attention import take_row
 
 MAX_PARTS = 4
 # Of compiled models: each shape of the captions is compiled once, so there must not be too many.
@@ -36,6 +36,10 @@ class TextParts(NamedTuple):
         parts = tuple(part.to(device, non_blocking=non_blocking) for part in self.parts)
         return TextParts(parts, self.place.to(device, non_blocking=non_blocking))
 
+    def whole(self, length: int) -> Tensor:
+        """The captions as they were, (B, T) for a context of T = `length`, padded with 0."""
+        return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in self.parts]).index_select(0, self.place)
+
     def pin_memory(self) -> TextParts:
         return TextParts(tuple(part.pin_memory() for part in self.parts), self.place.pin_memory())
 
@@ -51,12 +55,17 @@ def text_tower(model: nn.Module) -> nn.Module:
 
 
 def can_cut(model: nn.Module) -> bool:
-    """Whether the model's text tower is one of OpenCLIP's, causal, and pooled at the end of text."""
+    """Whether the model's text tower is one of OpenCLIP's, causal, pooled at the end of text, and untouched."""
     tower = text_tower(model)
-    if tower is not model and (type(tower) is not TextTransformer or tower.output_tokens):
+    if tower is not model and (not is_untouched(tower) or tower.output_tokens):
         return False
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
-    return causal and _pool_type(tower) in ("argmax", "eos") and tower.transformer.batch_first
+    if not causal or _pool_type(tower) not in ("argmax", "eos") or not tower.transformer.batch_first:
+        return False
+    projection = [tower.text_projection] if isinstance(tower.text_projection, nn.Module) else []
+    return all(map(is_untouched, (tower.token_embedding, tower.transformer, tower.ln_final, *projection))) and all(
+        is_untouched(block) or is_sharded(block) for block in tower.transformer.resblocks
+    )
 
 
 def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multiple: int = 1) -> TextParts | Tensor:
@@ -69,7 +78,8 @@ def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multipl
         model: whose text tower is meant.
         multiple: round each part's length up to a multiple of this, for fewer different shapes.
     """
-    if not getattr(model, "shortcuts", False) or not can_cut(model) or not len(text):
+    image_tower = getattr(model, "tower", None)
+    if image_tower is None or not image_tower.shortcuts or not can_cut(model) or not len(text):
         return text
     lengths = end_of_text(text_tower(model), text).cpu() + 1
     order = lengths.argsort(stable=True)
@@ -90,14 +100,13 @@ def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
 
 
 def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
-    """Text features (B, embed_dim), not normalized, in the batch's order."""
+    """Text features (B, embed_dim), not normalized, in the batch's order, of a model for which `can_cut`."""
     tower = text_tower(model)
     # Looked up together: each lookup has a gradient of the size of the vocabulary.
     embedded = tower.token_embedding(torch.cat([part.flatten() for part in text.parts]))
     rows = embedded.split([part.numel() for part in text.parts])
     features = [_encode(tower, part, x.view(*part.shape, -1)) for part, x in zip(text.parts, rows, strict=True)]
-    features = torch.cat(features)
-    return features.index_select(0, text.place)
+    return torch.cat(features).index_select(0, text.place)
 
 
 def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
@@ -105,28 +114,19 @@ def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
     length, transformer = text.shape[1], tower.transformer
     dtype = transformer.get_cast_dtype()
     x = embedded.to(dtype) + tower.positional_embedding[:length].to(dtype)
-    *blocks, last = transformer.resblocks
-    mask = tower.attn_mask[:length, :length]
+    end, mask = end_of_text(tower, text), tower.attn_mask[:length, :length]
     checkpointing = transformer.grad_checkpointing and torch.is_grad_enabled()
-
-    def run(block: nn.Module, x: Tensor, function: Callable[..., Tensor], more: object) -> Tensor:
-        return checkpoint(function, block, x, more, use_reentrant=False) if checkpointing else function(block, x, more)
-
-    for block in blocks:
-        x = run(block, x, run_block, True) if is_plain(block) else run(block, x, _as_it_is, mask)
-    if is_plain(last):
-        x = tower.ln_final(run(last, x, run_block_at, end_of_text(tower, text)))[:, 0]
-    else:
-        x = tower.ln_final(run(last, x, _as_it_is, mask))
-        x = text_global_pool(x, text, _pool_type(tower), eos_token_id=_eos_id(tower))
+    for block in transformer.resblocks:
+        function, more = nn.Module.__call__, (None, None, mask)
+        if not hasattr(block, "unshard"):  # else `fully_shard` brings its weights when it is called
+            function, more = (run_block_at, (end,)) if block is transformer.resblocks[-1] else (run_block, (True,))
+        x = checkpoint(function, block, x, *more, use_reentrant=False) if checkpointing else function(block, x, *more)
+    x = tower.ln_final(x)
+    x = (x if function is run_block_at else take_row(x, end))[:, 0]
     projection = tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
-
-
-def _as_it_is(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    return block(x, attn_mask=mask)
 
 
 def _pool_type(tower: nn.Module) -> str:

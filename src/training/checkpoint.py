@@ -8,14 +8,16 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .files import written_whole
+from .errors import UserError, reason
+from .files import expendable, written_whole
 from .sharding import load_full_state_dict
 
 LATEST = "epoch_latest.pt"  # OpenCLIP's name, written with --save-most-recent
@@ -88,24 +90,29 @@ class Saver:
         keep_last: how many checkpoints to keep besides the best. None keeps all `epoch_K.pt` and the two newest
             `step_K.pt`.
         every_minutes: how often `due` asks for one; None or 0: never.
+        delete_previous: delete the `epoch_K.pt` before, once a new one is written.
     """
 
     RETRY_SECONDS = 60.0
 
-    def __init__(self, folder: Path | None, keep_last: int | None = None, every_minutes: float | None = None):
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(
+        self, folder: Path | None, keep_last: int | None = None, every_minutes: float | None = None,
+        delete_previous: bool = False,
+    ):  # fmt: skip
+        self.folder, self.keep_last, self.delete_previous = folder, keep_last, delete_previous
         self.interval = (every_minutes or math.inf) * 60
         self.saved_at = time.monotonic()
         self.failed = False
         self.written: dict[str, tuple[int, int]] = {}  # name -> progress
+        self.best = -math.inf
         if folder is not None and folder.is_dir():
             for left_over in folder.glob(".*.pt.*.tmp"):
                 left_over.unlink(missing_ok=True)
             for path in _checkpoints(folder):
-                try:
+                with suppress(UserError):  # told when it is looked for
                     self.written[path.name] = _progress(load(path))
-                except UserError:
-                    pass  # told when it is looked for
+            if (folder / "best.json").exists():
+                self.best = _read_best(folder / "best.json")
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint: by the clock, or because the last one could not be written."""
@@ -116,22 +123,22 @@ class Saver:
     def save(self, state: dict[str, Any], name: str) -> bool:
         """Writes `name` and deletes what is no longer to be kept. False, with a log line, if it could not be written.
 
-        A state with a non-finite weight is never written.
+        A state whose weights, averages or task hold a number that is not finite is never written.
         """
         if self.folder is None:
             return True
         self.saved_at = time.monotonic()
-        bad = next((k for k, v in state["state_dict"].items() if not bool(torch.isfinite(v).all())), None)
+        bad = next(_nonfinite({part: state.get(part) for part in ("state_dict", "ema", "task")}), None)
         if bad is not None:
+            bad = bad.removeprefix("state_dict.")
             logging.error(f"{name} was not written: {bad} is not finite. The checkpoint before it stays the newest.")
             return False
         try:
             save(state, self.folder / name)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
             self.failed = True
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logging.error(
-                f"{name} could not be written ({reason[:200]}). Training goes on with the older checkpoints in place; "
+                f"{name} could not be written ({reason(error)}). Training goes on with the older checkpoints in place; "
                 f"the next try is in {self.RETRY_SECONDS:.0f} s at the latest."
             )
             return False
@@ -143,39 +150,53 @@ class Saver:
     def keep_best(self, epoch: int, score: float | None) -> None:
         """Makes `best.pt` the checkpoint of `epoch` if its score (higher is better) beats the best so far."""
         source = None if self.folder is None else self.folder / f"epoch_{epoch}.pt"
-        if score is None or source is None or not source.is_file():
+        if source is None or not source.is_file() or score is None or not score > self.best:
             return
-        record = self.folder / "best.json"
-        best = json.loads(record.read_text()) if record.is_file() else {"score": -math.inf}
-        if score <= best["score"]:
-            return
-        temporary = self.folder / f".best.pt.{os.getpid()}.tmp"
-        try:
+        with expendable(self.folder / BEST):
+            temporary = self.folder / f".best.pt.{os.getpid()}.tmp"
             temporary.unlink(missing_ok=True)
             try:
                 os.link(source, temporary)  # no second copy on the disk where links are possible
             except OSError:
                 shutil.copyfile(source, temporary)
             os.replace(temporary, self.folder / BEST)
-            record.write_text(json.dumps({"epoch": epoch, "score": score}) + "\n")
-        except OSError as error:
-            logging.error(f"{BEST} could not be written ({error.strerror}).")
-
-    def delete(self, name: str) -> None:
-        """Deletes a checkpoint unless it is the only one."""
-        if self.folder is not None and len(self.written) > 1 and name in self.written:
-            del self.written[name]
-            (self.folder / name).unlink(missing_ok=True)
+            self.best = score
+            with written_whole(self.folder / "best.json") as file:
+                file.write(json.dumps({"epoch": epoch, "score": score}).encode() + b"\n")
 
     def _prune(self, newest: str) -> None:
+        """What `newest`, just written, replaces."""
         names = (name for name in self.written if name != LATEST)
         ordered = sorted(names, key=lambda name: (self.written[name], name == newest))
-        if self.keep_last is None:
-            surplus = [name for name in ordered if name.startswith("step_")][:-2]
-        else:
+        if self.keep_last is not None:
             surplus = ordered[: -max(1, self.keep_last)]
+        else:
+            surplus = [name for name in ordered if name.startswith("step_")][:-2]
+        if self.delete_previous and newest.startswith("epoch_") and newest != LATEST:
+            before = ordered[: ordered.index(newest)]
+            surplus += [name for name in before if name.startswith("epoch_") and name not in surplus][-1:]
         for name in surplus:
-            self.delete(name)
+            del self.written[name]
+            with expendable(self.folder / name):
+                (self.folder / name).unlink(missing_ok=True)
+
+
+def _nonfinite(value: Any, name: str = "") -> Iterator[str]:
+    """Names of the floating tensors with a number that is not finite, at any depth of dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            yield name
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _nonfinite(part, f"{name}.{key}".removeprefix("."))
+
+
+def _read_best(record: Path) -> float:
+    try:
+        return float(json.loads(record.read_bytes())["score"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.warning(f"{record} cannot be read ({reason(error)}); the next score becomes the best one.")
+        return -math.inf
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:

@@ -114,9 +114,8 @@ def leave(patience: float = 5.0) -> None:
 def end(code: int) -> NoReturn:
     """Ends this process, the last thing a command does; as `sys.exit`, but one of several does not tear Python down.
 
-    Gloo's threads outlive the process group where DDP or FSDP have used it. One that lets go of its last tensor only
-    when the interpreter is being torn down aborts the process (github.com/pytorch/pytorch/issues/190489), and the
-    launcher would take a run that is complete for a failed one.
+    A thread of gloo's that lets go of its last tensor only while Python is torn down would abort the process
+    (github.com/pytorch/pytorch/issues/190489), and the launcher take a run that is complete for a failed one.
     """
     if not is_using_distributed():
         sys.exit(code)

@@ -47,21 +47,17 @@ class Duration:
         Args:
             steps_per_epoch: optimizer steps in an epoch.
             global_batch: samples of one optimizer step, over all processes.
-            total_steps: length of the run, which a percentage is of.
-
-        Raises:
-            ValueError: a percentage without a total.
+            total_steps: length of the run, which a percentage is of; without one it raises ValueError.
         """
-        if self.unit == "%":
+        exact = self.amount
+        if self.unit == "epochs":
+            exact *= steps_per_epoch
+        elif self.unit == "samples":
+            exact /= global_batch
+        elif self.unit == "%":
             if total_steps is None:
                 raise ValueError(f"{self} is a share of the run, whose length must be given in another unit.")
-            exact = self.amount * total_steps / 100
-        elif self.unit == "epochs":
-            exact = self.amount * steps_per_epoch
-        elif self.unit == "samples":
-            exact = self.amount / global_batch
-        else:
-            exact = self.amount
+            exact = exact * total_steps / 100
         return max(math.floor(exact + 0.5), int(self.amount > 0))
 
     def __str__(self) -> str:

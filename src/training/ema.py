@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -13,9 +14,8 @@ class Ema:
     """Averages of everything floating point in a model's state dict; what is not (counters) is kept as it is.
 
     The values are those of torch's `AveragedModel` with `get_ema_multi_avg_fn`: the first update copies, each later one
-    moves the average by 1 - decay towards the model. That class is not used because it copies the module, which a
-    sharded model does not allow, and averages half-precision weights in half precision. Here the averages are float32
-    at least, on the model's device, sharded where the model is.
+    moves the average by 1 - decay towards the model. Unlike there, no module is copied (a sharded one cannot be), and
+    the averages are float32 at least; they are on the model's device, sharded where the model is.
 
     Args:
         model: the bare model. Its present weights are the average until the first update.
@@ -69,28 +69,19 @@ class Ema:
                 _fill(model, own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, whole, under exactly the plain model's keys: a checkpoint's `state_dict` of its own.
-
-        Of a sharded model, all processes must call it.
-        """
-        return {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in self.weights.items()}
+        """The averages, whole, under exactly the plain model's keys. Of a sharded model, a collective call."""
+        return {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in self.weights.items()}
 
     @torch.no_grad()
     def load_state_dict(self, weights: Mapping[str, Tensor], updates: int) -> None:
-        """Continues from `state_dict`, whole on every process, and `updates`.
-
-        Raises:
-            ValueError: the weights are not this model's.
-        """
+        """Continues from `state_dict`, whole on every process, and `updates`. ValueError: they are not this model's."""
         wrong = sorted(self.weights.keys() ^ weights.keys())
         wrong = wrong or [name for name, value in self.weights.items() if value.shape != weights[name].shape]
         if wrong:
             raise ValueError(f"The weight average does not fit the model: {wrong[0]} differs; resume with its --model.")
         for name, average in self.weights.items():
             value = weights[name].to(average.device)
-            if hasattr(average, "to_local"):
-                from torch.distributed.tensor import distribute_tensor  # torch 2.5, older than sharding needs
-
+            if isinstance(average, DTensor):
                 value = distribute_tensor(value, average.device_mesh, average.placements, src_data_rank=None)
             _local(average).copy_(_local(value))
         self.updates = updates
@@ -102,7 +93,7 @@ def _wide(value: Tensor) -> Tensor:
 
 def _local(value: Tensor) -> Tensor:
     """This process's part of a tensor that `fully_shard` has distributed; any other tensor itself."""
-    return value.to_local() if hasattr(value, "to_local") else value
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _fill(model: nn.Module, source: Mapping[str, Tensor]) -> None:

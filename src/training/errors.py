@@ -9,3 +9,9 @@ class UserError(Exception):
 
 
 EXIT_USER_ERROR = 2
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, short enough for a sentence."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200].rstrip(".")

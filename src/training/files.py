@@ -1,11 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that a run can do without."""
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from .errors import reason
+
+_failing: set[Path] = set()
 
 
 @contextmanager
@@ -28,3 +33,29 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextmanager
+def expendable(path: Path) -> Iterator[None]:
+    """For a block that updates `path`, which a run can do without: an OSError in it is one line of the log.
+
+    It is told once, until `path` could be updated again.
+    """
+    try:
+        yield
+    except OSError as error:
+        if path not in _failing:
+            logging.error(f"{path} could not be updated ({reason(error)}); the run goes on without.")
+        _failing.add(path)
+    else:
+        _failing.discard(path)
+
+
+def append(path: Path, text: str) -> bool:
+    """Adds whole lines to an expendable file; a line that was cut there is ended first. False: they were not added."""
+    with expendable(path), path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
+    return path not in _failing

@@ -2,18 +2,31 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
+import re
 import resource
 import sys
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from .errors import UserError, reason
+from .files import append, expendable, written_whole
+
 FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 DATE = "%Y-%m-%d,%H:%M:%S"
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        print(f"{self.baseFilename} cannot be written ({reason(sys.exc_info()[1])}).", file=sys.stderr)
+        self.handleError = lambda record: None  # told once
 
 
 class _Console(logging.StreamHandler):
@@ -32,15 +45,16 @@ def setup_logging(level: int, file: Path | None, console: bool) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    handlers: list[logging.Handler] = [_Console()]
+    shown = _Console()
     if not console:
-        handlers[0].setLevel(logging.WARNING)
-        handlers[0].addFilter(lambda record: record.name.startswith("training.data"))
+        shown.setLevel(logging.WARNING)
+        shown.addFilter(lambda record: record.name.startswith("training.data"))
+    shown.setFormatter(logging.Formatter(FORMAT, DATE))
+    root.addHandler(shown)
     if file is not None:
-        handlers.append(logging.FileHandler(file))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(FORMAT, DATE))
-        root.addHandler(handler)
+        with expendable(file):
+            root.addHandler(written := _File(file))
+            written.setFormatter(shown.formatter)
     root.setLevel(level)
     chatty = "PIL urllib3 fsspec matplotlib botocore aiobotocore s3fs torch._dynamo torch._inductor torch.fx"
     for name in chatty.split():
@@ -50,106 +64,136 @@ def setup_logging(level: int, file: Path | None, console: bool) -> None:
 class RunLog:
     """Numbers of a run, on the main rank; on the others every method does nothing.
 
+    A figure that cannot be written, or a file of them that is damaged, is one line of the log and no more.
+
     Args:
         folder: the run's folder; None writes no files.
         enabled: False on all ranks but the main one.
-        report_to: any of "tensorboard" and "wandb" ("csv" is always written).
+        report_to: any of "tensorboard" and "wandb" ("csv" is always written); UserError: it cannot be used.
         step: rows of train.csv from this step on are dropped: they were written after the checkpoint that is resumed.
         wandb_options: project, name, notes, config ... for `wandb.init`.
-
-    Attributes:
-        last_evaluation: the newest figures of an evaluation of this run, those of the resumed run included; {}: none.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        *,
-        enabled: bool = True,
-        report_to: frozenset[str] = frozenset(),
-        step: int = 0,
+        self, folder: Path | None, *, enabled: bool = True, report_to: frozenset[str] = frozenset(), step: int = 0,
         wandb_options: dict[str, Any] | None = None,
-    ):
+    ):  # fmt: skip
         self.folder = folder if enabled else None
         self.columns: list[str] | None = None
-        self.tensorboard = self.wandb = None
-        self.last_evaluation: dict[str, float] = {}
-        if not enabled:
-            return
+        self.results: list[dict[str, float]] = []  # of all evaluations, those of the resumed run included
+        self.writers: dict[str, Any] = {}
+        for kind in sorted(report_to & {"tensorboard", "wandb"}) if enabled else ():
+            try:
+                if kind == "wandb":
+                    self.writers[kind] = _start_wandb(folder, wandb_options or {})
+                elif folder is not None:
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self.writers[kind] = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+            except Exception as error:  # of many kinds: the package, the network, a login, a name
+                what = f"--report-to {kind} cannot be used ({reason(error)})"
+                raise UserError(f"{what}; install or set up what is missing, or leave it out.") from error
         if self.folder is not None:
+            self._keep_results_until(step)
             self._keep_rows_before(step)
-            self.last_evaluation = next(reversed(self._results()), {})
-            if "tensorboard" in report_to:
-                from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step or None)
-        if "wandb" in report_to:
-            import wandb
-
-            self.wandb = wandb.init(dir=None if folder is None else str(folder), **(wandb_options or {}))
+    @property
+    def last_evaluation(self) -> dict[str, float]:
+        """{}: there was none."""
+        return self.results[-1] if self.results else {}
 
     def train(self, row: dict[str, float]) -> None:
         """One row of training figures; `row` has `step`, and the same keys every time."""
         if self.folder is not None:
-            with (self.folder / "train.csv").open("a", newline="") as file:
-                writer = csv.writer(file)
-                if self.columns is None:
-                    self.columns = list(row)
-                    writer.writerow(self.columns)
-                writer.writerow([f"{v:.8g}" if isinstance(v, float) else v for v in map(row.get, self.columns)])
+            columns = self.columns or list(row)
+            lines = [[f"{v:.8g}" if isinstance(v, float) else v for v in map(row.get, columns)]]
+            csv.writer(text := io.StringIO()).writerows(lines if self.columns else [columns, *lines])
+            if append(self.folder / "train.csv", text.getvalue()):
+                self.columns = columns
         self._report("train", row, row["step"])
 
     def evaluation(self, metrics: dict[str, float], step: int) -> None:
         """Figures of one evaluation; `metrics` has `epoch`."""
-        self.last_evaluation = metrics
+        self.results.append(metrics)
         if self.folder is not None:
-            with (self.folder / "checkpoints" / "results.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append(self.folder / "checkpoints" / "results.jsonl", json.dumps(metrics) + "\n")
         self._report("val", metrics, step)
 
     def has_evaluation(self, epoch: int) -> bool:
         """Whether the results of this epoch are written already."""
-        return any(result.get("epoch") == epoch for result in self._results())
+        return any(result.get("epoch") == epoch for result in self.results)
 
     def close(self) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        for writer in self.writers.values():
+            with suppress(Exception):  # what is left to be written on a full disk
+                writer.finish() if hasattr(writer, "finish") else writer.close()
 
     def _report(self, prefix: str, values: dict[str, float], step: int) -> None:
         named = {f"{prefix}/{k}": v for k, v in values.items() if k != "step"}
-        if self.tensorboard is not None:
-            for name, value in named.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(named | {"step": step}, step=step)
+        for kind, writer in list(self.writers.items()):
+            try:
+                if kind == "wandb":
+                    writer.log(named | {"step": step}, step=step)
+                else:
+                    for name, value in named.items():
+                        writer.add_scalar(name, value, step)
+            except Exception as error:
+                logging.error(f"{kind} does not take any more figures ({reason(error)}); the run goes on without it.")
+                del self.writers[kind]
 
-    def _results(self) -> list[dict[str, float]]:
-        path = None if self.folder is None else self.folder / "checkpoints" / "results.jsonl"
-        if path is None or not path.is_file():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    def _keep_results_until(self, step: int) -> None:
+        """Reads results.jsonl; what was written after step `step`, or is damaged, is dropped there."""
+        lines = _lines(path := self.folder / "checkpoints" / "results.jsonl")
+        whole = [result for result in map(_parsed, lines) if isinstance(result, dict)]
+        self.results = [result for result in whole if result.get("step", 0) <= step]
+        text = "".join(json.dumps(result) + "\n" for result in self.results)
+        _rewrite(path, text, dropped=len(lines) - len(self.results), damaged=len(lines) - len(whole))
 
     def _keep_rows_before(self, step: int) -> None:
-        """Drops what was written after step `step`: rows of train.csv and results of evaluations."""
-        results = self._results()
-        kept = [result for result in results if result.get("step", 0) <= step]
-        if len(kept) < len(results):
-            text = "".join(json.dumps(result) + "\n" for result in kept)
-            (self.folder / "checkpoints" / "results.jsonl").write_text(text)
-        path = self.folder / "train.csv"
-        if not path.is_file():
-            return
-        with path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-        if "step" not in header:
-            return
-        at = header.index("step")
-        kept = [r for r in rows if len(r) == len(header) and int(r[at]) < step]
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *kept])
-        self.columns = header
+        """Drops rows of train.csv that were written from step `step` on, or are damaged."""
+        lines = _lines(path := self.folder / "train.csv")
+        rows = [line.split(",") for line in lines if "\0" not in line]
+        if not rows or "step" not in rows[0]:
+            return _rewrite(path, "", dropped=0, damaged=len(lines))  # nothing to go on from; it stays as it is
+        self.columns = rows[0]
+        at = self.columns.index("step")
+        whole = [row for row in rows[1:] if len(row) == len(self.columns) and row[at].isdigit()]
+        kept = [self.columns, *(row for row in whole if int(row[at]) < step)]
+        text = "".join(",".join(row) + "\r\n" for row in kept)
+        _rewrite(path, text, dropped=len(lines) - len(kept), damaged=len(lines) - len(whole) - 1)
+
+
+def _start_wandb(folder: Path | None, options: dict[str, Any]) -> Any:
+    import wandb
+
+    name = options.get("id") or ""
+    plain = re.sub(r"[:;,#?/']|^\s|\s$", "-", name)  # what wandb does not take in an id
+    if plain != name:
+        options = options | {"id": f"{plain}-{zlib.crc32(name.encode()):08x}"}
+    return wandb.init(dir=None if folder is None else str(folder), **options)
+
+
+def _lines(path: Path) -> list[str]:
+    """Those of a text file that is expendable; a last one without an end gets a NUL, as a crash may leave elsewhere."""
+    text = ""
+    with expendable(path):
+        text = path.read_text(errors="replace") if path.is_file() else ""
+    return (text if not text or text.endswith("\n") else text + "\0").splitlines()
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _rewrite(path: Path, text: str, dropped: int, damaged: int) -> None:
+    if damaged:
+        logging.warning(f"{damaged} line(s) of {path} are damaged and passed over; the run goes on.")
+    if dropped:
+        with expendable(path), written_whole(path) as file:
+            file.write(text.encode())
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -17,6 +17,7 @@ from open_clip_elip.identity import Identity, ModelError
 
 from .distributed import Ranks
 from .errors import UserError
+from .options.model import LockingOptions
 from .sharding import shard
 
 SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10}  # the SigLIP paper's
@@ -35,18 +36,12 @@ _OLD_FLAGS = {
 
 
 class Built(NamedTuple):
-    """What `build_model` makes.
-
-    Attributes:
-        report: what became of each tensor of the weights; None: the weights are random.
-    """
+    """What `build_model` makes; the transform is that of evaluation."""
 
     identity: Identity
     model: nn.Module
-    preprocess_train: Callable
-    preprocess_val: Callable
+    transform: Callable
     tokenizer: Callable
-    report: weights.Report | None
 
 
 @contextmanager
@@ -58,12 +53,11 @@ def told() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def build_model(options: Any, device: torch.device, *, image_tower: bool = True) -> Built:
-    """The model of a run with its weights, its transforms and its tokenizer.
+def build_model(options: Any, device: torch.device, *, image_tower: bool = False) -> Built:
+    """The model of a run with its weights, its transform and its tokenizer.
 
     Args:
-        options: `model`, `pretrained`, `pretrained_image`, `token_reduction`, `siglip`, `precision`, what is in
-            `CHANGES`, `aug_cfg`, `shortcuts`, `full_tokens_last`, `grad_checkpointing` and `lock_...` are read.
+        options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
         image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
 
     Raises:
@@ -72,22 +66,28 @@ def build_model(options: Any, device: torch.device, *, image_tower: bool = True)
     with told():
         source = weights.find(options.model, options.pretrained, options.cache_dir)
         identity = identity_of(vars(options))
-        if options.full_tokens_last is not None and identity.token_reduction is None:
-            raise UserError(f"--full-tokens-last needs a model with token reduction; {options.model} has none.")
-        model, report = create_filled(
+        model, _ = create_filled(
             identity, source, options.precision, device, image_tower=image_tower,
             pretrained_image=options.pretrained_image, cache_dir=options.cache_dir,
         )  # fmt: skip
-        preprocess = identities.transforms(identity, options.aug_cfg)
+        _, transform = identities.transforms(identity)
         tokenizer = identities.tokenizer(identity, options.cache_dir)
-    model.shortcuts = options.shortcuts
+    if hasattr(model, "tower"):
+        model.tower.shortcuts = options.shortcuts
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return Built(identity, model, transform, tokenizer)
+
+
+def lock(model: nn.Module, options: LockingOptions) -> None:
+    """Takes towers, or their first layers, out of the training; a UserError if the model cannot."""
     if options.lock_image:
         model.lock_image_tower(options.lock_image_unlocked_groups, options.lock_image_freeze_bn_stats)
     if options.lock_text:
-        model.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing()
-    return Built(identity, model, *preprocess, tokenizer, report)
+        try:
+            model.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
+        except AssertionError as error:  # of OpenCLIP's own text tower
+            raise UserError(f"{options.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
 
 
 def create_filled(

@@ -1,10 +1,10 @@
 """Parameter groups, optimizer and learning-rate schedule."""
 from __future__ import annotations
 
-import argparse
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from open_clip.transformer import TextTransformer, VisionTransformer
@@ -46,8 +46,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 def distances_from_head(model: nn.Module) -> dict[str, int]:
     """Layers between each parameter and the head of its tower, by parameter name.
 
-    0 for what comes after the last block (final normalisation, projection), for the logit scale and bias, and for what
-    is in no tower (a classifier's head); 1 for the last block, L for the first of L, L + 1 for the embeddings.
+    0 for what comes after the last block and for what is in no tower (logit scale and bias, a classifier's head); 1 for
+    the last block, L for the first of L, L + 1 for the embeddings.
 
     Raises:
         UserError: a tower is not one of OpenCLIP's own transformers.
@@ -76,48 +76,53 @@ def distances_from_head(model: nn.Module) -> dict[str, int]:
     return distances
 
 
-def create_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, or `timm/NAME` for any optimizer of timm; with `--layer-decay`, the groups' lr is scaled already.
+def create_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> torch.optim.Optimizer:
+    """AdamW, or `timm/NAME` for any optimizer of timm.
+
+    Args:
+        model_or_groups: a model, of which `parameter_groups` (or timm's own, as usual with its optimizers) are taken,
+            or a task's own groups, with `weight_decay` and perhaps `lr_scale` each.
+        options: opt, lr, wd, beta1, beta2, eps, momentum, layer_decay.
 
     Raises:
         UserError: unknown optimizer, nothing to train, or layer decay for a model that it does not fit.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError("Every parameter is locked, so there is nothing to train; drop --lock-image or --lock-text.")
-    layer_decay = getattr(args, "layer_decay", None)
-    if layer_decay is not None and args.lr is None:
+    given, layer_decay = isinstance(model_or_groups, list), getattr(options, "layer_decay", None)
+    if layer_decay is not None and options.lr is None:
         raise UserError("--layer-decay scales the learning rate, so it needs --lr.")
-    groups = parameter_groups(model, args.wd, layer_decay)
-    if args.opt.lower() == "adamw":
-        fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters()) or None
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=fused)
-    elif args.opt.lower().startswith("timm/"):
-        # timm makes groups of its own; they are its optimizers' usual ones, so only layer decay replaces them.
-        optimizer = _timm_optimizer(model if layer_decay is None else groups, args)
+    groups = model_or_groups if given else parameter_groups(model_or_groups, options.wd, layer_decay)
+    parameters = [p for group in groups for p in group["params"]]
+    if not any(p.requires_grad for p in parameters):
+        raise UserError("Every parameter is locked, so there is nothing to train; drop --lock-image or --lock-text.")
+    name = options.opt.lower()
+    if name == "adamw":
+        betas, fused = (options.beta1, options.beta2), all(p.device.type in ("cpu", "cuda") for p in parameters) or None
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=fused)
+    elif name.startswith("timm/"):
+        optimizer = _timm_optimizer(groups if given or layer_decay is not None else model_or_groups, options)
     else:
-        raise UserError(f"Unknown optimizer {args.opt!r}; use adamw or timm/NAME.")
+        raise UserError(f"Unknown optimizer {options.opt!r}; use adamw or timm/NAME.")
     for group in optimizer.param_groups:
         if "lr_scale" in group:
             group["lr"] *= group["lr_scale"]
     return optimizer
 
 
-def _timm_optimizer(model_or_groups: nn.Module | list[dict], args: argparse.Namespace) -> torch.optim.Optimizer:
+def _timm_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
-    options = {"lr": args.lr, "weight_decay": args.wd, "eps": args.eps, "momentum": args.momentum}
-    if args.beta1 is not None:
-        options["betas"] = (args.beta1, args.beta2)
-    options = {k: v for k, v in options.items() if v is not None}
+    betas = None if options.beta1 is None else (options.beta1, options.beta2)
+    given = {"lr": options.lr, "weight_decay": options.wd, "eps": options.eps, "momentum": options.momentum}
+    given = {k: v for k, v in {**given, "betas": betas}.items() if v is not None}
     try:
-        return create_optimizer_v2(model_or_groups, args.opt[len("timm/"):], **options)
+        return create_optimizer_v2(model_or_groups, options.opt[len("timm/"):], **given)
     except (AssertionError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"timm cannot create the optimizer {args.opt!r} with these settings: {error}") from error
+        raise UserError(f"timm cannot create the optimizer {options.opt!r} with these settings: {error}") from error
 
 
 def create_schedule(
     optimizer: torch.optim.Optimizer,
-    args: argparse.Namespace,
+    options: Any,
     *,
     total_steps: float,
     warmup_steps: float,
@@ -130,21 +135,19 @@ def create_schedule(
     of OpenCLIP's schedules. A group with `lr_scale` gets lr * lr_scale; what is returned is lr.
 
     Args:
+        options: skip_scheduler, lr_scheduler, lr, lr_cooldown_power, lr_cooldown_end.
         total_steps: length of the run; later steps get the last value.
         warmup_steps: steps in which lr rises linearly to `--lr`.
         cooldown_steps: length of the cooldown at the end, for const-cooldown.
     """
-    if args.skip_scheduler:
+    if options.skip_scheduler:
         return None
-    if args.lr_scheduler == "cosine":
-        set_lr = cosine_lr(optimizer, args.lr, warmup_steps, total_steps)
-    elif args.lr_scheduler == "const":
-        set_lr = const_lr(optimizer, args.lr, warmup_steps, total_steps)
+    lengths = (optimizer, options.lr, warmup_steps, total_steps)
+    if options.lr_scheduler == "const-cooldown":
+        set_lr = const_lr_cooldown(*lengths, cooldown_steps, options.lr_cooldown_power, options.lr_cooldown_end)
     else:
-        set_lr = const_lr_cooldown(
-            optimizer, args.lr, warmup_steps, total_steps, cooldown_steps, args.lr_cooldown_power, args.lr_cooldown_end
-        )
-    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]  # the flag's, whatever is resumed
+        set_lr = {"cosine": cosine_lr, "const": const_lr}[options.lr_scheduler](*lengths)
+    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]  # the option's, whatever is resumed
 
     def schedule(step: float) -> float:
         # OpenCLIP's warm-up gives --lr at warmup - 1 and would go beyond it at a fraction of a step later.

@@ -1,7 +1,6 @@
 """How long a run is, in steps, epochs and samples, and what a resumed run must have in common with the one before."""
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable
@@ -18,12 +17,11 @@ from .optim import create_schedule
 class Plan:
     """
     Attributes:
-        batch_size, accum_freq, world_size, workers: the flags, and the number of processes.
+        batch_size, accum_freq, world_size, workers: the options, and the number of processes.
         steps_per_epoch: optimizer steps.
         reference_batch, reference_steps_per_epoch: global batch and epoch length that the schedule counts in; those at
             the start of the run, also after an elastic resume.
         total_steps, warmup_steps, cooldown_steps: of the schedule, in steps of the reference batch.
-        full_token_steps: the last steps, in which no token is removed, in steps of the reference batch.
     """
 
     batch_size: int
@@ -33,41 +31,46 @@ class Plan:
     steps_per_epoch: int
     reference_batch: int
     reference_steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    cooldown_steps: int | None
-    full_token_steps: int = 0
+    total_steps: int | None = None  # only while the plan is made
+    warmup_steps: int = 0
+    cooldown_steps: int | None = None
 
     @classmethod
-    def of(cls, args: argparse.Namespace, num_batches: int, world_size: int, reference: dict | None = None) -> Plan:
+    def of(cls, options: Any, num_batches: int, world_size: int, reference: dict | None = None) -> Plan:
         """The plan of a run whose epochs have `num_batches` batches on each rank.
+
+        Args:
+            reference: state of the plan whose reference batch and epoch are taken over.
 
         Raises:
             UserError: an epoch is shorter than one step, or a duration cannot be read.
         """
-        steps_per_epoch = num_batches // args.accum_freq
+        size, accumulated = options.batch_size, options.accum_freq
+        steps_per_epoch = num_batches // accumulated
         if not steps_per_epoch:
             raise UserError(
-                f"One optimizer step needs {args.accum_freq} batches but an epoch has {num_batches}; "
+                f"One optimizer step needs {accumulated} batches but an epoch has {num_batches}; "
                 "lower --accum-freq or --batch-size."
             )
-        batch = args.batch_size * args.accum_freq * world_size
-        reference_batch = reference["reference_batch"] if reference else batch
-        reference_epoch = reference["reference_steps_per_epoch"] if reference else steps_per_epoch
+        own = {"reference_batch": size * accumulated * world_size, "reference_steps_per_epoch": steps_per_epoch}
+        counted = {name: (reference or own)[name] for name in own}
+        plan = cls(size, accumulated, world_size, options.workers, steps_per_epoch, **counted)
+        length = (options.epochs, "epochs") if options.duration is None else (options.duration, "steps")
+        plan = dataclasses.replace(plan, total_steps=plan.steps_of(*length))
+        cooldown = None if options.epochs_cooldown is None else plan.steps_of(options.epochs_cooldown, "epochs")
+        return dataclasses.replace(plan, warmup_steps=plan.steps_of(options.warmup), cooldown_steps=cooldown)
 
-        def steps(text: Any, unit: str, total: int | None = None) -> int:
-            try:
-                return Duration.parse(str(text), unit).steps(reference_epoch, reference_batch, total)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+    def steps_of(self, duration: Any, unit: str = "steps") -> int:
+        """A length as an option gives it ("5%", "3ep", a number of `unit`), in steps of the reference batch.
 
-        total = steps(args.epochs, "epochs") if args.duration is None else steps(args.duration, "steps")
-        cooldown = None if args.epochs_cooldown is None else steps(args.epochs_cooldown, "epochs")
-        full_tokens = 0 if args.full_tokens_last is None else steps(args.full_tokens_last, "steps", total)
-        return cls(
-            args.batch_size, args.accum_freq, world_size, args.workers, steps_per_epoch, reference_batch,
-            reference_epoch, total, steps(args.warmup, "steps", total), cooldown, full_tokens,
-        )  # fmt: skip
+        Raises:
+            UserError: it cannot be read, or it is a share of the run while the run's own length is read.
+        """
+        try:
+            parsed = Duration.parse(str(duration), unit)
+            return parsed.steps(self.reference_steps_per_epoch, self.reference_batch, self.total_steps)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     @property
     def global_batch(self) -> int:
@@ -82,23 +85,14 @@ class Plan:
     def total_samples(self) -> int:
         return self.total_steps * self.reference_batch
 
-    def uses_all_tokens(self, samples: int) -> bool:
-        """Whether the step after `samples` samples is in the last part of the run, in which no token is removed."""
-        return samples >= self.total_samples - self.full_token_steps * self.reference_batch
-
     def steps_left(self, epoch_steps: int, samples: int) -> int:
         """Steps still to do in an epoch of which `epoch_steps` are done, after `samples` samples in all."""
         in_run = math.ceil((self.total_samples - samples) / self.global_batch)
         return max(0, min(self.steps_per_epoch - epoch_steps, in_run))
 
-    def schedule(self, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Callable[[float], float] | None:
-        return create_schedule(
-            optimizer,
-            args,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            cooldown_steps=self.cooldown_steps,
-        )
+    def schedule(self, optimizer: torch.optim.Optimizer, options: Any) -> Callable[[float], float] | None:
+        lengths = {name: getattr(self, name) for name in ("total_steps", "warmup_steps", "cooldown_steps")}
+        return create_schedule(optimizer, options, **lengths)
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -113,16 +107,10 @@ class Plan:
             "batch_size": "samples in a batch",
             "accum_freq": "batches in a step",
             "steps_per_epoch": "steps in an epoch",
-        }
-        if mid_epoch:
-            names["workers"] = "loader worker(s)"
-        changed = [
-            f"{state[name]} {words} (now {getattr(self, name)})"
-            for name, words in names.items()
-            if state[name] != getattr(self, name)
-        ]
-        return ", ".join(changed)
+        } | ({"workers": "loader worker(s)"} if mid_epoch else {})
+        changed = {name: getattr(self, name) for name in names if state[name] != getattr(self, name)}
+        return ", ".join(f"{state[name]} {names[name]} (now {now})" for name, now in changed.items())
 
-    def continued(self, state: dict[str, Any], args: argparse.Namespace) -> Plan:
+    def continued(self, state: dict[str, Any], options: Any) -> Plan:
         """This plan with the schedule counted as in the checkpoint's."""
-        return Plan.of(args, self.steps_per_epoch * self.accum_freq, self.world_size, reference=state)
+        return Plan.of(options, self.steps_per_epoch * self.accum_freq, self.world_size, reference=state)

@@ -8,208 +8,95 @@ docs/retrieval.md says what `--data` may be and what is measured.
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from open_clip_train.precision import get_autocast
 from torch import Tensor
-from tqdm import tqdm
 
-from .distributed import Ranks, end
-from .errors import UserError
+from .command import run_command
 from .data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
-from .evaluation.command import (
-    Parser,
-    add_common_options,
-    described,
-    encode_settings,
-    image_encoder,
-    open_results,
-    run_command,
-    table,
-)
+from .distributed import Ranks, end
 from .evaluation.loaded import LoadedModel, load_model
-from .evaluation.passes import EncodeSettings, Halving, ImagePass, collect
-from .evaluation.metrics import caption_retrieval_metrics, gather_ordered
+from .evaluation.options import EvaluationOptions
+from .evaluation.pairs import evaluate_captions
+from .evaluation.passes import EncodeSettings, check_weights, image_encoder
+from .evaluation.results import Results, described
+from .options.parser import FILE, POSITIVE_COUNT, forbid, one_of, option
 
 DIRECTIONS = {"TR": "image_to_text", "IR": "text_to_image"}
 
 
-def evaluate_retrieval(
-    data: CaptionedImages,
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    preprocess: Callable,
-    *,
-    ranks: Ranks,
-    settings: EncodeSettings,
-    equal_captions_are_hits: bool = False,
-) -> tuple[dict[str, float], list[str]]:
-    """Retrieval in both directions, the same on every process and for every number of processes; collective.
+@dataclass
+class RetrievalOptions(EvaluationOptions, title="captions", command="training.retrieval"):
+    data: list[str] = option(
+        [], "A data set's folder (coco=DIR, flickr30k=DIR), a JSON or CSV file of captions, or webdataset shards.",
+        metavar="[NAME=]PATH", nargs="+", path=True)
+    split: str | None = option(None, "Of the data set, several joined with +. Without it: test, if there are splits.")
+    images: Path | None = option(
+        None, "The pictures, if they are not beside the captions.", FILE, metavar="DIR", path=True)
+    captions_per_image: int | None = option(
+        None, "Take no more than the first N captions of each image.", POSITIVE_COUNT)
+    equal_captions_are_hits: bool = option(False, "A caption is right for every image that has one with the same text.")
+    txt_captions: str | None = option(
+        None, "What a .txt in shards is: a caption a line, or one.", one_of("lines", "whole"))
+    csv_separator: str | None = option(None, "Of a CSV file. Without it: a tab if its header has one, else a comma.")
+    csv_img_key: str = option("filepath", "CSV column with the images.", metavar="COLUMN")
+    csv_caption_key: str = option("title", "CSV column of captions.", metavar="COLUMN")
 
-    Args:
-        encode_image: (B, 3, H, W) to normalized float32 features (B, D); it never sees a caption.
-        encode_text: tokens (B, T) to normalized float32 features (B, D).
-        equal_captions_are_hits: a caption is right for every image that has one with the same text, see
-            `CaptionedImages.same_text`.
-
-    Returns:
-        The metrics of `caption_retrieval_metrics`, `num_images` and `num_captions`; and the names of the images that
-        cannot be read, which are left out with their captions.
-
-    Raises:
-        UserError: as `collect`.
-    """
-    bar = settings.description
-    image_pass = ImagePass(
-        encode_image, data.images, preprocess, ranks=ranks, settings=replace(settings, description=f"{bar} images")
-    )
-    image, kept, skipped = collect(image_pass)
-    text = encode_captions(
-        encode_text, tokenizer, data.captions, ranks=ranks, settings=replace(settings, description=f"{bar} captions")
-    )
-    metrics = None
-    if ranks.is_main:  # only there: on another kind of device the last digits could differ
-        row_of = torch.full((len(data),), -1)
-        row_of[kept] = torch.arange(len(kept))
-        image_of = row_of[data.image_of]
-        good = image_of >= 0
-        texts = data.same_text()[good] if equal_captions_are_hits else None
-        features = (image, text[good], image_of[good], texts)
-        metrics = {
-            **caption_retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features)),
-            "num_images": len(image),
-            "num_captions": int(good.sum()),
-        }
-    return ranks.broadcast(metrics), skipped
-
-
-def encode_captions(
-    encode_text: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    captions: Sequence[str],
-    *,
-    ranks: Ranks,
-    settings: EncodeSettings,
-) -> Tensor:
-    """(N, D) features of N >= 1 captions on the CPU, the same on every process; collective.
-
-    As with images, whole batches of consecutive captions go to a process, so that rounding is the same for any number
-    of processes, and running out of memory halves them.
-    """
-    autocast = get_autocast(settings.precision, device_type=ranks.device.type)
-    batches = torch.arange(len(captions)).split(settings.batch_size)[ranks.rank :: ranks.world_size]
-    encode = Halving(encode_text)
-    features = []
-    show = settings.progress and ranks.is_main
-    for batch in tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=not show):
-        tokens = tokenizer([captions[i] for i in batch]).to(ranks.device)
-        with torch.inference_mode(), autocast():
-            features.append(encode(tokens).cpu())
-    index = torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64)
-    rows = {"text": torch.cat(features)} if features else {}
-    return gather_ordered(rows, index, ranks.world_size)["text"]
-
-
-# ---------------------------------------------------------------------------------------------------- command line
+    def check(self) -> None:
+        forbid(self.download, "--download fetches no captioned images; get the data from its site and name its folder.")
+        several = self.images is not None and len(self.data) > 1
+        forbid(several, f"--images is the folder of one set's pictures, but --data names {len(self.data)}; run each.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one sentence on stderr."""
-    return run_command(_parser(), _work, argv)
+    return run_command(RetrievalOptions, work, argv, __doc__)
 
 
-def _work(args: argparse.Namespace, ranks: Ranks) -> str:
-    if args.download:
-        raise UserError("--download fetches no captioned images; get the data from its site and name its folder.")
-    if args.captions_per_image is not None and args.captions_per_image < 1:
-        raise UserError(f"--captions-per-image must be at least 1, not {args.captions_per_image}.")
-    if args.images is not None and len(args.data) > 1:
-        raise UserError(f"--images is the folder of one set's pictures, but --data names {len(args.data)}; run each.")
-    options = CaptionOptions(
-        split=args.split,
-        images=args.images,
-        per_image=args.captions_per_image,
-        txt=args.txt_captions,
-        csv_separator=args.csv_separator,
-        csv_image_column=args.csv_img_key,
-        csv_caption_column=args.csv_caption_key,
+def work(options: RetrievalOptions, ranks: Ranks) -> str:
+    reading = CaptionOptions(
+        split=options.split,
+        images=options.images,
+        per_image=options.captions_per_image,
+        txt=options.txt_captions,
+        csv_separator=options.csv_separator,
+        csv_image_column=options.csv_img_key,
+        csv_caption_column=options.csv_caption_key,
     )
     with ranks.agree():
-        sets = [load_captions(spec, options) for spec in args.data]
-        results = open_results(args, ranks)
-        loaded = load_model(args, ranks)
+        sets = [load_captions(spec, reading) for spec in options.data]
+        results = Results.of(options, ranks)
+        loaded = load_model(options, ranks)
+        check_weights(loaded.model, loaded.name)
     rows = [["", "split", "images", "captions", *(f"{name}@{k}" for name in DIRECTIONS for k in (1, 5, 10))]]
     for data in sets:
-        what = _what(args, loaded, data)
-        record = results.find(what) or results.add(what, *_evaluate(args, ranks, loaded, data))
+        own = ("equal_captions_are_hits", "captions_per_image")
+        what = described("retrieval", options, loaded, data, **{name: getattr(options, name) for name in own})
+        record = results.find(what) or results.add(what, *_evaluate(options, ranks, loaded, data))
         metrics = record["metrics"]
         recalls = [metrics[f"{direction}_R@{k}"] for direction in DIRECTIONS.values() for k in (1, 5, 10)]
         counts = [f"{metrics[name]:,}" for name in ("num_images", "num_captions")]
         rows.append([data.name, data.split, *counts, *(f"{recall:.2%}" for recall in recalls)])
-    equal = ", equal captions are hits" if args.equal_captions_are_hits else ""
-    return f"{loaded.name} {loaded.pretrained or ''}\n{table(rows)}\nTR: image to text, IR: text to image{equal}"
-
-
-def _what(args: argparse.Namespace, loaded: LoadedModel, data: CaptionedImages) -> dict:
-    what = described(args, "retrieval", loaded)
-    own = {
-        "equal_captions_are_hits": args.equal_captions_are_hits,
-        "captions_per_image": args.captions_per_image,
-    }
-    return {
-        **what,
-        "data": data.name,
-        "split": data.split,
-        "data_fingerprint": data.fingerprint(),
-        "settings": {**what["settings"], **own},
-    }
+    equal = ", equal captions are hits" if options.equal_captions_are_hits else ""
+    legend = f"TR: image to text, IR: text to image{equal}"
+    return f"{loaded.name} {loaded.pretrained or ''}\n{results.shown(rows, legend)}"
 
 
 def _evaluate(
-    args: argparse.Namespace, ranks: Ranks, loaded: LoadedModel, data: CaptionedImages
+    options: RetrievalOptions, ranks: Ranks, loaded: LoadedModel, data: CaptionedImages
 ) -> tuple[dict[str, float], dict]:
     """The metrics of a result, and what else is kept with it."""
 
     def encode_text(tokens: Tensor) -> Tensor:
         return loaded.model.encode_text(tokens, normalize=True).float()
 
-    metrics, skipped = evaluate_retrieval(
-        data,
-        image_encoder(loaded.model, args, normalize=True),
-        encode_text,
-        loaded.tokenizer,
-        loaded.preprocess,
-        ranks=ranks,
-        settings=encode_settings(args, data.name),
-        equal_captions_are_hits=args.equal_captions_are_hits,
-    )
-    return metrics, {"skipped": skipped, "left_out": data.left_out}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m training.retrieval", description=__doc__.partition("\n")[0])
-    add_common_options(
-        parser,
-        data_help="a data set's folder (coco=DIR, flickr30k=DIR), a JSON or CSV file of captions, or webdataset shards",
-    )
-    add = parser.add_argument
-    add("--split", help="of the data set, several joined with + (default: test, where there are splits)")
-    add("--images", type=Path, metavar="DIR", help="the pictures, if they are not beside the captions")
-    add("--captions-per-image", type=int, metavar="N", help="take no more than the first N captions of each image")
-    add(
-        "--equal-captions-are-hits", action="store_true",
-        help="a caption is right for every image that has one with the same text",
+    metrics, skipped = evaluate_captions(
+        data, image_encoder(loaded.model, options.torchcompile), encode_text, loaded.tokenizer, loaded.preprocess,
+        ranks=ranks, settings=EncodeSettings.of(options, data.name), equal_captions_are_hits=options.equal_captions_are_hits,
     )  # fmt: skip
-    add("--txt-captions", choices=["lines", "whole"], help="what a .txt in shards is: a caption a line, or one")
-    add("--csv-separator", metavar="TEXT", help="of a CSV file (default: a tab if its header has one, else a comma)")
-    add("--csv-img-key", default="filepath", metavar="COLUMN", help="CSV column with the images (default: %(default)s)")
-    add("--csv-caption-key", default="title", metavar="COLUMN", help="CSV column of captions (default: %(default)s)")
-    return parser
+    return metrics, {"skipped": skipped, "left_out": data.left_out}
 
 
 if __name__ == "__main__":

@@ -1,33 +1,90 @@
-"""The folder of a run: its name, what may be in it, its configuration, its copy elsewhere."""
+"""The folder of a run: its name, who may write it, what may be in it, its configuration."""
 from __future__ import annotations
 
-import argparse
+import fcntl
 import logging
+import os
 import re
+import secrets
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import IO, Any
 
 import yaml
 
 from . import checkpoint
-from .errors import UserError
+from .errors import UserError, reason
+from .files import expendable, written_whole
+
+PACKAGES = ("training", "open_clip_elip")  # with --copy-codebase
 
 
-def default_name(args: argparse.Namespace) -> str:
+def default_name(options: Any) -> str:
+    """From the time and the main options, and unlike that of a run that starts in the same second."""
     stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
-    model = re.sub(r"[/:\\]+", "-", args.model)
-    return f"{stamp}-model_{model}-lr_{args.lr}-b_{args.batch_size}-j_{args.workers}-p_{args.precision}"
+    model = re.sub(r"[/:\\]+", "-", options.model)
+    main = f"lr_{options.lr}-b_{options.batch_size}-j_{options.workers}-p_{options.precision}"
+    return f"{stamp}-model_{model}-{main}-{secrets.token_hex(2)}"
 
 
-def find_resume(args: argparse.Namespace, folder: Path | None) -> str | None:
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[None]:
+    """Within it the folder is this process's alone; it is made, and gone again at the end if nothing came into it.
+
+    The lock is the kernel's, on the file `.lock`: it ends with the process, however that ends, so none is ever stale,
+    and on network file systems it holds between machines. UserError: another process has it, or it cannot be written.
+    """
+    if folder is None:
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _locked(folder):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # of a folder that is not empty
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """The open file that has the lock."""
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = path.read_text() or "another process"
+            otherwise = "wait for its end, or choose another --name"
+            raise UserError(f"The run {folder} is being written by {owner}; {otherwise}.") from None
+        except OSError as error:
+            logging.warning(f"{folder} cannot be locked ({reason(error)}); see to it that no other run writes there.")
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            with suppress(OSError):  # of a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()  # its owner has just left, and deleted it
+
+
+def find_resume(options: Any, folder: Path | None) -> str | None:
     """The checkpoint to continue from, or None to start anew."""
-    if args.resume is None:
+    if options.resume is None:
         return None
-    if args.resume != "latest":
-        if "://" not in args.resume and not Path(args.resume).is_file():
-            raise UserError(f"There is no checkpoint at {args.resume}; check --resume.")
-        return args.resume
+    if options.resume != "latest":
+        if "://" not in options.resume and not Path(options.resume).is_file():
+            raise UserError(f"There is no checkpoint at {options.resume}; check --resume.")
+        return options.resume
     if folder is None:
         raise UserError("--resume latest looks in the run's folder, but --logs none keeps none; give --logs.")
     found = checkpoint.newest(folder / "checkpoints")
@@ -36,27 +93,34 @@ def find_resume(args: argparse.Namespace, folder: Path | None) -> str | None:
     return None if found is None else str(found)
 
 
-def check_unused(folder: Path | None, args: argparse.Namespace) -> None:
-    """Raises UserError when the run exists already and is not to be continued: nothing written is ever lost."""
-    used = folder is not None and any((folder / name).exists() for name in ("config.yaml", "out.log", "train.csv"))
-    if used and args.resume != "latest":
+def check_unused(folder: Path | None, options: Any) -> None:
+    """Raises UserError when the run exists already and is not to be continued: no figure or checkpoint is ever lost."""
+    used = folder is not None and ((folder / "train.csv").exists() or any(folder.glob("checkpoints/*")))
+    if used and options.resume != "latest":
         raise UserError(f"The run {folder} exists already; choose another --name, or continue it with --resume latest.")
 
 
 def create(folder: Path, config: dict, copy_codebase: bool = False) -> None:
     """Makes the folder and writes config.yaml (which --config reads back) and params.txt (as OpenCLIP does).
 
-    Raises:
-        UserError: no write access.
+    UserError: they cannot be written, and there are none yet.
     """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=True))
-        (folder / "params.txt").write_text("".join(f"{k}: {config[k]}\n" for k in sorted(config)))
+        texts = {"config.yaml": yaml.safe_dump(config, sort_keys=True)}
+        texts["params.txt"] = "".join(f"{k}: {config[k]}\n" for k in sorted(config))
+        for path, text in ((folder / name, text) for name, text in texts.items()):
+            # A run that goes on has one already.
+            with expendable(path) if path.exists() else nullcontext(), written_whole(path) as file:
+                file.write(text.encode())
     except OSError as error:
-        raise UserError(f"Cannot write to the folder {folder} ({error.strerror}); choose another --logs.") from error
+        raise _cannot_write(folder, error) from error
     if copy_codebase:
-        shutil.copytree(
-            Path(__file__).parents[1], folder / "code", dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
-        )
+        for package in PACKAGES:
+            with expendable(folder / "code" / package):
+                source, skipped = Path(__file__).parents[1] / package, shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, folder / "code" / package, dirs_exist_ok=True, ignore=skipped)
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write to the folder {folder} ({error.strerror}); choose another --logs.")

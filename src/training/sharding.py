@@ -16,41 +16,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import Ranks
 from .errors import UserError
 
-try:
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import DTensor, distribute_tensor
-except ImportError:  # before torch 2.6
-    FSDPModule = DTensor = ()  # nothing is an instance of it
-
-NEEDS_TORCH = "2.8"
-AVAILABLE = hasattr(FSDPModule, "set_reshard_after_forward")  # the youngest of what is used here
-
 
 def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
     """Shards `model` in place, each layer of its towers by itself, the rest together; one process changes nothing.
 
-    All processes start from rank 0's weights. Parameters are replaced, so the optimizer is created afterwards.
-    There is no mixed-precision policy: autocast alone decides what is computed in half precision, as under DDP, and
-    weights and gradients travel in the weights' own format. Parameters of one element, such as the logit scale, stay
-    whole on every process, and their gradient is averaged as it arrives.
+    All processes start from rank 0's weights. Parameters are replaced, so the optimizer is created afterwards; those of
+    one element, such as the logit scale, stay whole on every process, and their gradient is averaged as it arrives.
+    There is no mixed-precision policy: autocast alone decides what is computed in half precision, as under DDP.
 
     Args:
         model: on the device, its final parameters locked or not; not wrapped or compiled.
-        precision: the flag, for what is said to the user.
+        precision: the option, for what is said to the user.
 
     Raises:
-        UserError: torch is too old, or the model's batch norm or number formats do not go with sharding.
+        UserError: the model's batch norm or number formats do not go with sharding.
     """
     if ranks.world_size == 1:
         return model
-    if not AVAILABLE:
-        raise UserError(f"--fsdp needs torch {NEEDS_TORCH} or newer and this is {torch.__version__}; leave out --fsdp.")
     if any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UserError("With --fsdp the processes' batch norm statistics would differ; add --use-bn-sync.")
     stacks = list(_stacks(model))
@@ -67,8 +57,8 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
         for layer in stack:
             fully_shard(layer, **options)
     fully_shard(model, **options)
-    # By default the backward pass fetches ahead in the order of all forward calls so far. These include ELIP's scoring
-    # passes, and evaluations, which need not run the same calls on every process; so the order is told.
+    # The backward pass would fetch ahead in the order of all forward calls so far, with ELIP's scoring passes and
+    # evaluations among them, which need not be the same on every process; so the order is told.
     model.set_modules_to_backward_prefetch([stack[-1] for stack in stacks] or [model])
     for stack in stacks:
         for layer, earlier in zip(stack, [model, *stack], strict=False):
@@ -76,29 +66,31 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
     if dist.get_backend() == "gloo":  # in torch 2.8 it adds up where it is asked for the mean
         for module in _sharded_modules(model):
             module.set_force_sum_reduction_for_comms(True)
-    _settle_root(model)
+    # The first module that runs becomes the root, which in an evaluation may be a layer; so that is settled here.
+    model.settle_root = lambda: None
+    register_fsdp_forward_method(model, "settle_root")
+    model.settle_root()
+    del model.settle_root
+    model.reshard()
     return model
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Tries two steps on copies of a few parameters, for not every optimizer works on parts of a tensor.
+    """Tries two steps on copies of a few split parameters, for not every optimizer works on parts of a tensor.
 
-    A collective call if the parameters are sharded; else there is nothing to try.
-
-    Args:
-        name: what the user calls the optimizer.
-
-    Raises:
-        UserError: it does not work, or it keeps a state that could not be resumed.
+    A collective call if there are any. UserError, which calls the optimizer `name`: it does not work, or it keeps a
+    state that could not be resumed.
     """
     if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
         return
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
     trial.param_groups = [
-        {**group, "params": [_copy_with_gradient(p) for p in {p.ndim: p for p in group["params"]}.values()]}
+        {**group, "params": [nn.Parameter(p.detach().clone()) for p in {p.ndim: p for p in group["params"]}.values()]}
         for group in optimizer.param_groups
     ]
+    for p in (p for group in trial.param_groups for p in group["params"]):
+        p.grad = p.detach().clone()
     try:
         trial.step()
         trial.step()
@@ -113,16 +105,19 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(_bare(model), FSDPModule)
 
 
-def no_sync(model: nn.Module):
-    """Context in which backward passes add up gradients on each process, to be averaged by the first one after it.
-
-    Args:
-        model: as it is run: DDP, sharded, compiled or bare.
-    """
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Context in which backward passes add up gradients on each process, to be averaged by the first one after it."""
     model = _bare(model)
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return _no_sync(model) if isinstance(model, FSDPModule) else nullcontext()
+    if not isinstance(model, FSDPModule):
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 @contextmanager
@@ -161,7 +156,7 @@ def unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> N
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales all gradients down to a total norm of `max_norm` if theirs is larger; returns the norm they had, ().
 
-    The norm is that of the whole gradient, the same on every process; a collective call for a sharded model.
+    It is that of the whole gradient, the same on every process; a collective call for a sharded model.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -178,39 +173,29 @@ def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     Other ranks of a sharded model get two empty ones. Of a model that is not sharded, the state dicts as they are.
     """
     states = model.state_dict(), optimizer.state_dict()
-    if not is_sharded(model):
-        return states
-    model_state, optimizer_state = (_gather(dict(state), keep=dist.get_rank() == 0) for state in states)
-    return (model_state, optimizer_state) if dist.get_rank() == 0 else ({}, {})
+    if is_sharded(model):
+        states = tuple(_gather(dict(state), keep=dist.get_rank() == 0) for state in states)
+        states = states if dist.get_rank() == 0 else ({}, {})
+    return states
 
 
 def load_full_state_dict(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    model_state: dict[str, Any],
-    optimizer_state: dict[str, Any] | None,
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, weights: dict[str, Any], state: dict[str, Any] | None
 ) -> None:
     """Loads what `full_state_dict` gave, of a sharded model or another; each process passes it whole.
 
-    Args:
-        optimizer: of `model` as it is now; None loads the weights only.
-
-    Raises:
-        RuntimeError: the weights do not fit, as `nn.Module.load_state_dict`.
-        ValueError: the optimizer state does not fit, as `torch.optim.Optimizer.load_state_dict`.
+    Without an optimizer, the weights only. What does not fit raises as torch does: RuntimeError for weights, ValueError
+    for the optimizer's state.
     """
     own = model.state_dict()
-    model.load_state_dict({name: _shard_like(own.get(name), value) for name, value in model_state.items()})
+    model.load_state_dict({name: _shard_like(own.get(name), value) for name, value in weights.items()})
     if optimizer is None:
         return
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    indices = (i for group in optimizer_state["param_groups"] for i in group["params"])
-    owner = dict(zip(indices, parameters, strict=False))  # other numbers are refused by load_state_dict below
-    state = {
-        i: {key: _shard_like(owner.get(i), value) for key, value in values.items()}
-        for i, values in optimizer_state["state"].items()
-    }
-    optimizer.load_state_dict({**optimizer_state, "state": state})
+    numbers = (i for group in state["param_groups"] for i in group["params"])
+    owner = dict(zip(numbers, parameters, strict=False))  # other numbers are refused by load_state_dict below
+    parts = {i: {k: _shard_like(owner.get(i), v) for k, v in values.items()} for i, values in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": parts})
 
 
 def _stacks(module: nn.Module) -> Iterator[list[nn.Module]]:
@@ -229,30 +214,13 @@ def _check_formats(model: nn.Module, stacks: list[list[nn.Module]], precision: s
     in_layers = {p for layer in layers for p in layer}
     rest = [p for p in model.parameters() if p not in in_layers and p.numel() > 1]
     if any(len({p.dtype for p in group if p.requires_grad}) > 1 for group in [*layers, rest]):
-        raise UserError(
-            f"--fsdp cannot split layers whose weights differ in number format, as with --precision {precision}; "
-            "use --precision amp_bf16 or pure_bf16."
-        )
+        what = f"--fsdp cannot split layers whose weights differ in number format, as with --precision {precision}"
+        raise UserError(f"{what}; use --precision amp_bf16 or pure_bf16.")
 
 
 def _average_gradient(p: nn.Parameter) -> None:
     dist.all_reduce(p.grad)
     p.grad /= dist.get_world_size()
-
-
-def _copy_with_gradient(p: nn.Parameter) -> nn.Parameter:
-    twin = nn.Parameter(p.detach().clone())
-    twin.grad = twin.detach().clone()
-    return twin
-
-
-def _settle_root(model: nn.Module) -> None:
-    """Makes `model` the root now. Else the first module that runs becomes it, a layer in an evaluation for instance."""
-    model.settle_root = lambda: None
-    register_fsdp_forward_method(model, "settle_root")
-    model.settle_root()
-    del model.settle_root
-    model.reshard()
 
 
 def _sharded_modules(model: nn.Module) -> list[nn.Module]:
@@ -261,15 +229,6 @@ def _sharded_modules(model: nn.Module) -> list[nn.Module]:
 
 def _bare(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # out of torch.compile
-
-
-@contextmanager
-def _no_sync(model: nn.Module) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
 
 
 def _gather(value: Any, keep: bool) -> Any:

@@ -5,25 +5,19 @@
 """
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from open_clip_elip.profile.flops import count, on_meta
-from open_clip_elip.vision import num_patches
 
 from . import checkpoint
 from .control import EXIT_INTERRUPTED, EXIT_NONFINITE, Control, Stopped
@@ -32,25 +26,20 @@ from .data.pixels import to_device
 from .distributed import Ranks
 from .ema import Ema
 from .errors import UserError
-from .log import RunLog, peak_memory_gb
+from .evaluation.passes import NotFinite
+from .figures import Figures, describe
+from .files import append
+from .log import RunLog
+from .options import TrainingOptions
 from .plan import Plan
-from .sharding import (
-    clip_grad_norm,
-    full_state_dict,
-    gathered,
-    is_sharded,
-    load_full_state_dict,
-    no_sync,
-    unscale,
-)
-from .summary import Cost, peak_flops, summary
-from .tasks.contrastive import Batch, Task
+from .sharding import clip_grad_norm, full_state_dict, gathered, is_sharded, load_full_state_dict, unscale
+from .tasks.base import Batch, Engine, Progress, Task
 
 
 class Trainer:
     """
     Args:
-        args: the run's flags.
+        options: of the run.
         ranks: this process among the others.
         model: the bare model; its weights are what is saved.
         runnable: the same model as it is run: wrapped by DDP, compiled, or itself.
@@ -58,52 +47,45 @@ class Trainer:
         data: training data, with its position.
         optimizer: steps the model's parameters.
         folder: the run's folder, or None to write nothing.
-        config: the resolved configuration, saved with each checkpoint.
+        described: what is saved with each checkpoint to say where it comes from: the resolved configuration ("config"),
+            and what the model is ("model").
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: TrainingOptions,
         ranks: Ranks,
         model: nn.Module,
         runnable: nn.Module,
         task: Task,
         data: TrainData,
         optimizer: torch.optim.Optimizer,
-        folder: Path | None,
-        config: dict[str, Any],
+        folder: Path | None = None,
+        described: dict[str, Any] | None = None,
     ):
-        self.args, self.ranks, self.model, self.runnable, self.task = args, ranks, model, runnable, task
-        self.data, self.optimizer = data, optimizer
-        self.folder, self.config = folder, config
-        self.autocast = get_autocast(args.precision, device_type=ranks.device.type)
-        self.input_dtype = open_clip.get_input_dtype(args.precision)
-        self.scaler = torch.amp.GradScaler(ranks.device.type) if args.precision == "amp" else None
+        self.options, self.ranks, self.model, self.task = options, ranks, model, task
+        self.data, self.optimizer, self.folder, self.described = data, optimizer, folder, described or {}
+        self.engine = Engine(runnable, options.precision, ranks.device)
+        self.input_dtype = open_clip.get_input_dtype(options.precision)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema = None if args.ema_decay is None else Ema(model, args.ema_decay)
+        self.ema = None if options.ema_decay is None else Ema(model, options.ema_decay)
         self.control = Control(ranks)
         self.saver = checkpoint.Saver(
             folder / "checkpoints" if folder is not None and ranks.is_main else None,
-            keep_last=args.keep_last,
-            every_minutes=args.save_every_n_minutes,
+            keep_last=options.keep_last,
+            every_minutes=options.save_every_n_minutes,
+            delete_previous=options.delete_previous_checkpoint,
         )
-        self.show_progress = sys.stderr.isatty() if args.progress is None else args.progress
-        self.plan = Plan.of(args, data.num_batches, ranks.world_size)
-        self.schedule = self.plan.schedule(optimizer, args)
+        self.show_progress = sys.stderr.isatty() if options.progress is None else options.progress
+        self.plan = Plan.of(options, data.num_batches, ranks.world_size)
+        self.schedule = self.plan.schedule(optimizer, options)
+        self.figures = Figures(ranks, options.precision)
         self.epoch = 0  # epochs completed
         self.epoch_steps = 0  # optimizer steps of the current epoch
         self.steps = 0  # optimizer steps in all
         self.samples = 0  # samples seen in all
         self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
         self.nonfinite_steps = 0
-        self.cost: Cost | None = None  # of a pair; None for towers that cannot be counted
-        self.twin = on_meta(model) if hasattr(model, "encode_text") and not is_sharded(model) else None
-        self.text_columns: float | None = None  # of the last batch's captions on average, where they were cut
-        self.peak = peak_flops(ranks.device, args.precision)
-        self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}  # of training since this process began
-        self.removed = 0.0  # ratio of removed tokens, summed over these samples
-        self.losses: list[float] = []
-        self.evaluations: list[dict[str, float]] = []
         self.notes: list[str] = []  # to be logged when the run begins
 
     # ------------------------------------------------------------------ the loop
@@ -129,7 +111,7 @@ class Trainer:
                 self.save_epoch()
                 self.evaluate()
             self.save_what_failed()
-        self.summarise()
+        self.figures.summarise(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -138,147 +120,72 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the current epoch: fetch, agree, step, log, save."""
-        self.runnable.train()
+        self.engine.model.train()
         left = self.plan.steps_left(self.epoch_steps, self.samples)
         batches = iter(self.data.epoch(self.epoch) if left else ())
-        meter = _Meter()
+        self.figures.start()
         with self.progress_bar() as bar:
             for i in range(left):
                 position = self.data.state_dict()  # a window that is fetched but not trained on is fetched again
-                window, error = self.fetch(batches, meter)
+                window, error = self.fetch(batches)
                 self.act_on_wishes(position, error)
-                losses, lr = self.step([self.to_device(batch) for batch in window])
-                meter.steps += 1
+                window = [to_device(self.task.prepare(b), self.ranks.device, self.input_dtype) for b in window]
+                losses, lr = self.step(window)
                 bar.update()
-                if (self.epoch_steps - 1) % self.args.log_every_n_steps == 0 or i == left - 1:
-                    self.log_step(losses, lr, meter)
-                if self.args.save_every_n_steps and self.steps % self.args.save_every_n_steps == 0:
+                if (self.epoch_steps - 1) % self.options.log_every_n_steps == 0 or i == left - 1:
+                    self.log_step(losses, lr, window[-1])
+                if self.options.save_every_n_steps and self.steps % self.options.save_every_n_steps == 0:
                     self.save_step(self.data.state_dict())
         self.act_on_wishes(self.data.state_dict())
         self.report_skipped()
 
     def step(self, window: list[Batch]) -> tuple[dict[str, Tensor], float]:
-        """One optimizer step on `window`, a list of `--accum-freq` micro-batches; returns its losses and lr."""
+        """One optimizer step on `window`, `--accum-freq` micro-batches on the device; returns its losses and lr."""
         if self.schedule is not None:
             self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
-        if self.plan.full_token_steps:
-            self.model.reduces = not self.plan.uses_all_tokens(self.samples)
-        self.count(window[0])
+        scaler, progress = self.engine.scaler, Progress(self.epoch, self.epoch_steps, self.steps, self.samples, self.plan)
         self.optimizer.zero_grad(set_to_none=True)
-        if len(window) == 1:
-            with self.autocast():
-                losses = self.task.losses(self.task.features(self.runnable, window[0]))
-            self.backward(losses["loss"])
-        else:
-            losses = self.accumulate(window)
-
-        if self.scaler is not None:
-            unscale(self.scaler, self.optimizer)
+        losses = self.task.gradients(window, self.engine, progress)
+        if scaler is not None:
+            unscale(scaler, self.optimizer)
         norm = self.clip_gradients()
-        if self.scaler is not None:
-            finite = bool(torch.isfinite(losses["loss"]))  # an infinite gradient alone is the scaler's business
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            finite = bool(torch.isfinite(norm))  # the same on all ranks, for gradients are averaged
-            if finite:
-                self.optimizer.step()
-        self.task.after_step(self.model)
-        if self.ema is not None and finite:
+        applied = bool(torch.isfinite(norm))  # the same on all ranks, for gradients are averaged
+        if scaler is not None:
+            scaler.step(self.optimizer)  # which leaves a step that is not finite out
+            scaler.update()
+        elif applied:
+            self.optimizer.step()
+        self.task.after_step(self.model, applied)
+        if self.ema is not None and applied:
             self.ema.update(self.model)
-        self.nonfinite = None if finite else {
+        # An infinite gradient of a finite loss is the scaler's business.
+        failed = not applied and (scaler is None or not bool(torch.isfinite(losses["loss"])))
+        self.nonfinite = None if not failed else {
             "step": self.steps, "rank": self.ranks.rank, "loss": losses["loss"].item(), "gradient_norm": norm.item(),
             "keys": [key for batch in window for key in batch["key"]],
         }
         self.steps, self.epoch_steps = self.steps + 1, self.epoch_steps + 1
         self.samples += self.plan.global_batch
+        self.figures.steps += 1
         return losses, lr
-
-    def accumulate(self, window: list[Batch]) -> dict[str, Tensor]:
-        """Gradients of the loss over the whole window, as if it were one batch, at the memory of one micro-batch.
-
-        The features of all micro-batches are computed without gradient; the loss over all of them gives the gradient of
-        each feature; a second pass carries those into the parameters (GradCache, Gao et al. 2021). Exact, also for the
-        parameters the loss sees directly, such as the logit scale.
-        """
-        random_states, parts = [], []
-        for batch in window:
-            random_states.append(_random_state(self.ranks.device))
-            with torch.no_grad(), self.autocast():
-                parts.append(self.task.features(self.runnable, batch))
-        shared = [name for name in parts[0] if name in self.task.shared]
-        leaves = {
-            name: (parts[0][name] if name in shared else torch.cat([p[name] for p in parts])).detach().requires_grad_()
-            for name in parts[0]
-        }
-        with self.autocast():
-            losses = self.task.losses(leaves)
-        self.backward(losses["loss"])
-
-        after = _random_state(self.ranks.device)
-        start = 0
-        for i, (batch, random_state) in enumerate(zip(window, random_states, strict=True)):
-            last = i == len(window) - 1
-            _restore_random_state(self.ranks.device, random_state)
-            with nullcontext() if last else no_sync(self.runnable):
-                with self.autocast():
-                    features = self.task.features(self.runnable, batch)
-                outputs, gradients = [], []
-                for name, value in features.items():
-                    gradient = leaves[name].grad
-                    if gradient is None or not value.requires_grad or (name in shared and not last):
-                        continue
-                    outputs.append(value)
-                    gradients.append(gradient if name in shared else gradient[start : start + len(value)])
-                torch.autograd.backward(outputs, gradients)
-            start += len(batch["image"])
-        _restore_random_state(self.ranks.device, after)
-        return losses
-
-    def count(self, batch: Batch) -> None:
-        """Operations of the first step, and again of the first that reduces tokens otherwise than those before it."""
-        reduces = getattr(self.model, "reduces", None)
-        if self.twin is None or (self.cost is not None and self.twin.reduces == reduces):
-            return
-        self.twin.reduces = reduces
-        batch = {key: value.to("meta") if hasattr(value, "to") else value for key, value in batch.items()}
-        try:
-            counted = count(self.twin.train(), lambda: self.twin(batch["image"], batch["text"]))
-        except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
-            self.twin = None
-            return
-        tokens = num_patches(self.model.visual) + (self.text_columns or self.model.context_length)
-        self.cost = Cost.of(counted, len(batch["image"]), tokens)
 
     def clip_gradients(self) -> Tensor:
         """The norm of all gradients together, before they are clipped to --grad-clip-norm (if given)."""
-        if self.args.grad_clip_norm is not None or is_sharded(self.model):
-            return clip_grad_norm(self.parameters, self.args.grad_clip_norm or math.inf)
+        if self.options.grad_clip_norm is not None or is_sharded(self.model):
+            return clip_grad_norm(self.parameters, self.options.grad_clip_norm or math.inf)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
-    def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def to_device(self, batch: Batch) -> Batch:
-        device = self.ranks.device
-        batch = self.task.prepare(self.model, batch)
-        self.text_columns = batch.get("text_columns")
-        return batch | {
-            "image": to_device(batch["image"], device, self.input_dtype, batch.get("normalization")),
-            "text": batch["text"].to(device=device, non_blocking=True),
-        }
-
-    def fetch(self, batches: Iterator[Batch], meter: _Meter) -> tuple[list[Batch], UserError | None]:
+    def fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
         """The next window, or what is wrong with this rank's data."""
         begin = time.perf_counter()
         try:
-            return [next(batches) for _ in range(self.args.accum_freq)], None
+            return [next(batches) for _ in range(self.options.accum_freq)], None
         except UserError as error:
             return [], error
         finally:
-            meter.waited += time.perf_counter() - begin
+            self.figures.waited += time.perf_counter() - begin
 
     # ------------------------------------------------------------------ between two steps
 
@@ -297,7 +204,7 @@ class Trainer:
             raise
         if wishes.nonfinite:
             self.record_nonfinite()
-        stop = wishes.nonfinite and self.args.nonfinite == "stop"
+        stop = wishes.nonfinite and self.options.nonfinite == "stop"
         if wishes.save or wishes.signal or stop:
             self.save_step(position)
         if stop:
@@ -318,46 +225,18 @@ class Trainer:
         self.nonfinite = None
         logging.error(f"Step {self.steps - 1} was not applied: its loss or gradient is not finite.")
         if self.ranks.is_main and self.folder is not None:
-            with (self.folder / "nonfinite.jsonl").open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            append(self.folder / "nonfinite.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
-    # ------------------------------------------------------------------ figures
-
-    def log_step(self, losses: dict[str, Tensor], lr: float, meter: _Meter) -> None:
-        values = self.ranks.mean(losses)  # waits for the device, so the clock below is true
-        steps, seconds, waited = meter.read()
-        rate = steps * self.plan.global_batch / seconds
-        for name, value in (("seconds", seconds), ("waited", waited), ("samples", steps * self.plan.global_batch)):
-            self.totals[name] += value
-        self.losses = [*self.losses[:1], values["loss"]]
-        row = {
-            "step": self.steps - 1,
-            "epoch": self.epoch,
-            "samples": self.samples,
-            **values,
-            "lr": lr,
-            "samples_per_second": rate,
-            "samples_per_second_per_gpu": rate / self.ranks.world_size,
-            "data_time": waited / steps,
-            "batch_time": seconds / steps,
-            **self.task.log(self.model),
-            "peak_memory_gb": peak_memory_gb(self.ranks.device),
-        }
-        self.removed += row.get("rrt", 0.0) * steps * self.plan.global_batch
-        if self.cost is not None:
-            row |= self.cost.columns(rate, None if self.peak is None else self.peak * self.ranks.world_size)
+    def log_step(self, losses: dict[str, Tensor], lr: float, batch: Batch) -> None:
+        values = self.ranks.mean(losses)  # waits for the device, so the clock is true
+        cost = self.task.cost(batch) if self.ranks.is_main else None
+        where = {"step": self.steps - 1, "epoch": self.epoch, "samples": self.samples}
+        row = self.figures.row(where, values, lr, self.plan.global_batch, self.task.log(self.model), cost)
         self.run_log.train(row)
-        left = (self.plan.total_samples - self.samples) / rate
-        extra = " ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in values.items() if k != "loss" and len(values) > 2)
+        left = (self.plan.total_samples - self.samples) / row["samples_per_second"]
         logging.info(
             f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch} | "
-            f"loss {values['loss']:.4f} {extra}| {rate:.4g} samples/s, data wait {waited / seconds:.0%} | "
-            f"lr {lr:.3g} | "
-            + (f"logit scale {row['logit_scale']:.2f} | " if "logit_scale" in row else "")
-            + f"RRT {row.get('rrt', 0):.1%} | "
-            + (f"{row['tflops_per_second']:.3g} TFLOP/s | " if self.cost is not None else "")
-            + (f"MFU {row['mfu']:.1%} | " if "mfu" in row else "")
-            + f"peak memory {row['peak_memory_gb']:.2f} GB | {_hours(left)} left"
+            + self.figures.line(row, values, left)
         )
 
     def report_skipped(self) -> None:
@@ -368,27 +247,12 @@ class Trainer:
         if self.nonfinite_steps:
             logging.warning(f"{self.nonfinite_steps} steps so far were not applied: not finite.")
 
-    def summarise(self) -> None:
-        """What the run, or what was left of it after a resume, came to."""
-        text = summary(
-            **self.totals,
-            losses=self.losses,
-            evaluations=self.evaluations,
-            cost=self.cost,
-            peak=None if self.peak is None else self.peak * self.ranks.world_size,
-            rrt=self.removed / max(1, self.totals["samples"]),
-            peak_memory_gb=max(self.ranks.gather(peak_memory_gb(self.ranks.device))),
-            folder=self.folder,
-        )
-        logging.info("Summary\n" + text)
-        if self.ranks.is_main and self.folder is not None:
-            (self.folder / "summary.txt").write_text(text + "\n")
-
     def warn_of_long_warmup(self) -> None:
-        if self.schedule is not None and self.plan.warmup_steps >= self.plan.total_steps > 0:
+        warmup, total = self.plan.warmup_steps, self.plan.total_steps
+        if self.schedule is not None and warmup > total > 0:
             logging.warning(
-                f"Warm-up ({self.plan.warmup_steps} steps) is as long as the run ({self.plan.total_steps} steps), so "
-                "the learning rate never reaches --lr; lower --warmup."
+                f"Warm-up ({warmup} steps) is longer than the run ({total} steps), so the learning rate ends at "
+                f"{total / warmup:.0%} of --lr; lower --warmup."
             )
 
     def progress_bar(self) -> tqdm:
@@ -399,10 +263,14 @@ class Trainer:
 
     def evaluate(self) -> None:
         """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
-        metrics = evaluate(self.task, self.model, self.ema, self.epoch, self.finished)
+        try:
+            metrics = evaluate_task(self.task, self.model, self.ema, self.engine, self.epoch, self.finished)
+        except NotFinite as problem:  # on all ranks; the weights may still get well
+            logging.warning(f"No evaluation after epoch {self.epoch}: {problem}")
+            return
         if metrics:
             metrics = {"epoch": self.epoch, "step": self.steps, **metrics}
-            self.evaluations.append(metrics)
+            self.figures.evaluations.append(metrics)
             self.run_log.evaluation(metrics, self.steps)
             logging.info(f"Evaluation after epoch {self.epoch}: " + describe(metrics))
             if self.ranks.is_main:
@@ -418,17 +286,18 @@ class Trainer:
             "epoch_steps": self.epoch_steps,
             "step": self.steps,
             "samples": self.samples,
-            "name": self.args.name,
+            "name": self.options.name,
             "state_dict": weights,
             "optimizer": optimizer,
-            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "scaler": self.engine.scaler.state_dict() if self.engine.scaler is not None else {},
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "task": self.task.state_dict(),
             "plan": self.plan.state_dict(),
             "data": self.ranks.gather(position if self.epoch_steps else {}),
-            "random": self.ranks.gather(_random_state(self.ranks.device)),
+            "random": self.ranks.gather(self.engine.random_state()),
             "nonfinite_steps": self.nonfinite_steps,
-            "config": self.config,
+            **self.described,
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str | Path) -> None:
@@ -443,13 +312,13 @@ class Trainer:
             optimizer = self.optimizer if whole else None
             load_full_state_dict(self.model, optimizer, weights, state["optimizer"] if whole else None)
         except (KeyError, ValueError) as error:
-            raise UserError(f"The optimizer state in {source} does not fit --opt {self.args.opt}: {error}") from error
+            raise UserError(f"The optimizer state in {source} does not fit --opt {self.options.opt}: {error}") from error
         if self.ema is not None:
-            self.ema = Ema(self.model, self.args.ema_decay)
+            self.ema = Ema(self.model, self.options.ema_decay)
         if not whole:
             return
-        if self.scaler is not None and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
+        if self.engine.scaler is not None and state.get("scaler"):
+            self.engine.scaler.load_state_dict(state["scaler"])
         if self.ema is not None and state.get("ema"):
             self.ema.load_state_dict(state["ema"], state["ema_updates"])
         self.epoch = state["epoch"]
@@ -457,16 +326,19 @@ class Trainer:
             self.steps = self.epoch * self.plan.steps_per_epoch
             self.samples = self.steps * self.plan.global_batch
             return
+        if self.task.state_dict().keys() != state.get("task", {}).keys():
+            raise UserError(f"{source} was written by another task: it lacks the state that this one continues from.")
+        self.task.load_state_dict(state.get("task", {}))
         self.steps, self.samples, self.epoch_steps = state["step"], state["samples"], state["epoch_steps"]
         self.nonfinite_steps = state["nonfinite_steps"]
         change = self.plan.change_from(state["plan"], mid_epoch=self.epoch_steps > 0)
-        if change and not self.args.allow_elastic:
+        if change and not self.options.allow_elastic:
             raise UserError(
                 f"{source} was written with {change}; continue with what it had, or add --allow-elastic to go on by "
                 "samples seen (not bit for bit)."
             )
-        self.plan = self.plan.continued(state["plan"], self.args)
-        self.schedule = self.plan.schedule(self.optimizer, self.args)
+        self.plan = self.plan.continued(state["plan"], self.options)
+        self.schedule = self.plan.schedule(self.optimizer, self.options)
         workers = state["plan"]["workers"]
         if not change and workers != self.plan.workers:
             self.notes.append(
@@ -477,11 +349,11 @@ class Trainer:
             self.notes.append(f"Elastic resume: {source} was written with {change}; going on by samples seen.")
             share = self.epoch_steps / state["plan"]["steps_per_epoch"]
             self.epoch_steps = min(round(share * self.plan.steps_per_epoch), self.plan.steps_per_epoch)
-            self.data.skip_to(self.epoch, self.epoch_steps * self.args.accum_freq)
+            self.data.skip_to(self.epoch, self.epoch_steps * self.options.accum_freq)
             return
         if self.epoch_steps:
             self.data.load_state_dict(state["data"][self.ranks.rank])
-        _restore_random_state(self.ranks.device, state["random"][self.ranks.rank])
+        self.engine.restore_random_state(state["random"][self.ranks.rank])
 
     def save_step(self, position: dict[str, Any]) -> None:
         """`step_K.pt`, in the middle of an epoch. Call on all ranks."""
@@ -489,14 +361,12 @@ class Trainer:
 
     def save_epoch(self) -> None:
         """After an epoch: `epoch_K.pt` every --save-frequency epochs and at the end, `epoch_latest.pt` if asked."""
-        args, names = self.args, []
-        if self.finished or (args.save_frequency > 0 and self.epoch % args.save_frequency == 0):
+        options, names = self.options, []
+        if self.finished or (options.save_frequency > 0 and self.epoch % options.save_frequency == 0):
             names.append(f"epoch_{self.epoch}.pt")
-        if args.save_most_recent:
+        if options.save_most_recent:
             names.append(checkpoint.LATEST)
         self.save(names, {})
-        if args.delete_previous_checkpoint and self.ranks.is_main:
-            self.saver.delete(f"epoch_{self.epoch - 1}.pt")
 
     def save_what_failed(self, attempts: int = 5) -> None:
         """At the end of the run: the last checkpoint must be there, so a full disk gets a few more chances."""
@@ -517,53 +387,21 @@ class Trainer:
                 self.saver.save(state, name)
 
 
-def evaluate(task: Task, model: nn.Module, ema: Ema | None, epoch: int, last: bool) -> dict[str, float]:
+def evaluate_task(
+    task: Task, model: nn.Module, ema: Ema | None, engine: Engine, epoch: int, last: bool
+) -> dict[str, float]:
     """What is due at the end of `epoch`; the averaged weights too, if there are any (`ema/...`). {} if nothing is.
 
     The random numbers of the rest of the run do not depend on it: a resumed run may not evaluate here again.
     """
-    device = next(model.parameters()).device
-    random_state = _random_state(device)
-    with gathered(model):
-        metrics = task.evaluate(model, epoch, last)
-    if metrics and ema is not None:
-        with ema.applied(model), gathered(model):
-            averaged = task.evaluate(model, epoch, last)
-        metrics |= {f"ema/{name}": value for name, value in averaged.items()}
-    _restore_random_state(device, random_state)
+    random_state = engine.random_state()
+    try:
+        with gathered(model):
+            metrics = task.evaluate(model, epoch, last)
+        if metrics and ema is not None:
+            with ema.applied(model), gathered(model):
+                averaged = task.evaluate(model, epoch, last)
+            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
+    finally:
+        engine.restore_random_state(random_state)
     return metrics
-
-
-def describe(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items() if k != "step")
-
-
-class _Meter:
-    """Wall-clock and time spent waiting for data since the last `read`."""
-
-    def __init__(self):
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def read(self) -> tuple[int, float, float]:
-        now = time.perf_counter()
-        reading = self.steps, now - self.start, self.waited
-        self.start, self.waited, self.steps = now, 0.0, 0
-        return reading
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _hours(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .evaluation.command import table
+from .evaluation.results import table
 from .sharding import gathered, load_full_state_dict
 
 ALPHAS = tuple(i / 10 for i in range(11))

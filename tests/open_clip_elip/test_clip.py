@@ -98,7 +98,7 @@ def test_patch_dropout_comes_first():
     expected = by_reference(plain, image, text)
     torch.manual_seed(5)
     torch.testing.assert_close(model(image, text), expected, **EXACT)
-    assert model.token_counts() == model.reduction.token_counts(9)  # int(16 * 0.6)
+    assert model.tower.token_counts() == model.reduction.token_counts(9)  # int(16 * 0.6)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_keeping_everything_is_plain_openclip(custom_text, what_to_keep):
     loss, grads = backward(model, image, text)
     torch.testing.assert_close(loss, expected_loss, **EXACT)
     assert_same_gradients(grads, expected, **EXACT)
-    assert model.rrt() == 0
+    assert model.tower.rrt() == 0
 
 
 def test_reduction_does_change_the_features(custom_text):
@@ -125,7 +125,7 @@ def test_reduction_does_change_the_features(custom_text):
 def test_evaluation_never_sees_the_caption(custom_text):
     plain = plain_model(custom_text).eval()
     model = text_first(plain).eval()
-    model.shortcuts = False  # bit for bit without, up to rounding with them: see test_shortcuts.py
+    model.tower.shortcuts = False  # bit for bit without, up to rounding with them: see test_shortcuts.py
     image, text = pairs(5)
     torch.testing.assert_close(model(image, text), plain(image, text), rtol=0, atol=0)
     torch.testing.assert_close(model(image, text[:2]), plain(image, text[:2]), rtol=0, atol=0)  # not pairs: fine here
@@ -135,7 +135,7 @@ def test_evaluation_never_sees_the_caption(custom_text):
 def test_one_tower_alone(custom_text, training):
     plain = plain_model(custom_text).train(training)
     model = text_first(plain).train(training)
-    model.shortcuts = False
+    model.tower.shortcuts = False
     image, text = pairs()
     torch.testing.assert_close(model.encode_image(image), plain.encode_image(image), rtol=0, atol=0)
     torch.testing.assert_close(
@@ -157,7 +157,7 @@ def test_vision_guided(custom_text):
     _, guidance = alone.encode_text_and_guidance(text)
     expected = alone.encode_image(image, guidance=guidance)
     assert not torch.allclose(model.encode_image(image), expected)
-    model.vision_guided = True
+    model.tower.vision_guided = True
     torch.testing.assert_close(model.encode_image(image), expected)
     torch.testing.assert_close(model(image=image)["image_features"], torch.nn.functional.normalize(expected, dim=-1))
 
@@ -317,7 +317,7 @@ def test_the_plain_model_is_left_as_it_was(custom_text):
 def test_state_dicts_load_both_ways(custom_text):
     plain, other = plain_model(custom_text), plain_model(custom_text)
     model = text_first(other)
-    model.shortcuts = False
+    model.tower.shortcuts = False
     model.load_state_dict(plain.state_dict(), strict=True)
     image, text = pairs()
     torch.testing.assert_close(model.eval()(image, text), plain.eval()(image, text), rtol=0, atol=0)
@@ -339,13 +339,13 @@ def test_a_deep_copy_is_independent(custom_text):
 
 def test_rrt_and_token_counts_are_those_of_the_tower():
     model = text_first(plain_model())
-    model.shortcuts = False  # they shorten the last layer to one row
+    model.tower.shortcuts = False  # they shorten the last layer to one row
     lengths = []
     for block in model.visual.transformer.resblocks:
         block.ln_2.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     model(*pairs())
-    assert model.token_counts() == lengths == [17, 14, 10, 6]  # 1 + 16, then 1 + K + 1 for K = 12, 8, 4
-    assert model.rrt() == pytest.approx(1 - (17 + 14 + 10 + 6) / (4 * 17))
+    assert model.tower.token_counts() == lengths == [17, 14, 10, 6]  # 1 + 16, then 1 + K + 1 for K = 12, 8, 4
+    assert model.tower.rrt() == pytest.approx(1 - (17 + 14 + 10 + 6) / (4 * 17))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def record_lengths(model):
 
     Without the shortcuts, with which the last layer has one row.
     """
-    model.shortcuts = False
+    model.tower.shortcuts = False
     lengths = [0] * len(model.visual.transformer.resblocks)
 
     def hook(layer):
@@ -64,7 +64,7 @@ def test_resolutions_and_patch_sizes(size, patch):
     model = with_token_reduction(plain)
     rows, columns = model.visual.grid_size
     expected = expected_lengths(rows * columns, (1, 1, 3, 1))
-    assert model.token_counts() == expected
+    assert model.tower.token_counts() == expected
     lengths = record_lengths(model)
     image, text = pairs(2, size)
     output = model(image, text)
@@ -90,7 +90,7 @@ def test_force_image_size_of_a_registered_model(size):
         model = open_clip.create_model("ViT-S-16-ELIP", device="meta", force_image_size=size)
     rows, columns = model.visual.grid_size
     assert rows * columns == (size // 16) ** 2 if isinstance(size, int) else size[0] // 16 * (size[1] // 16)
-    assert model.token_counts() == expected_lengths(rows * columns, (2, 2, 6, 2))
+    assert model.tower.token_counts() == expected_lengths(rows * columns, (2, 2, 6, 2))
 
 
 def test_the_cost_can_be_counted_on_the_meta_device():
@@ -100,7 +100,7 @@ def test_the_cost_can_be_counted_on_the_meta_device():
         image, text = torch.empty(2, 3, 32, 32), torch.zeros(2, TEXT["context_length"], dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             contrastive_loss(model(image, text)).backward()
-    assert lengths == model.token_counts()
+    assert lengths == model.tower.token_counts()
     assert counter.get_total_flops() > 0
 
 
@@ -128,8 +128,8 @@ def test_every_registered_vit(vision):
     lengths = record_lengths(model)
     output = model(*pairs(1, model.visual.image_size, torch.float32))
     assert output["image_features"].isfinite().all()
-    assert lengths == model.token_counts()
-    patches = model.num_patches()
+    assert lengths == model.tower.token_counts()
+    patches = model.tower.num_patches()
     assert patches == rows * columns or vision.get("patch_dropout")
     assert lengths == expected_lengths(patches, (1, 1, 1, 1))
 
@@ -139,8 +139,8 @@ def test_few_layers(layers):
     model = with_token_reduction(plain_model(vision={**VISION, "layers": layers}))
     lengths = record_lengths(model)
     contrastive_loss(model(*pairs())).backward()
-    assert lengths == model.token_counts()
-    assert 0 < model.rrt() < 1
+    assert lengths == model.tower.token_counts()
+    assert 0 < model.tower.rrt() < 1
 
 
 RIVALS = ("evit", "tome", "random", "adaptive")
@@ -148,7 +148,7 @@ RIVALS = ("evit", "tome", "random", "adaptive")
 
 def record_mlp_tokens(model, images):
     """Tokens that go through the MLP of each layer, of an image on average. Without the shortcuts, as above."""
-    model.shortcuts = False
+    model.tower.shortcuts = False
     tokens = [None] * len(model.visual.transformer.resblocks)
     for layer, block in enumerate(model.visual.transformer.resblocks):
         block.ln_2.register_forward_pre_hook(
@@ -170,9 +170,9 @@ def test_every_registered_vit_by_the_other_methods(vision, method):
     tokens = record_mlp_tokens(model, 1)
     output = model(*pairs(1, model.visual.image_size, torch.float32))
     assert output["image_features"].isfinite().all()
-    work = model.reduction.work(model.num_patches())
+    work = model.reduction.layers(model.tower.num_patches())
     assert tokens == [layer.mlp for layer in work]
-    assert 0 < model.rrt() < 1
+    assert 0 < model.tower.rrt() < 1
 
 
 @pytest.mark.parametrize("method", RIVALS)
@@ -181,5 +181,5 @@ def test_few_layers_by_the_other_methods(layers, method):
     model = with_token_reduction(plain_model(vision={**VISION, "layers": layers}), method=method)
     tokens = record_mlp_tokens(model, 3)
     contrastive_loss(model(*pairs(3))).backward()
-    assert tokens == [layer.mlp for layer in model.reduction.work(16)]
-    assert 0 < model.rrt() < 1
+    assert tokens == [layer.mlp for layer in model.reduction.layers(16)]
+    assert 0 < model.tower.rrt() < 1

@@ -120,7 +120,7 @@ def test_keeping_everything_is_plain_openclip(tmp_path):
 
 def test_evaluation_is_plain_openclip(tmp_path):
     model = build(tmp_path).eval()
-    model.shortcuts = False
+    model.tower.shortcuts = False
     image, text = inputs()
     torch.testing.assert_close(model(image, text[:2]), without_token_reduction(model)(image, text[:2]), rtol=0, atol=0)
 

@@ -74,7 +74,7 @@ def assert_same(model, batch, run):
     expected, expected_gradients = step(model, *batch, run)
     assert not any(g is None for g in expected_gradients.values())
     for shortcuts in (True, False):
-        model.shortcuts = shortcuts
+        model.tower.shortcuts = shortcuts
         features, found = step(model, *batch)
         torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(found, expected_gradients, rtol=1e-8, atol=1e-11)
@@ -82,7 +82,7 @@ def assert_same(model, batch, run):
 
 def seen_lengths(model, batch):
     """(in attention, in MLP) of each layer in a training step without shortcuts, tokens per image."""
-    model.shortcuts, images = False, len(batch[0])
+    model.tower.shortcuts, images = False, len(batch[0])
     blocks = model.visual.transformer.resblocks
     lengths, hooks = [[None, None] for _ in blocks], []
     for layer, block in enumerate(blocks):
@@ -100,12 +100,12 @@ def seen_lengths(model, batch):
 
 def assert_work(model, lengths, total=None):
     """`lengths` (attention, MLP) are what the model says it does."""
-    patches = model.num_patches()
-    work = model.reduction.work(patches)
+    patches = model.tower.num_patches()
+    work = model.reduction.layers(patches)
     assert [(layer.attention, layer.mlp) for layer in work] == lengths
-    assert model.token_counts() == [attention for attention, _ in lengths]
+    assert model.tower.token_counts() == [attention for attention, _ in lengths]
     tokens = sum(a + m for a, m in lengths) / 2
-    assert model.rrt() == pytest.approx(1 - tokens / (len(lengths) * (1 + patches)), abs=1e-12)
+    assert model.tower.rrt() == pytest.approx(1 - tokens / (len(lengths) * (1 + patches)), abs=1e-12)
 
 
 # ---------------------------------------------------------------------- features, gradients, lengths
@@ -162,14 +162,14 @@ def test_evits_layers_in_proportion(depth, layers):
 
 def test_evits_lengths_at_224_by_16():
     """N = 196 -> 138 + 1 -> 98 + 1 -> 70 + 1, ceil(0.7 N) each."""
-    work = Evit(EvitConfig(), 12).work(196)
+    work = Evit(EvitConfig(), 12).layers(196)
     assert [layer.attention for layer in work] == [197] * 4 + [140] * 3 + [100] * 3 + [72] * 2
 
 
 @pytest.mark.parametrize("rate", [i / 100 for i in range(5, 101, 5)])
 @pytest.mark.parametrize("patches", [10, 20, 30, 100, 190])
 def test_evits_keep_is_not_off_by_one_through_rounding(rate, patches):
-    (layer,) = Evit(EvitConfig(keep_rate=rate, layers=(1,), fuse=False), 1).work(patches)
+    (layer,) = Evit(EvitConfig(keep_rate=rate, layers=(1,), fuse=False), 1).layers(patches)
     assert layer.mlp - 1 == math.ceil(round(rate * 100) * patches / 100)
 
 
@@ -200,7 +200,7 @@ def test_tome(shape, options):
     lengths, members = [], []
     r = options.get("r")
     if r is None:
-        r = [layer.attention - layer.mlp for layer in model.reduction.work(model.num_patches())]
+        r = [layer.attention - layer.mlp for layer in model.reduction.layers(model.tower.num_patches())]
 
     def run(blocks, x, _):
         x, lengths[:], members[:] = reference.tome(blocks, x, r, options.get("prop_attn", True))
@@ -211,11 +211,11 @@ def test_tome(shape, options):
     assert seen_lengths(model, batch) == lengths
     for of_image in members:
         assert of_image[0] == [0]  # [CLS] first, merged with nothing
-        assert sorted(sum(of_image, [])) == list(range(1 + model.num_patches()))
+        assert sorted(sum(of_image, [])) == list(range(1 + model.tower.num_patches()))
 
 
 def test_tomes_lengths_at_224_by_16():
-    work = Tome(TomeConfig(), 12).work(196)
+    work = Tome(TomeConfig(), 12).layers(196)
     assert [layer.attention for layer in work] == [197 - 13 * i for i in range(12)]
     assert [layer.mlp for layer in work] == [184 - 13 * i for i in range(12)]
 
@@ -230,7 +230,7 @@ def test_tomes_sizes_sum_to_the_tokens(monkeypatch):
         return x, size
 
     monkeypatch.setattr(tome_module, "_merge", spy)
-    model.shortcuts = False
+    model.tower.shortcuts = False
     model(*pairs())
     assert [size.shape[1] for size in sizes] == [14, 11, 8, 5]
     for size in sizes:
@@ -243,7 +243,7 @@ def test_tomes_sizes_sum_to_the_tokens(monkeypatch):
 def test_random_dropping(pool, keep_ratio, size):
     model = build("random", pool=pool, size=size, keep_ratio=keep_ratio)
     batch = pairs(4, size)
-    patches = model.num_patches()
+    patches = model.tower.num_patches()
     keep = max(1, int(keep_ratio * patches))
     embedded, entered = model.visual._embeds(batch[0]).detach(), []
     model.visual.transformer.resblocks[0].ln_1.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
@@ -251,7 +251,7 @@ def test_random_dropping(pool, keep_ratio, size):
     torch.manual_seed(5)
     expected = None
     for shortcuts in (True, False):
-        model.shortcuts = shortcuts
+        model.tower.shortcuts = shortcuts
         torch.manual_seed(5)
         entered.clear()
         found = step(model, *batch)
@@ -320,7 +320,7 @@ def test_adaptive(shape, options):
         return x
 
     assert_same(model, batch, run)
-    lengths, tokens, patches = [], 1 + model.num_patches(), model.num_patches()
+    lengths, tokens, patches = [], 1 + model.tower.num_patches(), model.tower.num_patches()
     for depth, ratio in zip(depths, named["keep_ratio"], strict=True):
         keep = max(1, int(ratio * patches))
         tokens = keep + 2 if tokens - 1 > keep else tokens
@@ -365,11 +365,11 @@ TARGETS = [0.0, 0.05, 0.2877, 0.5, 0.8, 0.95]
 def test_no_keep_rate_is_nearer_to_the_target(target, patches, layers):
     evit = Evit(EvitConfig(target_rrt=target), layers)
     rates = (i / 5000 for i in range(1, 5001))
-    schedules = {tuple(evit._work(patches, rate)) for rate in rates}
+    schedules = {tuple(evit._layers(patches, rate)) for rate in rates}
     nearest = min(abs(rrt_of(work, patches) - target) for work in schedules)
     assert abs(evit.rrt(patches) - target) <= nearest + 1e-12
-    found = evit.work(patches)
-    assert found == Evit(EvitConfig(keep_rate=evit.keep_rate(patches)), layers).work(patches)
+    found = evit.layers(patches)
+    assert found == Evit(EvitConfig(keep_rate=evit.keep_rate(patches)), layers).layers(patches)
 
     random = RandomDrop(RandomDropConfig(target_rrt=target), layers)
     nearest = min(abs(1 - (1 + keep) / (1 + patches) - target) for keep in range(1, patches + 1))
@@ -382,13 +382,13 @@ def test_no_keep_rate_is_nearer_to_the_target(target, patches, layers):
 def test_no_r_is_nearer_to_the_target(target, patches, layers):
     """Of one r for all layers, and of all that are even to within one in the way of a line drawn in pixels."""
     tome = Tome(TomeConfig(target_rrt=target), layers)
-    r = [layer.attention - layer.mlp for layer in tome.work(patches)]
+    r = [layer.attention - layer.mlp for layer in tome.layers(patches)]
     distance = abs(tome.rrt(patches) - target)
     for total in range(layers * ((patches + 1) // 2) + 1):
         even = [total * (i + 1) // layers - total * i // layers for i in range(layers)]
-        assert distance <= abs(rrt_of(tome._work(patches, tuple(even)), patches) - target) + 1e-12
+        assert distance <= abs(rrt_of(tome._layers(patches, tuple(even)), patches) - target) + 1e-12
     for r in range(patches // 2 + 1):
-        assert distance <= abs(rrt_of(tome._work(patches, r), patches) - target) + 1e-12
+        assert distance <= abs(rrt_of(tome._layers(patches, r), patches) - target) + 1e-12
 
 
 def test_elips_ratio_at_224_by_16():
@@ -460,7 +460,7 @@ def test_without_spread_adaptive_is_elip(merge_depths):
     for shortcuts in (True, False):
         elip, flexible = build("elip", **options), build("adaptive", spread=0.0, **options)
         flexible.load_state_dict(elip.state_dict())
-        elip.shortcuts = flexible.shortcuts = shortcuts
+        elip.tower.shortcuts = flexible.tower.shortcuts = shortcuts
         torch.testing.assert_close(step(flexible, *batch), step(elip, *batch), rtol=1e-9, atol=1e-12)
     assert flexible.token_counts() == elip.token_counts()
 
@@ -528,7 +528,7 @@ def _prefixed(outcome):
 @pytest.mark.parametrize("method", RIVALS)
 def test_gradient_checkpointing_changes_nothing(method, shortcuts):
     model, batch = build(method, **SMALL[method]), pairs()
-    model.shortcuts = shortcuts
+    model.tower.shortcuts = shortcuts
     expected = seeded(step, model, *batch)
     model.set_grad_checkpointing(True)
     torch.testing.assert_close(seeded(step, model, *batch), expected, rtol=1e-11, atol=1e-13)
@@ -569,7 +569,7 @@ def test_other_resolutions(method, size):
     batch = pairs(2, size)
     lengths = seen_lengths(model, batch)
     assert_work(model, lengths)
-    model.shortcuts = True
+    model.tower.shortcuts = True
     _, found = step(model, *batch)
     assert all(grad is not None and grad.isfinite().all() for grad in found.values())
 
@@ -666,14 +666,14 @@ def test_there_and_back(method, custom_text):
 def test_trains_with_all_tokens_on_request(method):
     model, batch = build(method, **SMALL[method]), pairs()
     plain = without_token_reduction(model)
-    assert model.rrt() > 0
-    model.reduces = False
+    assert model.tower.rrt() > 0
+    model.tower.reduces = False
     torch.testing.assert_close(step(model, *batch), step(plain, *batch), rtol=1e-8, atol=1e-11)
-    assert model.token_counts() == [17] * 4
-    assert model.rrt() == 0
+    assert model.tower.token_counts() == [17] * 4
+    assert model.tower.rrt() == 0
     assert seen_lengths(model, batch) == [(17, 17)] * 4
-    model.reduces = True
-    assert model.rrt() > 0 and max(model.token_counts()) <= 17
+    model.tower.reduces = True
+    assert model.tower.rrt() > 0 and max(model.tower.token_counts()) <= 17
 
 
 @pytest.mark.parametrize("method", ["evit", "tome"])
@@ -681,7 +681,7 @@ def test_vision_guided(method):
     model = build(method, **SMALL[method]).eval()
     image, _ = pairs()
     full = model.encode_image(image)
-    model.vision_guided = True
+    model.tower.vision_guided = True
     reduced = model.encode_image(image)
     assert not torch.allclose(reduced, full, rtol=1e-3)
     run = {
@@ -697,7 +697,7 @@ def test_vision_guided(method):
 @pytest.mark.parametrize("method", ["random", "adaptive"])
 def test_vision_guided_is_refused_where_an_image_is_not_encoded_by_itself(method):
     model = build(method).eval()
-    model.vision_guided = True
+    model.tower.vision_guided = True
     with pytest.raises(ValueError, match="training") as error:
         model.encode_image(pairs()[0])
     assert_one_sentence(error)
@@ -713,13 +713,13 @@ def test_registered_names(name):
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta")
         plain = open_clip.create_model(plain_name, device="meta")
-    assert isinstance(model.reduction, METHODS[method][1])
+    assert isinstance(model.reduction, METHODS[method])
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     assert repr(without_token_reduction(model)) == repr(plain)
     assert open_clip.list_pretrained_tags_by_model(name) == open_clip.list_pretrained_tags_by_model(plain_name)
     options = open_clip.get_model_config(name)["token_reduction"]
     assert options.pop("method") == method
-    assert METHODS[method][0].from_dict(options) == METHODS[method][0]()  # the defaults
+    assert METHODS[method].Config.from_dict(options) == METHODS[method].Config()  # the defaults
 
 
 # ---------------------------------------------------------------------- options

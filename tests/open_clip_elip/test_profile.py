@@ -38,7 +38,7 @@ def tiny(kind: str) -> torch.nn.Module:
 def batch(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | TextParts]:
     ids = captions.caption_ids(model, LENGTHS)
     image = torch.randn(len(LENGTHS), 3, *model.visual.image_size)
-    return image, cut_text(ids, model) if getattr(model, "shortcuts", False) else ids
+    return image, cut_text(ids, model)
 
 
 # ---------------------------------------------------------------------- captions
@@ -87,10 +87,10 @@ def test_a_name_with_options():
         "text_scale": "none",
     }  # fmt: skip
     assert one.build("meta").reduction.config.keep_ratio == (1, 0.9, 0.5, 0.4)
-    assert Candidate.parse("ViT-B-16:method=elip,depths=12,keep_ratio=.5").build("meta").rrt() > 0.4
+    assert Candidate.parse("ViT-B-16:method=elip,depths=12,keep_ratio=.5").build("meta").tower.rrt() > 0.4
     assert type(Candidate.parse(f"{TINY}:method=none").build("meta")) is open_clip.CLIP
-    assert Candidate.parse("ViT-S-16:shortcuts=true").build("meta").shortcuts
-    assert not Candidate.parse(f"{TINY}:shortcuts=false").build("meta").shortcuts
+    assert Candidate.parse("ViT-S-16:shortcuts=true").build("meta").tower.shortcuts
+    assert not Candidate.parse(f"{TINY}:shortcuts=false").build("meta").tower.shortcuts
     assert Candidate.parse(TINY, image_size=32).build("meta").visual.image_size == (32, 32)
 
 
@@ -299,7 +299,7 @@ def test_counts_as_table_json_and_markdown(tmp_path, capsys):
     found = json.loads(paths[0].read_text())
     plain, ours, shallow = found["models"]
     assert plain["tokens_per_layer"] == [65] * 6
-    assert ours["tokens_per_layer"] == open_clip.create_model(TINY).token_counts()
+    assert ours["tokens_per_layer"] == open_clip.create_model(TINY).tower.token_counts()
     assert plain["rrt"] == 0 < ours["rrt"] == shallow["rrt"]
     assert plain["vision_parameters"] == ours["vision_parameters"]
     sizes = sum(p.numel() for p in Candidate.parse(TINY).build("meta").parameters())

@@ -101,11 +101,12 @@ class Holder(nn.Module):
 
 
 def test_positions_are_resized_and_the_bias_of_siglip_is_optional():
-    source, target = model().state_dict(), model(vision={"image_size": 48}, text={"context_length": 8}, init_logit_bias=-5)
-    report = load(target, dict(source))
+    shape = {"vision": {"image_size": 48}, "text": {"context_length": 8}}
+    target = model(**shape, init_logit_bias=-5)
+    report = load(target, model().state_dict())
     assert sorted(report.resized) == ["positional_embedding", "visual.positional_embedding"]
     assert "resized: " in report.sentences()[0] and target.logit_bias.item() == 0
-    report = load(model(vision={"image_size": 48}, text={"context_length": 8}), target.state_dict())
+    report = load(model(**shape), target.state_dict())
     assert report.unused == ["logit_bias"] and "not used: logit_bias" in report.sentences()[0]
 
 
@@ -134,10 +135,12 @@ def test_a_part_where_that_is_asked_for():
     state["visual.ln_post.weight"] = torch.zeros(5)
     del state["ln_final.bias"]
     target = model()
-    with pytest.raises(ModelError, match=r"w.pt does not fit ViT: visual.ln_post.weight is 5 there and 32 in the model \(and 2 more"):
+    first = "visual.ln_post.weight is 5 there and 32 in the model"
+    with pytest.raises(ModelError, match=rf"w.pt does not fit ViT: {first} \(and 2 more"):
         load(target, state, name="ViT", label="w.pt")
     report = load(target, state, strict=False)
-    assert (report.unused, report.new) == (["more", "visual.ln_post.weight"], ["ln_final.bias", "visual.ln_post.weight"])
+    assert report.unused == ["more", "visual.ln_post.weight"]
+    assert report.new == ["ln_final.bias", "visual.ln_post.weight"]
     assert torch.equal(target.visual.proj, state["visual.proj"])
     with pytest.raises(ModelError, match="nothing that fits"):
         load(target, {"other": torch.zeros(3)}, strict=False)

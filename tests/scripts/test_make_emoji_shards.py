@@ -1,54 +1,24 @@
 """Pictures of the quick start: stems, split, shards, reuse. On a few pictures at 16 px, so that it takes seconds."""
+from __future__ import annotations
 
 import importlib.util
 import io
 import json
-import sys
-import tarfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_emoji_shards.py"
+from ..study_packages import all_bytes, load_script, read_shards, samples_of
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("make_emoji_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-shards = load_script()
+shards = load_script("make_emoji_shards")
+data = shards.emoji_data
 
 missing = [name for name, module in shards.PACKAGES.items() if importlib.util.find_spec(module) is None]
 needs_packages = pytest.mark.skipif(bool(missing), reason=f"pip install '.[quickstart]' for {', '.join(missing)}")
 
 LIMIT = 240  # faces, hearts, hands: ten classes, and some gendered twins
 SETTINGS = dict(size=16, shard_size=50, holdout=0.15, seed=0, limit=LIMIT)
-
-
-def read_shards(folder: Path) -> dict[str, dict[str, dict[str, bytes]]]:
-    """shard name -> key -> extension -> bytes."""
-    content = {}
-    for shard in sorted(folder.glob("*.tar")):
-        samples = content[shard.name] = {}
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return content
-
-
-def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
-    return {key: sample for shard in read_shards(folder).values() for key, sample in shard.items()}
-
-
-def all_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +51,11 @@ def made(tmp_path_factory):
     ],
 )
 def test_twins_have_one_stem(twins, stem):
-    assert [shards.stem_of(name) for name in twins] == [stem] * len(twins)
+    assert [data.stem_of(name) for name in twins] == [stem] * len(twins)
 
 
-def picture(name, subgroup="animal-mammal", group="Animals & Nature", code=None):
-    return shards.Picture(code or name.replace(" ", "-"), name, group, subgroup, Path("none.svg"))
+def emoji(name, subgroup="animal-mammal", group="Animals & Nature", code=None):
+    return data.Emoji(code or name.replace(" ", "-"), name, group, subgroup, data.stem_of(name))
 
 
 @pytest.mark.parametrize(
@@ -103,11 +73,11 @@ def picture(name, subgroup="animal-mammal", group="Animals & Nature", code=None)
     ],
 )
 def test_phrase(name, group, subgroup, phrase):
-    assert shards.phrase_of(picture(name, subgroup, group)) == phrase
+    assert emoji(name, subgroup, group).phrase == phrase
 
 
 def test_captions_have_the_name_and_the_class_and_vary():
-    pictures = [picture(f"animal number {n}x") for n in range(40)]
+    pictures = [emoji(f"animal number {n}x") for n in range(40)]
     captions = [shards.caption_of(p, seed=0) for p in pictures]
     assert all(p.name in caption and "animal mammal" in caption for p, caption in zip(pictures, captions, strict=True))
     wordings = Counter(caption.replace(p.name, "") for p, caption in zip(pictures, captions, strict=True))
@@ -117,10 +87,10 @@ def test_captions_have_the_name_and_the_class_and_vary():
 
 
 def test_held_out_stems_follow_the_seed_and_the_share():
-    pictures = [picture(f"animal number {n}x") for n in range(2000)]
+    pictures = [emoji(f"animal number {n}x") for n in range(2000)]
     stems = shards.held_out_stems(pictures, 0.15, seed=0)
     assert 0.12 < len(stems) / 2000 < 0.18
-    assert stems == shards.held_out_stems(reversed(pictures), 0.15, seed=0)
+    assert stems == shards.held_out_stems(pictures[::-1], 0.15, seed=0)
     assert stems != shards.held_out_stems(pictures, 0.15, seed=1)
     # A larger share only adds stems, and a new picture moves no other one.
     assert stems < shards.held_out_stems(pictures, 0.3, seed=0)
@@ -128,50 +98,41 @@ def test_held_out_stems_follow_the_seed_and_the_share():
 
 
 def test_small_classes_and_large_stems_stay_in_training():
-    big = [picture(f"animal number {n}x") for n in range(50)]
-    small = [picture(f"fish number {n}x", "animal-marine") for n in range(shards.MIN_CLASS_SIZE - 1)]
-    family = [picture(f"family {'boy ' * n}girl", code=f"F{n}") for n in range(shards.MAX_HELD_OUT_TWINS + 1)]
+    big = [emoji(f"animal number {n}x") for n in range(50)]
+    small = [emoji(f"fish number {n}x", "animal-marine") for n in range(data.MIN_CLASS_SIZE - 1)]
+    family = [emoji(f"family {'boy ' * n}girl", code=f"F{n}") for n in range(data.MAX_HELD_OUT_TWINS + 1)]
     assert {p.stem for p in family} == {"family"}
     stems = shards.held_out_stems([*big, *small, *family], 0.999999, seed=0)
     assert stems == {p.stem for p in big}
 
 
 def test_a_class_without_training_pictures_is_refused():
-    pictures = [picture(f"animal number {n}x") for n in range(10)]
-    with pytest.raises(shards.UserError, match="no training picture of 'animal mammal'"):
+    pictures = [emoji(f"animal number {n}x") for n in range(10)]
+    with pytest.raises(data.UserError, match="no training picture of 'animal mammal'"):
         shards.classes_of([], pictures)
-    with pytest.raises(shards.UserError, match="nothing held out"):
+    with pytest.raises(data.UserError, match="nothing held out"):
         shards.classes_of(pictures, [])
 
 
 @needs_packages
-def test_found_pictures_are_base_pictures_with_names():
+def test_found_pictures_are_base_pictures_with_names_and_render_on_white():
     pictures = shards.find_pictures()
-    assert len(pictures) > 1800
-    assert len({p.code for p in pictures}) == len(pictures)
-    assert not any(shards.SKIN_TONES & set(p.code.split("-")) for p in pictures)
-    by_code = {p.code: p for p in pictures}
-    wheel = by_code["1F3A1"]
+    by_code = {found.code: (found, svg) for found, svg in pictures}
+    assert len(pictures) == len(by_code) > 1800
+    assert not any(shards.SKIN_TONES & set(code.split("-")) for code in by_code)
+    wheel, (heart, svg) = by_code["1F3A1"][0], by_code["2764"]
     assert (wheel.name, wheel.group, wheel.subgroup) == ("ferris wheel", "Travel & Places", "place-other")
-    assert by_code["2764"].name == "red heart"  # its code has a presentation selector in some sources
-
-
-@needs_packages
-def test_rendering_has_a_white_ground_and_the_asked_size():
-    heart = next(p for p in shards.find_pictures() if p.name == "red heart")
-    image = shards.render(heart.svg, 32)
-    assert image.mode == "RGB" and image.size == (32, 32)
-    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert heart.name == "red heart"  # its code has a presentation selector in some sources
+    image = shards.render(svg, 32)
+    assert image.mode == "RGB" and image.size == (32, 32) and image.getpixel((0, 0)) == (255, 255, 255)
     red, green, blue = image.getpixel((16, 14))
     assert red > 200 and green < 120 and blue < 120
 
 
-@needs_packages
 def test_equal_pictures_are_dropped():
-    pictures = shards.find_pictures()
-    twice = [p for p in pictures if p.name in ("Norway", "Svalbard & Jan Mayen", "red heart")]
-    assert len(twice) == 3
-    assert [p.name for p, _ in shards.render_distinct(twice, 16)] == ["red heart", "Norway"]
+    colours = ("red", "blue", "red")
+    samples = [data.Sample(f"{i}", None, Image.new("RGB", (8, 8), c), {}, "") for i, c in enumerate(colours)]
+    assert [sample.key for sample in data.distinct(samples)] == ["0", "1"]
 
 
 def test_folder_layout_and_sizes(made):
@@ -182,51 +143,36 @@ def test_folder_layout_and_sizes(made):
         assert sizes == {shard: len(samples) for shard, samples in content.items()}
         assert sum(sizes.values()) == dataset["counts"][part]
         assert list(sizes) == [f"{index:05d}.tar" for index in range(len(sizes))]
-        assert len(sizes) >= shards.MIN_SHARDS
-        assert max(sizes.values()) <= SETTINGS["shard_size"]
-        assert max(sizes.values()) - min(sizes.values()) <= 1
+        assert data.MIN_SHARDS <= len(sizes) == dataset["counts"][f"{part}_shards"]
+        assert max(sizes.values()) <= SETTINGS["shard_size"] and max(sizes.values()) - min(sizes.values()) <= 1
     assert dataset == json.loads((out / "dataset.json").read_text())
     total = sum(dataset["counts"][part] for part in ("train", "val"))
     assert total + dataset["counts"]["duplicates_dropped"] == LIMIT
 
 
-def test_samples_are_whole(made):
-    out, _ = made
-    seen = set()
+def test_samples_are_whole_and_no_stem_is_on_both_sides(made):
+    out, dataset = made
+    names = (out / "val" / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    assert names == sorted(set(names)) and len(names) == dataset["counts"]["classes"] >= 5
+    stems, kinds, keys = {}, {}, []
     for part in ("train", "val"):
-        for key, sample in samples_of(out / part).items():
-            assert key not in seen
-            seen.add(key)
+        samples = samples_of(out / part)
+        keys += samples
+        for sample in samples.values():
             assert set(sample) == {"png", "txt", "json"} | ({"cls"} if part == "val" else set())
             image = Image.open(io.BytesIO(sample["png"]))
             assert image.mode == "RGB" and image.size == (16, 16)
             fields = json.loads(sample["json"])
             assert set(fields) == {"name", "group", "subgroup", "kind", "stem"}
             assert fields["name"] in sample["txt"].decode() and fields["kind"] in sample["txt"].decode()
-
-
-def test_no_stem_on_both_sides(made):
-    out, _ = made
-    train, val = (
-        {json.loads(sample["json"])["stem"] for sample in samples_of(out / part).values()} for part in ("train", "val")
-    )
-    assert val and not train & val
-
-
-def test_classnames_cover_the_labels_and_are_trained(made):
-    out, dataset = made
-    names = (out / "val" / "classnames.txt").read_text(encoding="utf-8").splitlines()
-    assert names == sorted(set(names)) and len(names) == dataset["counts"]["classes"] >= 5
-    val = samples_of(out / "val")
-    assert all(names[int(sample["cls"])] == json.loads(sample["json"])["kind"] for sample in val.values())
-    assert set(names) <= {json.loads(sample["json"])["kind"] for sample in samples_of(out / "train").values()}
-
-
-def test_templates_have_the_placeholder(made):
-    out, _ = made
+            assert part == "train" or names[int(sample["cls"])] == fields["kind"]
+            stems.setdefault(part, set()).add(fields["stem"])
+            kinds.setdefault(part, set()).add(fields["kind"])
+    assert len(set(keys)) == len(keys)
+    assert stems["val"] and not stems["train"] & stems["val"]
+    assert set(names) <= kinds["train"]
     templates = (out / "val" / "templates.txt").read_text(encoding="utf-8").splitlines()
-    assert len(templates) == len(set(templates)) > 1
-    assert all(template.count("{}") == 1 for template in templates)
+    assert len(templates) == len(set(templates)) > 1 and all(template.count("{}") == 1 for template in templates)
 
 
 def test_same_settings_give_the_same_bytes(made, tmp_path):
@@ -252,27 +198,21 @@ def test_a_finished_folder_is_reused(made, monkeypatch):
 
 
 @needs_packages
-def test_other_settings_rebuild(tmp_path):
-    out = tmp_path / "emoji"
-    shards.build(out, **SETTINGS | {"limit": 120})
-    dataset, built = shards.build(out, **SETTINGS | {"limit": 120, "size": 8})
+def test_other_settings_rebuild_and_an_interrupted_build_leaves_the_old_folder(tmp_path, monkeypatch):
+    out, few = tmp_path / "emoji", SETTINGS | {"limit": 120}
+    shards.build(out, **few)
+    dataset, built = shards.build(out, **few | {"size": 8})
     assert built and dataset["settings"]["size"] == 8
     sample = next(iter(samples_of(out / "train").values()))
     assert Image.open(io.BytesIO(sample["png"])).size == (8, 8)
-
-
-@needs_packages
-def test_an_interrupted_build_leaves_the_old_folder(tmp_path, monkeypatch):
-    out = tmp_path / "emoji"
-    shards.build(out, **SETTINGS | {"limit": 120})
     before = all_bytes(out)
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "_png", interrupt)
+    monkeypatch.setattr(data, "png", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        shards.build(out, **SETTINGS | {"limit": 120, "seed": 1})
+        shards.build(out, **few | {"seed": 1})
     assert all_bytes(out) == before
     assert list(tmp_path.iterdir()) == [out]
 

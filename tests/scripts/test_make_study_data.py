@@ -3,35 +3,19 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ..study_packages import EACH, code, load_script, write_packages
+from ..study_packages import EACH, all_bytes, code, load_script, samples_of, write_packages
 
 study = load_script("make_study_data")
 SETTINGS = dict(size=16, holdout=0.2, seed=0, shard_size=20)
 
 
-def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
-    """key -> extension -> bytes."""
-    content = {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                content.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return content
-
-
 def fields_of(folder: Path) -> list[dict]:
     return [json.loads(sample["json"]) for sample in samples_of(folder).values()]
-
-
-def all_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")

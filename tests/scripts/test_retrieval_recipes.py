@@ -18,10 +18,11 @@ from PIL import Image
 import open_clip_elip  # noqa: F401  (makes the models known)
 from tests.training.runs import picture, register_models
 from training.data.report import DataReport
-from training.data.shards import read_shard
 from training.data.sets.captioned import CaptionOptions, load_captions
+from training.data.shards import read_shard
 from training.main import main as train
-from training.options.params import parse_args, resolved_config
+from training.options import parse, resolved
+from training.tasks.contrastive import PretrainingOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "finetune"
@@ -103,8 +104,8 @@ def test_shards(coco, tmp_path):
     found = samples(out)
     wanted = load_captions(str(coco), CaptionOptions(split="train+restval"))
     pairs = [(Path(wanted.images.name(i)).read_bytes(), wanted.captions[n]) for n, i in enumerate(wanted.image_of)]
-    assert sorted((sample.image, sample.caption) for sample in found) == sorted(pairs)
-    assert [sample.caption for sample in found] != wanted.captions  # shuffled
+    assert sorted((sample.images[0], sample.fields["caption"]) for sample in found) == sorted(pairs)
+    assert [sample.fields["caption"] for sample in found] != wanted.captions  # shuffled
     assert make(*words, tmp_path / "again") == 0 and make(*words, tmp_path / "other", "--seed", 1) == 0
     content = {path.name: path.read_bytes() for path in out.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == content
@@ -123,7 +124,7 @@ def test_smaller_pictures_and_broken_ones(coco, tmp_path, capsys):
     )
     found = samples(tmp_path / "shards")
     assert json.loads((tmp_path / "shards" / "sizes.json").read_text()) == {"00000.tar": 9} and len(found) == 9
-    sizes = {sample.caption[:9]: Image.open(io.BytesIO(sample.image)).size for sample in found}
+    sizes = {sample.fields["caption"][:9]: Image.open(io.BytesIO(sample.images[0])).size for sample in found}
     assert sizes.pop('train "0"') == (40, 25)
     assert set(sizes.values()) == {(25, 25)}  # of 40
     with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
@@ -183,14 +184,14 @@ def test_recipe(name, epochs, monkeypatch):
     """ALBEF's settings, a global batch of 256; all else is the default."""
     monkeypatch.setenv("DATA", "/some where")
     monkeypatch.setenv("PRETRAINED", "epoch_32.pt")
-    args = parse_args(["--config", str(CONFIGS / f"retrieval_{name}.yaml")])
+    args = parse(PretrainingOptions, ["--config", str(CONFIGS / f"retrieval_{name}.yaml")])
     assert (args.epochs, args.lr, args.wd, args.warmup, 4 * args.batch_size) == (epochs, 1e-5, 0.02, 0, 256)
     assert args.train_data == f"/some where/{name}/retrieval_train.csv"
     assert args.val_data == f"/some where/{name}/retrieval_val.csv"
-    assert (args.pretrained, args.token_reduction) == ("epoch_32.pt", "none")
+    assert (args.pretrained, args.token_reduction) == ("epoch_32.pt", {"method": "none"})
     assert args.model in open_clip.list_models()
-    recipe = resolved_config(args)
-    default = resolved_config(parse_args(["--train-data", "x.csv", "--model", args.model]))
+    recipe = resolved(args)
+    default = resolved(parse(PretrainingOptions, ["--train-data", "x.csv", "--model", args.model]))
     own = {"epochs", "lr", "wd", "warmup", "train_data", "val_data", "pretrained", "token_reduction"}
     assert {key for key in recipe if recipe[key] != default[key]} == own
 

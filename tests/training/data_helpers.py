@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from training.data import TrainData, ValData, build_train_data, build_val_data
+from training.data.pairs import PairEncoding
 
 BROKEN_IMAGE = b"\xff\xd8 this was a picture once"
 
@@ -108,19 +109,19 @@ def data_args(**changes) -> argparse.Namespace:
         "train_data": None, "val_data": None, "train_num_samples": None, "val_num_samples": None,
         "dataset_type": "auto", "dataset_resampled": False, "train_data_upsampling_factors": None,
         "csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title",
-        "workers": 0, "batch_size": 4, "seed": 0,
+        "workers": 0, "batch_size": 4, "seed": 0, "stall_seconds": 60,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
 
 
 def train_data(train_data: str | None, rank: int = 0, world_size: int = 1, **flags) -> TrainData:
     args = data_args(train_data=train_data, **flags)
-    return build_train_data(args, NoisyTransform(), LetterTokenizer(), rank=rank, world_size=world_size)
+    return build_train_data(args, PairEncoding(NoisyTransform(), LetterTokenizer()), rank=rank, world_size=world_size)
 
 
 def val_data(val_data: str, rank: int = 0, world_size: int = 1, **flags) -> ValData:
     args = data_args(val_data=val_data, **flags)
-    return build_val_data(args, NoisyTransform(), LetterTokenizer(), rank=rank, world_size=world_size)
+    return build_val_data(args, PairEncoding(NoisyTransform(), LetterTokenizer()), rank=rank, world_size=world_size)
 
 
 def keys(batches) -> list[str]:
@@ -132,4 +133,4 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
     for a, b in zip(first, second, strict=True):
         assert a["key"] == b["key"]
         assert torch.equal(a["text"], b["text"])
-        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["image"].pixels, b["image"].pixels)

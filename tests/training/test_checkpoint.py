@@ -157,3 +157,51 @@ def test_the_clock_asks_for_a_checkpoint(tmp_path):
     elsewhere = checkpoint.Saver(None, every_minutes=5)  # another rank: only the main one looks at the clock
     elsewhere.saved_at -= 5 * 60
     assert not elsewhere.due()
+
+
+def test_the_one_before_is_deleted_after_a_newer_one_is_written(tmp_path, monkeypatch, caplog):
+    save_all(checkpoint.Saver(tmp_path), ["epoch_1.pt", "epoch_2.pt", "step_25.pt"])
+    saver = checkpoint.Saver(tmp_path, delete_previous=True)  # of an earlier run too, but no more than one
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, "save", lambda state, path: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert not saver.save({"epoch": 4, "state_dict": {}}, "epoch_4.pt")
+    assert names(tmp_path) == {"epoch_1.pt", "epoch_2.pt", "step_25.pt"}
+    save_all(saver, ["epoch_4.pt"])  # nothing was saved after epoch 3
+    assert names(tmp_path) == {"epoch_1.pt", "step_25.pt", "epoch_4.pt"}
+    save_all(saver, ["step_45.pt"])
+    assert "epoch_4.pt" in names(tmp_path)
+    (tmp_path / "epoch_4.pt").unlink()
+    (tmp_path / "epoch_4.pt").mkdir()  # what cannot be deleted is one line of the log
+    save_all(saver, ["epoch_5.pt"])
+    assert caplog.text.count("epoch_4.pt could not be updated (Is a directory)") == 1
+
+
+BAD = torch.tensor([0.0, float("nan")])
+
+
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        ({"state_dict": {"w": BAD}}, "w"),
+        ({"state_dict": {}, "ema": {"w": torch.ones(2), "v": BAD}}, "ema.v"),
+        ({"state_dict": {}, "task": {"queues": [torch.ones(2, dtype=torch.long), (BAD,)]}}, "task.queues.1.0"),
+        ({"state_dict": {"w": torch.ones(2)}, "ema": {}, "task": {"epoch": 3}, "optimizer": {"m": BAD}}, None),
+    ],
+)
+def test_what_is_not_finite_is_never_written(state, named, tmp_path, caplog):
+    assert checkpoint.Saver(tmp_path).save({"epoch": 2, **state}, "epoch_2.pt") == (named is None)
+    assert names(tmp_path) == (set() if named else {"epoch_2.pt"})
+    assert named is None or f"epoch_2.pt was not written: {named} is not finite." in caplog.text
+
+
+@pytest.mark.parametrize("record", ["", '{"epoch": 1, "sc', "null", '{"score": "high"}'])
+def test_a_damaged_record_of_the_best_costs_no_more_than_the_comparison(record, tmp_path, caplog):
+    (tmp_path / "best.json").write_text(record)
+    saver = checkpoint.Saver(tmp_path)
+    assert caplog.text.count("best.json cannot be read") == 1
+    save_all(saver, ["epoch_1.pt"])
+    saver.keep_best(1, float("nan"))
+    assert names(tmp_path) == {"epoch_1.pt"}
+    saver.keep_best(1, 0.5)
+    assert names(tmp_path) == {"epoch_1.pt", "best.pt"}
+    assert checkpoint.Saver(tmp_path).best == 0.5

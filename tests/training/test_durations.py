@@ -1,9 +1,13 @@
-"""Lengths in steps, epochs, samples and percent."""
+"""Lengths in steps, epochs, samples and percent; and a run's plan in them."""
 from __future__ import annotations
 
 import pytest
 
 from training.durations import Duration
+from training.errors import UserError
+from training.plan import Plan
+
+from .tiny import run_options
 
 
 @pytest.mark.parametrize(
@@ -35,24 +39,23 @@ def test_a_bare_number_has_the_default_unit():
     assert Duration.parse("7steps", "samples") == Duration(7, "steps")
 
 
+NONE = [
+    "", "ep", "-1", "-3ep", "nan", "inf", "1e999", "three", "3 hours", "3e", "3epps", "3eps2", "1,000", "1_000", "%",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["", "ep", "-1", "-3ep", "nan", "inf", "1e999", "three", "3 hours", "3e", "3epps", "3eps2", "1,000", "1_000", "%"],
+    ("texts", "sentence"),
+    [
+        (NONE, "is not a duration: write a number of at least 0 with steps, epochs"),
+        (["1.5", "1.5steps", "0.1samples"], "must be whole"),
+        (["101%"], "more than the whole run"),
+    ],
 )
-def test_refuses_in_a_sentence(text):
-    with pytest.raises(ValueError, match="is not a duration: write a number of at least 0 with steps, epochs"):
-        Duration.parse(text, "steps")
-
-
-@pytest.mark.parametrize("text", ["1.5", "1.5steps", "0.1samples"])
-def test_steps_and_samples_are_whole(text):
-    with pytest.raises(ValueError, match="must be whole"):
-        Duration.parse(text, "steps")
-
-
-def test_no_more_than_the_whole_run():
-    with pytest.raises(ValueError, match="more than the whole run"):
-        Duration.parse("101%", "steps")
+def test_refuses_in_a_sentence(texts, sentence):
+    for text in texts:
+        with pytest.raises(ValueError, match=sentence):
+            Duration.parse(text, "steps")
 
 
 @pytest.mark.parametrize(
@@ -94,3 +97,33 @@ def test_text_and_back(text):
     duration = Duration.parse(text, "samples")
     assert str(duration) == text
     assert Duration.parse(str(duration), "steps") == duration
+
+
+# ---------------------------------------------------------------------- the plan of a run
+
+
+def plan(**changes) -> Plan:
+    """100 steps of 64 samples in an epoch, on 2 processes."""
+    options = {"epochs": "2", "batch_size": 16, "accum_freq": 2, "warmup": "5%", "epochs_cooldown": "0.5"}
+    return Plan.of(run_options(**options | changes), 200, 2)
+
+
+def test_plan():
+    found = plan()
+    assert (found.global_batch, found.steps_per_epoch, found.epochs, found.total_steps) == (64, 100, 2, 200)
+    assert (found.warmup_steps, found.cooldown_steps, found.total_samples) == (10, 50, 200 * 64)
+    assert plan(duration="150", warmup="320samples", epochs_cooldown=None).epochs == 2
+    assert [found.steps_of(text) for text in ("7%", "0.5ep", "640samples", "12", 12)] == [14, 50, 10, 12, 12]
+    assert plan(epochs="0").total_steps == 0
+    for changes in ({"duration": "5%"}, {"warmup": "soon"}, {"accum_freq": 201}):
+        with pytest.raises(UserError):
+            plan(**changes)
+
+
+def test_an_older_plan_is_continued_with_another_batch():
+    old = plan().state_dict() | {"full_token_steps": 0}  # an attribute of earlier versions
+    new = plan(batch_size=8)
+    assert new.change_from(old, mid_epoch=True) == "16 samples in a batch (now 8)"
+    new = new.continued(old, run_options(epochs="2", batch_size=8, accum_freq=2, warmup="5%"))
+    assert (new.global_batch, new.reference_batch, new.total_samples) == (32, 64, 200 * 64)
+    assert (new.steps_of("7%"), new.steps_of("640samples")) == (14, 10)

@@ -10,15 +10,16 @@ import open_clip
 import pytest
 import torch
 import yaml
+from torchvision.transforms.functional import to_tensor
 
 from training import checkpoint
 from training.control import EXIT_INTERRUPTED
-from training.distributed import Ranks
-from training.errors import UserError
+from training.data.pairs import LabelEncoding, LabelledRows
 from training.data.sets.registry import load_data
-from training.finetune import FINETUNING, class_numbers, finetuning, main, share_of
-from training.finetune import LabelledRows as Rows
-from training.options.params import parse_args, resolved_config
+from training.distributed import Ranks
+from training.finetune import finetuning, main
+from training.options import parse, resolved
+from training.tasks.classification import FinetuningOptions
 from training.trainer import Trainer
 
 from ..processes import torchrun
@@ -108,7 +109,7 @@ def test_a_run_learns_and_what_it_leaves(run, data, pretrained, shifted, tmp_pat
 def test_token_reduction_is_only_there_by_flag(run, data, pretrained, tmp_path):
     assert {float(row["rrt"]) for row in rows(run("--epochs", "1"))} == {0}
     for model in ("Tiny", "Tiny-ELIP"):
-        folder = run("--epochs", "1", "--vision-guided-reduction", "--scoring-depth", "1", model=model, name=model)
+        folder = run("--epochs", "1", "--vision-guided-reduction", "--token-reduction", "scoring_depth=1", model=model, name=model)
         assert float(rows(folder)[0]["rrt"]) == pytest.approx(1 - (17 + 16 + 3 * 12 + 8) / (6 * 17))
     assert_equal_weights(*(weights(tmp_path / n / "checkpoints" / "epoch_1.pt") for n in ("Tiny", "Tiny-ELIP")))
 
@@ -249,15 +250,14 @@ def test_two_processes_train_alike_and_evaluate_the_same(run, data, pretrained, 
 # ---------------------------------------------------------------------- data
 
 
-def test_rows_have_the_class_number_as_caption(data):
+def test_rows_have_the_class_number_as_label(data):
     images = load_data(str(data), split="train")
-    table = Rows(images)
+    table, encoding = LabelledRows(images), LabelEncoding(to_tensor)
     assert len(table) == 24
-    for row in (0, 23):
-        sample = table[row]
-        assert class_numbers([sample.caption]).tolist() == [images.labels[row].item()]
-        assert sample.image().tobytes() == images.images.load(row).tobytes()
-        assert sample.key.endswith(".png") and sample.index == row
+    batch = encoding.collate([encoding.encode(table[row]) for row in (0, 23)])
+    assert torch.equal(batch["label"], images.labels[[0, 23]])
+    assert torch.equal(batch["image"].pixels[1], to_tensor(images.images.load(23)))
+    assert table[23].key.endswith(".png") and table[23].index == 23
 
 
 def test_broken_pictures_are_named_and_counted(pretrained, tmp_path, capsys):
@@ -299,7 +299,7 @@ def test_what_the_flags_say_is_what_is_done(data, shifted, pretrained, tmp_path)
         "--crop-scale", "0.3", "0.9", "--crop-ratio", "0.8", "1.1", "--hflip", "0.4", "--color-jitter", "0.2",
         "--random-erasing", "0.6", "--erasing-mode", "rand", "--train-interpolation", "bilinear",
     ]  # fmt: skip
-    args = parse_args(finetune_command(data, tmp_path, pretrained, *flags), FINETUNING)
+    args = parse(FinetuningOptions, finetune_command(data, tmp_path, pretrained, *flags))
     parts = finetuning(args, Ranks(torch.device("cpu")), None)
     mix = parts.task.mix
     assert (mix.num_classes, mix.mixup, mix.cutmix, mix.prob, mix.switch_prob, mix.smoothing) == (
@@ -309,7 +309,7 @@ def test_what_the_flags_say_is_what_is_done(data, shifted, pretrained, tmp_path)
     rates = [[hook.rate for hook in block.ls_2._forward_hooks.values()] for block in blocks]
     assert rates == [[], *([pytest.approx(0.05 * i)] for i in range(1, 6))]
     assert [(d.name, len(d)) for d in parts.task.data.values()] == [("shifted", 15)]
-    transform = str(parts.train_data._make_stream.keywords["preprocess"])
+    transform = str(parts.train_data._make_stream.keywords["encoding"].transform)
     for part in (
         "scale=(0.3, 0.9), ratio=(0.8, 1.1), interpolation=bilinear", "RandomHorizontalFlip(p=0.4)",
         "brightness=(0.8, 1.2)", "RandomErasing(p=0.6, mode=rand", "mean=tensor([0.4815, 0.4578, 0.4082])",
@@ -317,17 +317,9 @@ def test_what_the_flags_say_is_what_is_done(data, shifted, pretrained, tmp_path)
         assert part in transform
 
 
-def test_the_global_batch_is_shared():
-    assert share_of(1024, 8, 2) == 64
-    for world_size, accum_freq in ((3, 1), (1024, 2)):
-        with pytest.raises(UserError, match="The global batch of 1024 cannot be divided by"):
-            share_of(1024, world_size, accum_freq)
-
-
 def test_the_global_batch_gives_way_to_the_batch_size(run):
     argv = ["--global-batch", "12", "--epochs", "1"]
     assert yaml.safe_load((run(*argv) / "config.yaml").read_text())["batch_size"] == 6
-    assert parse_args(["--data", "x", "--model", "a", "--pretrained", "b"], FINETUNING).batch_size == 64
 
 
 RECIPES = {
@@ -341,7 +333,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe, run):
     path = str(Path(__file__).parents[2] / "configs" / "finetune" / recipe)
-    args = parse_args(["--config", path, "--model", "a", "--pretrained", "b", "--data", "c"], FINETUNING)
+    args = parse(FinetuningOptions, ["--config", path, "--model", "a", "--pretrained", "b", "--data", "c"])
     names = ("epochs", "lr", "wd", "layer_decay", "mixup", "cutmix", "ema_decay", "drop_path", "global_batch")
     assert tuple(getattr(args, name) for name in names) == RECIPES[recipe] and args.batch_size is None
     assert run("--config", path, "--epochs", "1").is_dir()
@@ -352,27 +344,25 @@ def test_the_configuration_of_a_run_is_read_back(data):
         "--data", "colours=$x", "--also", "a=~/$y", "b", "--model", "m", "--pretrained", "p",
         "--crop-scale", "0.5", "1", "--mixup", "0.8", "--no-download",
     ]  # fmt: skip
-    args = parse_args(words, FINETUNING)
-    config = resolved_config(args, FINETUNING)
+    args = parse(FinetuningOptions, words)
+    config = resolved(args)
     assert "train_data" not in config and "siglip" not in config
     path = data / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    assert vars(parse_args(["--config", str(path)], FINETUNING)) == vars(args)
+    assert parse(FinetuningOptions, ["--config", str(path)]) == args
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--siglip"], "--siglip belongs to the contrastive losses of pre-training: leave it out."),
-        (["--lam", "0.5"], "--lam weighs the image against its caption, and fine-tuning has none: leave it out."),
-        (["--train-data", "x.tar"], "--train-data is for image-text pairs: name the labelled images with --data NAME="),
-        (["--lock-image"], "--lock-image locks a tower"),
-        (["--aug-cfg", "scale=(0.4,1.0)", "use_timm=True"], "--aug-cfg is for pre-training: use --crop-scale"),
+        (["--siglip"], "--siglip is an option of training.main (loss), not of training.finetune."),
+        (["--token-reduction", "lam=0.5", "--vision-guided-reduction"], "lam weighs the image against its caption"),
+        (["--train-data", "x.tar"], "--train-data is an option of training.main (training data)"),
         (["--wise-ft"], "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot."),
         (["--evaluate"], "--evaluate needs a checkpoint of fine-tuning in --resume, or --head zero-shot."),
         (["--wise-ft", "--evaluate", "--head", "zero-shot"], "--wise-ft needs the fine-tuned weights: give their ch"),
         (["--results", __file__], "is a file; name a folder."),
-        (["--keep-ratio", "1", "0.5"], "--keep-ratio needs --vision-guided-reduction"),
+        (["--token-reduction", "keep_ratio=1,.5"], "--token-reduction needs --vision-guided-reduction"),
         (["--auto-augment", "v0", "--color-jitter", "0.4"], "--color-jitter has no effect with --auto-augment"),
         (["--auto-augment", "rand-x9"], "timm knows no augmentation policy 'rand-x9'"),
         (["--crop-scale", "1", "0.5"], "--crop-scale takes the smaller number first, not 1 0.5."),

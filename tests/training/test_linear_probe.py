@@ -13,9 +13,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from training import linear_probe
-from training.evaluation import features as features_module
-from training.data.sets.registry import load_data
 from training.data.sets.labelled import ArrayImages, LabelledImages
+from training.data.sets.registry import load_data
+from training.evaluation import features as features_module
+from training.evaluation import probe
 
 from ..processes import spawn
 from .colours import write_colours
@@ -84,14 +85,15 @@ def test_command(run, model, colours, tmp_path, monkeypatch):
 
     # Finished: nothing is encoded or fitted again. With another setting only the features are used again.
     monkeypatch.setattr(features_module, "ImagePass", lambda *args, **kwargs: pytest.fail("features made again"))
-    monkeypatch.setattr(linear_probe, "sweep", lambda *args: pytest.fail("swept again"))
-    assert run() == shown
+    monkeypatch.setattr(probe, "sweep", lambda *args: pytest.fail("swept again"))
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert run() == f"{shown}found, not evaluated again (--redo does it): {path}\n"
     assert written(tmp_path / "results") == [record]  # the date too
     value = repr(record["regularisation"])
     assert run("--regularisation", value) == shown  # the same classifier
-    (tmp_path / "results" / next(p.name for p in (tmp_path / "results").glob("*.json"))).unlink()
+    path.unlink()
     run("--regularization", value, "--also", str(colours))
-    with pytest.raises(pytest.fail.Exception, match="swept again"):
+    with pytest.raises(pytest.fail.Exception, match="features made again"):
         run("--redo")
 
 
@@ -104,9 +106,9 @@ def test_probe_is_kept_for_more_test_sets(run, colours, tmp_path, monkeypatch):
     for path in more.glob("test/*/*.png"):
         Image.open(path).rotate(180).save(path)
     (next(more.glob("test/red/*.png"))).write_bytes(b"no picture")
-    monkeypatch.setattr(linear_probe, "fit", lambda *args: pytest.fail("fitted again"))
+    monkeypatch.setattr(probe, "fit", lambda *args: pytest.fail("fitted again"))
     lines = run("--also", str(more)).splitlines()
-    assert [line.split()[0] for line in lines] == ["data", "colours", "more"]
+    assert [line.split()[0] for line in lines] == ["data", "colours", "more", "found,"]
     other = next(record for record in written(tmp_path / "results") if record["data"] == "more")
     assert other["metrics"]["num_samples"] == 29 and len(other["skipped"]) == 1
     assert other["settings"]["train"] == "colours"
@@ -116,16 +118,14 @@ def test_probe_is_kept_for_more_test_sets(run, colours, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--solver", "sgd", "--epochs", "15", "--solver-batch-size", "16"],
-        ["--solver", "adamw", "--epochs", "10", "--regularisation", "0.01", "--layer", "projected", "--normalize"],
+        ["--regularisation", "1e4", "--layer", "projected", "--normalize"],
         ["--regularisation", "10", "--standardize", "--feature-dtype", "bf16", "--max-train-samples", "30"],
     ],
 )
-def test_solvers_and_options(run, tmp_path, flags):
+def test_options(run, tmp_path, flags):
     run(*flags)
     (record,) = written(tmp_path / "results")
     assert record["metrics"]["top1"] > 0.6
-    assert record["settings"]["solver"] == (flags[1] if "--solver" in flags else "lbfgs")
     if "--max-train-samples" in flags:
         assert record["num_train_samples"] == 30
         assert record["settings"]["feature_dtype"] == "bf16" and record["settings"]["standardize"] is True
@@ -138,7 +138,7 @@ def test_solvers_and_options(run, tmp_path, flags):
 
 def test_streaming_from_disk_changes_nothing(run, tmp_path):
     records = []
-    for gigabytes, said in (("0", "read from disk in each iteration"), ("1", "kept there")):
+    for gigabytes, said in (("0", "read from disk in each iteration"), ("1", "kept on cpu")):
         run("--feature-memory", gigabytes, "--redo")
         assert said in run.log
         records += [{**record, "date": ""} for record in written(tmp_path / "results")]
@@ -181,7 +181,7 @@ def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
             images, torch.tensor([0, 0, 1]), ["birds", "other"], name=spec, imagenet_classes=[[7, 8], [500]]
         )
 
-    monkeypatch.setattr(linear_probe, "load_data", fake)
+    monkeypatch.setattr(probe, "load_data", fake)
     assert "one training image a class, none to hold out" in run(data="imagenet", code=2)
     run("--also", "imagenet-r", "--regularisation", "1e6", "--max-iterations", "50", data="imagenet")
     assert set(asked) == {"train", "test"}  # the "test" set is the val split, which no sweep may look at
@@ -196,11 +196,8 @@ def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--held-out", "1"], "--held-out must be between 0 and 1"),
-        (["--regularisation", "0"], "--regularisation must be finite and not negative, and more than 0 with lbfgs"),
+        (["--regularisation", "0"], "--regularisation must be finite and more than 0"),
         (["--regularisation", "nan"], "--regularisation must be finite"),
-        (["--solver", "sgd", "--regularisation", "-1"], "--regularisation must be finite and not negative"),
-        (["--epochs", "3"], "--epochs is for sgd and adamw"),
-        (["--solver", "sgd", "--solver-batch-size", "0"], "--solver-batch-size must be more than 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--max-train-samples", "0"], "--max-train-samples must be more than 0"),
         (["--max-train-samples", "2"], "1 of the 3 classes of colours have no readable training image"),
@@ -233,9 +230,27 @@ def test_a_class_of_broken_pictures(run, colours):
     assert "1 of the 3 classes of colours have no readable training image (the first is 'green')" in run(code=2)
 
 
-def test_a_fit_that_diverges(run):
-    said = run("--solver", "sgd", "--regularisation", "1e9", code=2)
-    assert "The fit with regularisation 1000000000.0 diverged" in said
+def test_one_class(run, colours):
+    for path in [*colours.glob("*/green"), *colours.glob("*/blue")]:
+        shutil.rmtree(path)
+    (colours / "classnames.txt").write_text("red\n")
+    assert "has one class, 'red'; a linear probe needs two" in run("--regularisation", "1", code=2)
+
+
+def test_splits_are_compared_by_their_pictures(run, colours, tmp_path):
+    """Equal names are not equal pictures, and a copy is no other split."""
+    other = write_colours(tmp_path / "other", train=30, test=30)
+    shutil.rmtree(other / "test")
+    shutil.copytree(other / "train", other / "test")
+    for path in (other / "test").glob("*/*.png"):
+        os.utime(path, (1, 1))
+    assert "the training and the test split are the same pictures" in run(data=other, code=2)
+    for path in (other / "test").glob("*/*.png"):
+        Image.open(path).rotate(180).save(path)
+    run("--regularisation", "1", data=other)
+    shutil.copytree(other / "test", other / "val")
+    run("--regularisation", "1", "--redo", data=other)
+    assert written(tmp_path / "results")[0]["settings"]["val_fingerprint"] is None
 
 
 def test_script():

@@ -12,7 +12,7 @@ import open_clip_elip
 from training.errors import UserError
 from training.optim import create_optimizer, create_schedule, distances_from_head, parameter_groups
 
-from .tiny import pairs, run_args, tiny_clip
+from .tiny import pairs, run_options, tiny_clip
 
 VISION = {"image_size": 16, "patch_size": 8, "layers": 3, "width": 16, "head_width": 8}
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2}
@@ -47,7 +47,7 @@ def test_without_layer_decay_an_openclip_optimizer_state_loads():
     sum(v.sum() for v in model(batch["image"], batch["text"]).values()).backward()
     theirs.step()
 
-    ours = create_optimizer(model, run_args())
+    ours = create_optimizer(model, run_options())
     assert ours.defaults["fused"]
     assert [set(g) & {"lr_scale"} for g in ours.param_groups] == [set(), set()]
     assert [g["params"] for g in ours.param_groups] == [g["params"] for g in theirs.param_groups]
@@ -117,7 +117,7 @@ def test_layer_decay_leaves_out_what_is_locked():
 def test_layer_decay_needs_towers_it_knows():
     resnet = open_clip.CLIP(8, {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}, TEXT)
     with pytest.raises(UserError, match="OpenCLIP's own transformers, but this model has a ModifiedResNet; leave it"):
-        create_optimizer(resnet, run_args(layer_decay=0.5))
+        create_optimizer(resnet, run_options(layer_decay=0.5))
 
 
 # ---------------------------------------------------------------------- optimizers
@@ -136,7 +136,7 @@ def one_step(model, optimizer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("scheduled", [True, False])
 def test_layers_move_by_their_share(opt, scheduled):
     model = two_towers().double()
-    args = run_args(opt=opt, wd=0.0, layer_decay=0.5, skip_scheduler=not scheduled, lr_scheduler="const")
+    args = run_options(opt=opt, wd=0.0, layer_decay=0.5, skip_scheduler=not scheduled, lr_scheduler="const")
     optimizer = create_optimizer(model, args)
     schedule = create_schedule(optimizer, args, total_steps=10, warmup_steps=0)
     if scheduled:
@@ -152,11 +152,26 @@ def test_layers_move_by_their_share(opt, scheduled):
         assert moved[name] == pytest.approx(whole * 0.5**distance, rel=1e-6)
 
 
+@pytest.mark.parametrize("opt", ["adamw", "timm/lamb"])
+def test_groups_of_a_task(opt):
+    new, old = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    groups = [
+        {"params": list(new.parameters()), "weight_decay": 0.5, "lr_scale": 5.0},
+        {"params": list(old.parameters()), "weight_decay": 0.0},
+    ]
+    args = run_options(opt=opt, skip_scheduler=False, lr_scheduler="const")
+    found = create_optimizer(groups, args)
+    assert [group["params"] for group in found.param_groups] == [group["params"] for group in groups]
+    assert [(group["lr"], group["weight_decay"]) for group in found.param_groups] == [(5e-3, 0.5), (1e-3, 0.0)]
+    assert create_schedule(found, args, total_steps=10, warmup_steps=2)(0) == 5e-4
+    assert [group["lr"] for group in found.param_groups] == [2.5e-3, 5e-4]
+
+
 def test_timm_makes_its_own_groups_without_layer_decay():
     from timm.optim import create_optimizer_v2
 
     model = two_towers()
-    ours = create_optimizer(model, run_args(opt="timm/lamb"))
+    ours = create_optimizer(model, run_options(opt="timm/lamb"))
     theirs = create_optimizer_v2(model, "lamb", lr=1e-3, weight_decay=0.1, eps=1e-6, betas=(0.9, 0.98))
     assert type(ours) is type(theirs)
     assert [g["params"] for g in ours.param_groups] == [g["params"] for g in theirs.param_groups]
@@ -166,13 +181,13 @@ def test_timm_makes_its_own_groups_without_layer_decay():
 def test_what_cannot_be_optimized_is_refused_in_a_sentence():
     model = two_towers()
     with pytest.raises(UserError, match="Unknown optimizer 'nosuch'"):
-        create_optimizer(model, run_args(opt="nosuch"))
+        create_optimizer(model, run_options(opt="nosuch"))
     with pytest.raises(UserError, match="timm cannot create the optimizer 'timm/nosuch'"):
-        create_optimizer(model, run_args(opt="timm/nosuch"))
+        create_optimizer(model, run_options(opt="timm/nosuch"))
     with pytest.raises(UserError, match="--layer-decay scales the learning rate, so it needs --lr"):
-        create_optimizer(model, run_args(opt="timm/lamb", lr=None, layer_decay=0.5))
+        create_optimizer(model, run_options(opt="timm/lamb", lr=None, layer_decay=0.5))
     with pytest.raises(UserError, match="nothing to train"):
-        create_optimizer(model.requires_grad_(False), run_args())
+        create_optimizer(model.requires_grad_(False), run_options())
 
 
 def test_layer_decay_of_a_text_first_model():
@@ -188,7 +203,7 @@ def test_layer_decay_of_a_text_first_model():
 
 def schedule_args(name: str, **changes) -> argparse.Namespace:
     values = {"lr": 3e-4, "lr_scheduler": name, "lr_cooldown_power": 1.5, "lr_cooldown_end": 1e-5}
-    return run_args(skip_scheduler=False, **(values | changes))
+    return run_options(skip_scheduler=False, **(values | changes))
 
 
 def two_group_optimizer(**second) -> torch.optim.Optimizer:
@@ -255,8 +270,8 @@ def test_lr_scale_reaches_its_group_and_not_the_value():
 
 def test_resuming_does_not_bring_the_old_layer_decay_back():
     model = two_towers()
-    old = create_optimizer(model, run_args(layer_decay=0.5))
-    args = run_args(layer_decay=0.75, skip_scheduler=False, lr_scheduler="const")
+    old = create_optimizer(model, run_options(layer_decay=0.5))
+    args = run_options(layer_decay=0.75, skip_scheduler=False, lr_scheduler="const")
     new = create_optimizer(model, args)
     schedule = create_schedule(new, args, total_steps=10, warmup_steps=0)
     new.load_state_dict(old.state_dict())
@@ -266,5 +281,5 @@ def test_resuming_does_not_bring_the_old_layer_decay_back():
 
 def test_no_schedule_leaves_the_rate():
     optimizer = two_group_optimizer()
-    assert create_schedule(optimizer, run_args(skip_scheduler=True), total_steps=10, warmup_steps=2) is None
+    assert create_schedule(optimizer, run_options(skip_scheduler=True), total_steps=10, warmup_steps=2) is None
     assert [g["lr"] for g in optimizer.param_groups] == [1.0, 1.0]

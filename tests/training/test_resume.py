@@ -66,7 +66,7 @@ SETTINGS = {
     "random dropping, all tokens at the end": (
         ["--token-reduction", "random", "--full-tokens-last", "5", "--accum-freq", "2", "--batch-size", "4"], [9, 13],
     ),
-    "adaptive": (["--token-reduction", "adaptive", "--spread", "0.5"], [5]),
+    "adaptive": (["--token-reduction", "adaptive", "spread=0.5"], [5]),
     "siglip, lamb": (["--siglip", "--opt", "timm/lamb", "--lr", "1e-3", "--layer-decay", "0.8"], [9]),
 }
 
@@ -103,7 +103,7 @@ def test_interrupted_equals_uninterrupted(name, shards, tmp_path, interrupt, mon
 
 
 def test_the_last_part_of_a_run_uses_all_tokens(shards, tmp_path):
-    flags = ["--token-reduction", "random", "--keep-ratio", "0.5", "--full-tokens-last", "25%"]
+    flags = ["--token-reduction", "random", "keep_ratio=0.5", "--full-tokens-last", "25%"]
     assert main(command(shards, tmp_path, *flags)) == 0
     with (tmp_path / "run" / "train.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -119,9 +119,9 @@ def test_the_last_part_of_a_run_uses_all_tokens(shards, tmp_path):
     [
         (["--model", "Tiny", "--full-tokens-last", "10%"], "--full-tokens-last needs a model with token reduction"),
         (["--token-reduction", "none", "--full-tokens-last", "10%"], "--full-tokens-last has nothing to end"),
-        (["--token-reduction", "tome", "--lam", "0.5"], "Unknown token_reduction option 'lam'"),
-        (["--token-reduction", "evit", "--keep-rate", "0.5", "--target-rrt", "0.3"], "either keep_rate or target_rrt"),
-        (["--target-rrt", "0.3"], "Unknown token_reduction option 'target_rrt'"),
+        (["--token-reduction", "tome", "lam=0.5"], "Unknown token_reduction option 'lam'"),
+        (["--token-reduction", "evit", "keep_rate=0.5", "target_rrt=0.3"], "either keep_rate or target_rrt"),
+        (["--token-reduction", "target_rrt=0.3"], "Unknown token_reduction option 'target_rrt'"),
     ],
 )
 def test_options_of_another_method_are_refused(flags, sentence, shards, tmp_path, capsys, caplog):

@@ -12,12 +12,12 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from training import retrieval
+from training.data.sets.captioned import CaptionOptions, load_captions
 from training.distributed import Ranks, leave
 from training.errors import UserError
-from training.data.sets.captioned import CaptionOptions, load_captions
-from training.evaluation.passes import EncodeSettings
-from training.evaluation.metrics import caption_retrieval_metrics
-from training.retrieval import encode_captions, evaluate_retrieval
+from training.evaluation.metrics import retrieval_metrics
+from training.evaluation.pairs import evaluate_captions
+from training.evaluation.passes import EncodeSettings, encode_texts
 
 from ..processes import spawn
 from .runs import picture, write_local_model
@@ -76,7 +76,7 @@ EXPECTED = {"image_to_text_R@1": 1 / 4, "text_to_image_R@1": 4 / 8, "num_images"
 def evaluate(data, *, rank=0, world_size=1, batch_size=2, workers=0, on_broken="skip", text=encode_text, **kwargs):
     settings = EncodeSettings(batch_size, workers, "fp32", on_broken)
     ranks = Ranks(CPU, rank, rank, world_size)
-    return evaluate_retrieval(data, encode_image, text, tokenizer, to_tensor, ranks=ranks, settings=settings, **kwargs)
+    return evaluate_captions(data, encode_image, text, tokenizer, to_tensor, ranks=ranks, settings=settings, **kwargs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -112,6 +112,11 @@ def test_broken_images_go_with_their_captions(tmp_path, caplog):
     assert "2 of 6 images cannot be read" in caplog.text
     with pytest.raises(UserError, match="0.png cannot be read"):
         evaluate(data, on_broken="stop")
+
+
+def test_one_image(tmp_path):
+    metrics, _ = evaluate(load_captions(str(write_set(tmp_path, COLOUR_SET[:1]))))
+    assert metrics["image_to_text_R@1"] == metrics["text_to_image_R@1"] == 1
 
 
 def test_out_of_memory_halves_the_captions(tmp_path, caplog):
@@ -177,7 +182,7 @@ def test_command(model, noise_set, tmp_path, capsys):
     with torch.inference_mode():
         image = clip.encode_image(torch.stack([preprocess(data.images.load(i)) for i in range(12)]), normalize=True)
         text = clip.encode_text(tokenize(data.captions), normalize=True)
-    expected = caption_retrieval_metrics(image, text, data.image_of)
+    expected = retrieval_metrics(image, text, data.image_of)
     assert record["metrics"] == {**expected, "num_images": 12, "num_captions": 24}
     assert len(set(expected.values())) > 4
 
@@ -185,7 +190,8 @@ def test_command(model, noise_set, tmp_path, capsys):
     assert f"{expected['image_to_text_R@5']:.2%}" in shown and f"{expected['text_to_image_R@10']:.2%}" in shown
 
     assert retrieval.main(words) == 0
-    assert capsys.readouterr().out == shown
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert capsys.readouterr().out == f"{shown}found, not evaluated again (--redo does it): {path}\n"
     assert written(tmp_path / "results") == [record]  # the date too
     assert retrieval.main([*words, "--equal-captions-are-hits"]) == 0
     assert len(written(tmp_path / "results")) == 2
@@ -219,9 +225,9 @@ def test_equals_clip_benchmark(model, noise_set, tmp_path):
         ("mute.json", [], "has no caption for any of 1 images"),
         ("flickr30k", ["--images", "nowhere"], "There is no folder nowhere; correct --images"),
         ("flickr30k", ["--images", ".", "--data", "a", "b"], "--data names 2; run each"),
-        ("flickr30k", ["--captions-per-image", "0"], "--captions-per-image must be at least 1"),
+        ("flickr30k", ["--captions-per-image", "0"], "--captions-per-image must be a whole number of at least 1"),
         ("flickr30k", ["--download"], "--download fetches no captioned images"),
-        ("flickr30k", ["--batch-size", "0"], "--batch-size must be at least 1"),
+        ("flickr30k", ["--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
     ],
 )
 def test_mistakes(model, noise_set, tmp_path, monkeypatch, capsys, data, flags, message):
@@ -258,7 +264,7 @@ def rank_main(rank, folder, words):
         assert evaluate(data, rank=rank, world_size=2, batch_size=batch_size) == evaluate(data, batch_size=batch_size)
     settings = EncodeSettings(3, 0, "fp32")
     ranks = Ranks(CPU, rank, rank, 2)
-    features = encode_captions(encode_text, tokenizer, data.captions, ranks=ranks, settings=settings)
+    features = encode_texts(encode_text, tokenizer, data.captions, ranks=ranks, settings=settings)
     assert torch.equal(features, encode_text(tokenizer(data.captions)))
     leave()
     assert retrieval.main(words) == 0

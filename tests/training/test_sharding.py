@@ -12,13 +12,13 @@ from training import checkpoint, sharding
 from training.distributed import Ranks
 from training.ema import Ema
 from training.errors import UserError
-from training.evaluation.pairs import evaluation_mode
+from training.evaluation.passes import evaluation_mode
 from training.optim import create_optimizer
-from training.tasks.contrastive import ClipTask
+from training.tasks.contrastive import ContrastiveTask
 from training.trainer import Trainer
 
 from ..processes import spawn
-from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
+from .tiny import MemoryData, micro_batches, pairs, run_options, tiny_clip
 
 CPU = torch.device("cpu")
 BATCHES = [pairs(16, seed=i) for i in range(3)]
@@ -41,14 +41,14 @@ def build(text_first=True, checkpointing=False, seed=0, dtype=torch.float64) -> 
 
 def make_trainer(model, micro_batches=1, ranks=None, runnable=None, precision="fp32", norm=CLIP_NORM) -> Trainer:
     ranks = ranks or Ranks(CPU)
-    args = run_args(
+    args = run_options(
         accum_freq=micro_batches, batch_size=16 // micro_batches // ranks.world_size, grad_clip_norm=norm,
         precision=precision,
     )
-    task = ClipTask(args, ranks, tokenizer=None, preprocess=None)
+    task = ContrastiveTask(args, ranks, model, tokenizer=None, transform=None)
     data = MemoryData([{"text": ()}] * micro_batches)  # the tests call `step` with batches of their own
     optimizer = create_optimizer(model, args)
-    return Trainer(args, ranks, model, runnable or model, task, data, optimizer, folder=None, config={})
+    return Trainer(args, ranks, model, runnable or model, task, data, optimizer)
 
 
 def window(batch: dict, count: int, ranks: Ranks) -> list[dict]:
@@ -63,7 +63,7 @@ def train(trainer: Trainer, batches: list[dict]) -> list[float]:
     dtype = trainer.parameters[-1].dtype
     for batch in batches:
         batch = {**batch, "image": batch["image"].to(dtype)}
-        found, _ = trainer.step(window(batch, trainer.args.accum_freq, trainer.ranks))
+        found, _ = trainer.step(window(batch, trainer.options.accum_freq, trainer.ranks))
         losses.append(sum(trainer.ranks.gather(found["loss"].item())) / trainer.ranks.world_size)
     return losses
 
@@ -93,8 +93,8 @@ def _two_processes(rank: int, folder: str) -> None:
         trainer = make_trainer(sharding.shard(build(text_first, checkpointing), ranks, "fp32"), count, ranks)
         losses = train(trainer, BATCHES[:2])
         found[name] = {"losses": losses, "gradients": gradients(trainer.model), **state(trainer)}
-    for job in (_resume, _keep_ddps_numbers, _start_from_rank_0, _add_up, _evaluate, _clip, _clamp, _overflow, _lock,
-                _check_optimizers):
+    jobs = [_resume, _keep_ddps_numbers, _start_from_rank_0, _add_up, _evaluate, _clip, _clamp, _overflow, _lock]
+    for job in [*jobs, _check_optimizers]:
         found[job.__name__] = job(ranks, folder)
     torch.save(found, f"{folder}/{rank}.pt")
 
@@ -135,7 +135,7 @@ def _keep_ddps_numbers(ranks, folder):
         found[precision] = []
         for sharded in (True, False):
             model = build(dtype=dtype)
-            model.shortcuts = False  # those inside of a block are not taken of a sharded one
+            model.tower.shortcuts = False  # those inside of a block are not taken of a sharded one
             runnable = sharding.shard(model, ranks, precision) if sharded else DistributedDataParallel(model)
             trainer = make_trainer(model, ranks=ranks, runnable=runnable, precision=precision, norm=None)
             found[precision].append((train(trainer, BATCHES[:1]), gradients(model)))
@@ -273,8 +273,6 @@ def _check_optimizers(ranks, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    if not sharding.AVAILABLE:
-        pytest.skip("this torch has no FSDP2 as it is used here")
     folder = tmp_path_factory.mktemp("sharding")
     trainer = make_trainer(build())
     train(trainer, BATCHES[:2])
@@ -284,14 +282,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(folder):
-    """Results of rank 0; what both ranks have is in `both`."""
-    return torch.load(folder / "0.pt")
+def both(folder):
+    """What the two processes found."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def both(folder):
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def found(both):
+    return both[0]
 
 
 def assert_close(found, expected):
@@ -312,14 +310,12 @@ def test_training_equals_one_process(both, case):
         assert_close(result[case]["gradients"], gradients(trainer.model))
     assert_close(both[0][case]["state_dict"], trainer.model.state_dict())
     assert_close(both[0][case]["optimizer"], trainer.optimizer.state_dict())
+    assert both[1][case]["state_dict"] == both[1][case]["optimizer"] == {}  # only rank 0 gets them
 
 
-def test_only_rank_0_gets_the_state(both):
-    assert both[0]["plain"]["state_dict"] and both[0]["plain"]["optimizer"]
-    assert both[1]["plain"]["state_dict"] == both[1]["plain"]["optimizer"] == {}
-
-
-def test_a_sharded_run_goes_on_in_one_process(found, folder):
+def test_a_sharded_run_goes_on_sharded_bit_for_bit_and_in_one_process(found, folder):
+    assert_equal(found["_start_from_rank_0"], dict(build(seed=0).state_dict()))
+    assert_equal(found["_resume"]["resumed"], found["_resume"]["straight"])
     saved = checkpoint.load(folder / "sharded.pt")
     trainer = make_trainer(build(seed=5))
     assert list(saved["state_dict"]) == list(trainer.model.state_dict())
@@ -341,19 +337,11 @@ def test_a_run_of_one_process_goes_on_sharded(found, folder):
     assert_close(found["_resume"]["after one process"], state(trainer))
 
 
-def test_a_sharded_run_goes_on_sharded_bit_for_bit(found):
-    assert_equal(found["_resume"]["resumed"], found["_resume"]["straight"])
-
-
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "pure_bf16"])
 def test_numbers_are_those_of_ddp(found, precision):
     (losses, found_gradients), (expected_losses, expected_gradients) = found["_keep_ddps_numbers"][precision]
     assert losses == expected_losses
     assert_equal(found_gradients, expected_gradients)
-
-
-def test_all_processes_start_from_the_weights_of_rank_0(found):
-    assert_equal(found["_start_from_rank_0"], dict(build(seed=0).state_dict()))
 
 
 def test_gradients_add_up_without_synchronisation(both):
@@ -435,26 +423,10 @@ def test_one_process_shards_nothing():
     sharding.check_optimizer(ByRow(model.parameters(), lr=1), "x")
 
 
-TWO = Ranks(CPU, 0, 0, 2)
-
-
-def test_old_torch_is_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "AVAILABLE", False)
-    with pytest.raises(UserError, match=r"--fsdp needs torch 2\.8 or newer"):
-        sharding.shard(build(), TWO, "fp32")
-
-
-def test_batch_norm_statistics_that_would_differ_are_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "AVAILABLE", True)
-    model = build()
-    model.visual.ln_post = nn.BatchNorm1d(32)
-    with pytest.raises(UserError, match="add --use-bn-sync"):
-        sharding.shard(model, TWO, "fp32")
-
-
-def test_mixed_weights_are_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "AVAILABLE", True)
-    model = build()
-    model.visual.transformer.resblocks[0].mlp.bfloat16()
-    with pytest.raises(UserError, match="--precision bf16; use --precision amp_bf16 or pure_bf16"):
-        sharding.shard(model, TWO, "bf16")
+def test_models_that_do_not_go_with_sharding_are_refused():
+    with_batch_norm, mixed = build(), build()
+    with_batch_norm.visual.ln_post = nn.BatchNorm1d(32)
+    mixed.visual.transformer.resblocks[0].mlp.bfloat16()
+    for model, said in ((with_batch_norm, "add --use-bn-sync"), (mixed, "--precision bf16; use --precision amp_bf16")):
+        with pytest.raises(UserError, match=said):
+            sharding.shard(model, Ranks(CPU, 0, 0, 2), "bf16")

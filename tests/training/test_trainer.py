@@ -13,11 +13,11 @@ from training.distributed import Ranks
 from training.errors import UserError
 from training.log import RunLog
 from training.optim import create_optimizer
-from training.tasks.contrastive import ClipTask
+from training.tasks.contrastive import ContrastiveTask
 from training.trainer import Trainer
 
 from ..processes import spawn
-from .tiny import MemoryData, micro_batches, pairs, run_args, tiny_clip
+from .tiny import MemoryData, micro_batches, pairs, run_options, tiny_clip
 
 CPU = torch.device("cpu")
 
@@ -25,10 +25,8 @@ CPU = torch.device("cpu")
 def make_trainer(args, model, batches, ranks=None, teacher=None, folder=None):
     ranks = ranks or Ranks(CPU)
     runnable = model if ranks.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    task = ClipTask(args, ranks, tokenizer=None, preprocess=None, teacher=teacher)
-    return Trainer(
-        args, ranks, model, runnable, task, MemoryData(batches), create_optimizer(model, args), folder, config={}
-    )
+    task = ContrastiveTask(args, ranks, model, tokenizer=None, transform=None, teacher=teacher)
+    return Trainer(args, ranks, model, runnable, task, MemoryData(batches), create_optimizer(model, args), folder)
 
 
 def gradients(model):
@@ -38,7 +36,7 @@ def gradients(model):
 def one_process(siglip: bool, batch: dict) -> tuple[float, dict]:
     """Loss and gradients of the whole batch in one piece."""
     model = tiny_clip(siglip)
-    trainer = make_trainer(run_args(siglip=siglip, batch_size=len(batch["text"])), model, [batch])
+    trainer = make_trainer(run_options(siglip=siglip, batch_size=len(batch["text"])), model, [batch])
     model.train()
     losses, _ = trainer.step([batch])
     return losses["loss"].item(), gradients(model)
@@ -57,7 +55,7 @@ def test_accumulation_equals_one_large_batch(siglip, accum_freq):
     batch = pairs(16)
     loss, expected = one_process(siglip, batch)
     model = tiny_clip(siglip)
-    args = run_args(siglip=siglip, accum_freq=accum_freq, batch_size=16 // accum_freq)
+    args = run_options(siglip=siglip, accum_freq=accum_freq, batch_size=16 // accum_freq)
     window = micro_batches(batch, accum_freq)
     trainer = make_trainer(args, model, window)
     model.train()
@@ -68,7 +66,7 @@ def test_accumulation_equals_one_large_batch(siglip, accum_freq):
 
 def test_accumulation_repeats_the_same_patch_dropout():
     model = tiny_clip(patch_dropout=0.5)
-    args = run_args(accum_freq=2, batch_size=4)
+    args = run_options(accum_freq=2, batch_size=4)
     window = micro_batches(pairs(8), 2)
     trainer = make_trainer(args, model, window)
     model.train()
@@ -100,11 +98,11 @@ def _two_processes(rank, folder, batch):
     ranks = Ranks(CPU, rank, rank, 2)
     for i, (siglip, accum_freq, local_loss) in enumerate(TWO_PROCESS_CASES):
         model = tiny_clip(siglip)
-        args = run_args(siglip=siglip, accum_freq=accum_freq, batch_size=8 // accum_freq, local_loss=local_loss)
+        args = run_options(siglip=siglip, accum_freq=accum_freq, batch_size=8 // accum_freq, local_loss=local_loss)
         # In a window, micro-batch j of all ranks together is the j-th slice of the global batch.
         window = [micro_batches(part, 2)[rank] for part in micro_batches(batch, accum_freq)]
         trainer = make_trainer(args, model, window, ranks)
-        trainer.runnable.train()
+        trainer.engine.model.train()
         losses, _ = trainer.step(window)
         torch.save((ranks.mean(losses)["loss"], gradients(model)), f"{folder}/{i}-{rank}.pt")
 
@@ -124,7 +122,7 @@ def test_distillation_follows_the_teacher():
     teacher = tiny_clip(seed=1).eval().requires_grad_(False)
     model = tiny_clip()
     batch = pairs(8)
-    trainer = make_trainer(run_args(), model, [batch], teacher=teacher)
+    trainer = make_trainer(run_options(), model, [batch], teacher=teacher)
     model.train()
     losses, _ = trainer.step([batch])
     assert {"contrastive_loss", "distill_loss", "loss"} <= losses.keys()
@@ -135,7 +133,7 @@ def test_distillation_follows_the_teacher():
 def test_training_lowers_the_loss():
     model = tiny_clip(dtype=torch.float32)
     batch = pairs(16, dtype=torch.float32)
-    trainer = make_trainer(run_args(lr=1e-3, batch_size=16), model, [batch])
+    trainer = make_trainer(run_options(lr=1e-3, batch_size=16), model, [batch])
     model.train()
     values = [trainer.step([batch])[0]["loss"].item() for _ in range(50)]
     assert values[-1] < 0.3 < math.log(16) / 2 < values[0]
@@ -146,7 +144,7 @@ def test_the_logit_scale_is_clamped_to_100():
     with torch.no_grad():
         model.logit_scale.fill_(10.0)
     batch = pairs(8)
-    trainer = make_trainer(run_args(), model, [batch])
+    trainer = make_trainer(run_options(), model, [batch])
     model.train()
     trainer.step([batch])
     assert model.logit_scale.item() == pytest.approx(math.log(100))
@@ -159,7 +157,7 @@ def test_under_autocast_scored_layers_are_trained_too():
     model = tiny_clip(dtype=torch.float32)
     reduced = with_token_reduction(model, depths=(2, 2, 2), keep_ratio=(1.0, 0.6, 0.3))
     batch = pairs(8, dtype=torch.float32)
-    trainer = make_trainer(run_args(precision="amp_bf16"), reduced, [batch])
+    trainer = make_trainer(run_options(precision="amp_bf16"), reduced, [batch])
     reduced.train()
     trainer.step([batch])
     for name, p in reduced.visual.named_parameters():
@@ -169,7 +167,7 @@ def test_under_autocast_scored_layers_are_trained_too():
 def test_gradient_clipping_bounds_the_update():
     model = tiny_clip()
     batch = pairs(8)
-    trainer = make_trainer(run_args(grad_clip_norm=1e-3), model, [batch])
+    trainer = make_trainer(run_options(grad_clip_norm=1e-3), model, [batch])
     model.train()
     trainer.step([batch])
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
@@ -179,11 +177,11 @@ def test_gradient_clipping_bounds_the_update():
 def test_state_goes_on_exactly_where_it_stopped(tmp_path):
     batches = [pairs(8, seed=i) for i in range(3)]
     straight, stopped = tiny_clip(), tiny_clip()
-    args = run_args(epochs=2)
+    args = run_options(epochs=2)
     (tmp_path / "checkpoints").mkdir()
     make_trainer(args, straight, batches).fit(RunLog(None, enabled=False))
 
-    first = make_trainer(run_args(epochs=1), stopped, batches, folder=tmp_path)
+    first = make_trainer(run_options(epochs=1), stopped, batches, folder=tmp_path)
     first.fit(RunLog(None, enabled=False))
     state = torch.load(tmp_path / "checkpoints" / "epoch_1.pt", weights_only=True)
     resumed = tiny_clip(seed=5)
@@ -197,16 +195,16 @@ def test_state_goes_on_exactly_where_it_stopped(tmp_path):
 
 def test_another_epoch_length_is_refused_on_resume(tmp_path):
     batches = [pairs(8, seed=i) for i in range(3)]
-    trainer = make_trainer(run_args(), tiny_clip(), batches)
+    trainer = make_trainer(run_options(), tiny_clip(), batches)
     trainer.fit(RunLog(None, enabled=False))
     state = trainer.state_dict({})
     with pytest.raises(UserError, match=r"x.pt was written with 3 steps in an epoch \(now 2\)"):
-        make_trainer(run_args(), tiny_clip(), batches[:2]).load_state_dict(state, "x.pt")
+        make_trainer(run_options(), tiny_clip(), batches[:2]).load_state_dict(state, "x.pt")
 
 
 def test_too_few_batches_for_one_window():
     with pytest.raises(UserError, match="lower --accum-freq"):
-        make_trainer(run_args(accum_freq=4), tiny_clip(), [pairs(8)])
+        make_trainer(run_options(accum_freq=4), tiny_clip(), [pairs(8)])
 
 
 # ---------------------------------------------------------------------- what is not finite, what cannot be written
@@ -223,7 +221,7 @@ def nonfinite_run(tmp_path, **changes):
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     batches = [pairs(8, seed=0), poisoned(pairs(8, seed=1)), pairs(8, seed=2)]
     model = tiny_clip()
-    trainer = make_trainer(run_args(**changes), model, batches, folder=tmp_path)
+    trainer = make_trainer(run_options(**changes), model, batches, folder=tmp_path)
     return trainer, model, batches
 
 
@@ -231,7 +229,7 @@ def test_a_non_finite_step_is_skipped_and_its_samples_recorded(tmp_path):
     trainer, model, batches = nonfinite_run(tmp_path, nonfinite="skip")
     trainer.fit(RunLog(None, enabled=False))
     expected = tiny_clip()
-    reference = make_trainer(run_args(), expected, batches)
+    reference = make_trainer(run_options(), expected, batches)
     expected.train()
     for batch in (batches[0], batches[2]):
         reference.step([batch])
@@ -249,7 +247,7 @@ def test_a_non_finite_step_stops_at_the_last_good_weights(tmp_path):
     state = torch.load(checkpoint.newest(tmp_path / "checkpoints"), weights_only=True)
     assert (state["step"], state["epoch_steps"]) == (2, 2)  # goes on after the bad batch
     expected = tiny_clip()
-    reference = make_trainer(run_args(), expected, batches)
+    reference = make_trainer(run_options(), expected, batches)
     expected.train()
     reference.step([batches[0]])
     assert all(torch.equal(v, state["state_dict"][k]) for k, v in expected.state_dict().items())
@@ -274,7 +272,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(checkpoint, "save", failing)
     monkeypatch.setattr("training.trainer.time.sleep", lambda seconds: None)
-    trainer = make_trainer(run_args(epochs=2), tiny_clip(), [pairs(8)], folder=tmp_path)
+    trainer = make_trainer(run_options(epochs=2), tiny_clip(), [pairs(8)], folder=tmp_path)
     trainer.fit(RunLog(None, enabled=False))
     assert attempts == ["epoch_1.pt", "epoch_2.pt", "epoch_2.pt", "epoch_2.pt"]
     assert "No space left" in caplog.text
@@ -298,19 +296,19 @@ def test_a_failed_save_is_tried_again_soon(tmp_path, monkeypatch):
 def test_a_run_may_end_in_the_middle_of_an_epoch(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     batches = [pairs(8, seed=i) for i in range(3)]
-    trainer = make_trainer(run_args(duration="4steps", warmup="50%"), tiny_clip(), batches, folder=tmp_path)
+    trainer = make_trainer(run_options(duration="4steps", warmup="50%"), tiny_clip(), batches, folder=tmp_path)
     assert (trainer.plan.epochs, trainer.plan.warmup_steps) == (2, 2)
     trainer.fit(RunLog(None, enabled=False))
     assert (trainer.steps, trainer.samples, trainer.epoch) == (4, 32, 2)
-    assert make_trainer(run_args(duration="48samples"), tiny_clip(), batches).plan.total_steps == 6
+    assert make_trainer(run_options(duration="48samples"), tiny_clip(), batches).plan.total_steps == 6
     with pytest.raises(UserError, match="not a duration"):
-        make_trainer(run_args(duration="soon"), tiny_clip(), batches)
+        make_trainer(run_options(duration="soon"), tiny_clip(), batches)
 
 
 def test_averaged_weights_are_kept_and_saved(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     model = tiny_clip()
-    trainer = make_trainer(run_args(ema_decay=0.5), model, [pairs(8, seed=i) for i in range(2)], folder=tmp_path)
+    trainer = make_trainer(run_options(ema_decay=0.5), model, [pairs(8, seed=i) for i in range(2)], folder=tmp_path)
     trainer.fit(RunLog(None, enabled=False))
     state = torch.load(tmp_path / "checkpoints" / "epoch_1.pt", weights_only=True)
     assert state["ema"].keys() == state["state_dict"].keys() and state["ema_updates"] == 2

@@ -1,12 +1,13 @@
 """A CLIP small enough for exact arithmetic, and data for it that lives in memory."""
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from open_clip_elip import TextFirstCLIP
 from training.data import DataReport
+from training.data.pixels import Images
+from training.options import TrainingOptions
+from training.tasks.contrastive import PretrainingOptions
 
 VOCABULARY = 50
 CONTEXT = 8
@@ -40,7 +41,7 @@ def pairs(count: int, seed: int = 0, dtype=torch.float64) -> dict:
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    size = len(batch["text"]) // count
+    size = len(batch["key"]) // count
     return [{k: v[i * size : (i + 1) * size] for k, v in batch.items()} for i in range(count)]
 
 
@@ -50,10 +51,10 @@ class MemoryData:
     def __init__(self, batches: list[dict]):
         self.batches = batches
         self.num_batches = len(batches)
-        self.num_samples = sum(len(b["text"]) for b in batches)
+        self.num_samples = sum(len(b.get("key", ())) for b in batches)
 
     def epoch(self, epoch: int):
-        return iter(self.batches)
+        return iter({**batch, "image": Images(batch["image"])} for batch in self.batches)
 
     def report(self):
         return DataReport()
@@ -68,18 +69,11 @@ class MemoryData:
         return "batches in memory"
 
 
-def run_args(**changes) -> argparse.Namespace:
-    """What the trainer and the CLIP task read of the flags."""
+def run_options(kind: type[TrainingOptions] = PretrainingOptions, **changes) -> TrainingOptions:
+    """Options of a run, for the trainer and its task, without any data."""
     values = {
-        "name": "test", "epochs": 1, "batch_size": 8, "accum_freq": 1, "precision": "fp32", "grad_clip_norm": None,
-        "local_loss": True, "gather_with_grad": True, "siglip": False, "loss_dist_impl": None,
-        "val_frequency": 1, "zeroshot_frequency": 2, "log_every_n_steps": 1, "progress": False,
-        "workers": 1, "torchcompile": False, "full_tokens_last": None,
-        "duration": None, "epochs_cooldown": None, "layer_decay": None, "ema_decay": None,
-        "nonfinite": "stop", "keep_last": None, "allow_elastic": False, "save_every_n_steps": None,
-        "save_every_n_minutes": None, "save_frequency": 1, "save_most_recent": False,
-        "delete_previous_checkpoint": False,
-        "skip_scheduler": True, "warmup": 0,
-        "opt": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "wd": 0.1, "momentum": None,
-    }
-    return argparse.Namespace(**(values | changes))
+        "name": "test", "epochs": 1, "batch_size": 8, "precision": "fp32", "log_every_n_steps": 1, "progress": False,
+        "workers": 1, "skip_scheduler": True, "warmup": 0, "lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6,
+        "wd": 0.1,
+    }  # fmt: skip
+    return kind(**(values | changes))

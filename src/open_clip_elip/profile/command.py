@@ -82,7 +82,7 @@ def profile_counts(models: Sequence[Candidate], args: argparse.Namespace) -> lis
     for one in models:
         model = one.build("meta")
         text = batch_text(model, one, args, args.batch_size)
-        rrt = model.rrt() if hasattr(model, "rrt") else 0.0
+        rrt = model.tower.rrt() if hasattr(model, "tower") else 0.0
         profiles.append(
             Profile(
                 one.label, args.batch_size, *count_parameters(model), tokens_per_layer(model), rrt,

@@ -54,8 +54,8 @@ class Candidate(NamedTuple):
         """In training mode, weights at random; raises ModelError if it cannot be made."""
         model = create(self.identity, device=device, precision=precision, pretrained_text=False)
         if self.shortcuts is not None:
-            model.shortcuts = self.shortcuts
-        elif self.identity.token_reduction is None and hasattr(model, "shortcuts"):
+            model.tower.shortcuts = self.shortcuts
+        elif self.identity.token_reduction is None and hasattr(model, "tower"):
             model = without_token_reduction(model)  # OpenCLIP's own class
         return model.train()
 

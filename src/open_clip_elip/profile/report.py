@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..vision import num_patches
+from ..tower import ImageTower
 from .errors import ProfileError
 from .flops import Flops
 from .timing import Spread
@@ -89,12 +89,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def tokens_per_layer(model: nn.Module) -> list[int]:
     """Tokens that enter each layer of the image tower in training; [] for a tower without tokens."""
-    if hasattr(model, "token_counts"):
-        return model.token_counts()
     visual = model.visual
-    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if blocks is not None:
-        return [1 + num_patches(visual)] * len(blocks)
+    if hasattr(visual, "transformer"):
+        return getattr(model, "tower", ImageTower(visual)).token_counts()
     trunk = getattr(visual, "trunk", None)  # timm's
     if hasattr(trunk, "blocks") and hasattr(getattr(trunk, "patch_embed", None), "num_patches"):
         return [trunk.patch_embed.num_patches + getattr(trunk, "num_prefix_tokens", 0)] * len(trunk.blocks)

@@ -5,6 +5,8 @@ The functions compute what OpenCLIP's block does, up to rounding, from its own m
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,18 +17,87 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def query_and_rest(attn: nn.MultiheadAttention) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the queries, and those of keys and values."""
-    width = attn.embed_dim
-    w_q, w_kv = attn.in_proj_weight.split([width, 2 * width])
-    b_q, b_kv = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
-    return (w_q, b_q), (w_kv, b_kv)
+def in_proj(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The packed weight (3D, D) and bias (3D,) in effect, with gradient to what makes them up."""
+    return _in_effect(attn)[:2]
+
+
+def out_proj(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The output projection's weight (D, D) and bias (D,) in effect; `attn` does not call that module either."""
+    return _in_effect(attn)[2:]
+
+
+def _in_effect(attn: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    if not is_lora(attn):  # of a parametrized module these are the effective ones
+        return attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias
+    base, is_merged = attn.base_layer, attn.merged or attn.disable_adapters
+    if not is_merged:  # as the wrapper's forward does
+        attn.merge(adapter_names=[name for name in attn.active_adapters if name in attn.lora_A])
+    out = base.out_proj.base_layer
+    try:
+        return base.in_proj_weight, base.in_proj_bias, out.weight, out.bias
+    finally:
+        if not is_merged:
+            attn.unmerge()
+
+
+def is_lora(attn: nn.Module) -> bool:
+    """Whether it is peft's wrapper of `nn.MultiheadAttention`, whose own `in_proj_weight` is the one below adapters."""
+    return (type(attn).__module__, type(attn).__name__) == ("peft.tuners.lora.layer", "MultiheadAttention")
+
+
+def check_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Raises ValueError, in one sentence, when the methods cannot work with one of a tower's blocks."""
+    for i, block in enumerate(blocks):
+        why = _unlike(block)
+        if why:
+            raise ValueError(
+                f"Token reduction reads the packed query and key weights of nn.MultiheadAttention in default attention "
+                f"blocks, but block {i} of this tower {why}."
+            )
+
+
+@torch.compiler.assume_constant_result
+def check_attention(block: nn.Module, *, split: bool) -> None:
+    """Raises ValueError, in one sentence, if a block no longer attends by the weights that `in_proj` gives.
+
+    Args:
+        split: the block is run in halves, so that its attention is never called; else its weights are only read.
+    """
+    why = _unlike(block)
+    called = [] if why else [block.attn, block.attn.base_layer] if is_lora(block.attn) else [block.attn]
+    if any(name in vars(module) for module in (block, *called) for name in ("forward", "attention")):
+        why = "runs a forward or attention that was put in its place"
+    elif any(m._forward_pre_hooks or split and (m._forward_hooks or m._backward_hooks) for m in called):
+        why = "has hooks on its attn"
+    if why:
+        how = "runs it in halves" if split else "scores tokens by its attention weights"
+        raise ValueError(
+            f"A block of the image tower was changed and {why}, but this method of token reduction {how}; undo the "
+            "change, merge it into the weights, or train without token reduction."
+        )
+
+
+def _unlike(block: nn.Module) -> str | None:
+    """How a block differs from a pre-norm block with `nn.MultiheadAttention`."""
+    attn = getattr(block, "attn", None)
+    inner = attn.base_layer if is_lora(attn) else attn
+    if not isinstance(inner, nn.MultiheadAttention) or type(inner).forward is not nn.MultiheadAttention.forward:
+        return f"is a {type(block).__name__} with {type(attn).__name__}"
+    reasons = {
+        "has no ln_1": not hasattr(block, "ln_1"),
+        "is a cross-attention block": hasattr(block, "ln_1_kv"),
+        "has separate query, key and value widths": inner.in_proj_weight is None,
+        "appends extra keys": inner.bias_k is not None or inner.add_zero_attn,
+        "is not batch-first": not inner.batch_first,
+        "has attention dropout, so its scores would be random": inner.dropout,
+    }
+    return next((why for why, true in reasons.items() if true), None)
 
 
 def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all tokens, (B, heads, L, head_dim) each, for `x` (B, L, D)."""
-    attn = block.attn
-    return split_heads(F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias), 3, attn.num_heads)
+    return split_heads(F.linear(block.ln_1(x), *in_proj(block.attn)), 3, block.attn.num_heads)
 
 
 def project_row(block: nn.Module, x: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +107,10 @@ def project_row(block: nn.Module, x: Tensor, row: Tensor | None = None) -> tuple
         x: (B, L, D).
         row: (B,) which token of each sample; None: the first (`[CLS]`).
     """
-    heads, h = block.attn.num_heads, block.ln_1(x)
-    (w_q, b_q), (w_kv, b_kv) = query_and_rest(block.attn)
+    heads, width, h = block.attn.num_heads, block.attn.embed_dim, block.ln_1(x)
+    weight, bias = in_proj(block.attn)
+    w_q, w_kv = weight.split([width, 2 * width])
+    b_q, b_kv = (None, None) if bias is None else bias.split([width, 2 * width])
     (q,) = split_heads(F.linear(take_row(h, row), w_q, b_q), 1, heads)
     return (q, *split_heads(F.linear(h, w_kv, b_kv), 2, heads))
 
@@ -49,7 +122,7 @@ def take_row(x: Tensor, row: Tensor | None = None) -> Tensor:
 
 def add_attended(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     """The residual stream (B, L, D) after the attention; attended: (B, heads, L, head_dim)."""
-    return x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
+    return x + block.ls_1(F.linear(attended.transpose(1, 2).flatten(2), *out_proj(block.attn)))
 
 
 def add_mlp(block: nn.Module, x: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
-"""What every reduction method answers: how it runs a tower, and what that takes in each layer."""
+"""What every reduction method answers: how it runs a tower, and with how many tokens; and which there are."""
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
+
+from .options import ReductionConfig
 
 
 class RunBlock(Protocol):
@@ -24,61 +23,45 @@ def run_plainly(block: nn.Module, *tensors: Tensor, function: Callable | None = 
     return block(*tensors) if function is None else function(block, *tensors)
 
 
-@dataclass(frozen=True)
-class LayerWork:
-    """What one layer does for one image; all numbers are tokens, `[CLS]` and merged ones included.
+class Layer(NamedTuple):
+    """Tokens of one image in one layer, `[CLS]` and merged ones included.
 
     Attributes:
         attention: that enter the layer and go through its attention.
         mlp: that go through its MLP and leave it; fewer, where tokens are removed in between.
-        padded: length at which tokens attend to each other, if padding makes it longer than `attention`.
-        chosen_from: that the tokens of this layer were chosen from, where some are removed before it or within it.
-        scored: that run through the whole layer once more, without gradient, to choose.
-        scored_row: over which only the attention of `[CLS]` is computed once more, without gradient.
-        scored_padded: as `padded`, in these passes.
-        cls_row: over which the attention of `[CLS]` is computed from queries and keys that are there, with gradient.
-        cls_row_scored: the same without gradient.
-        matched: sizes of two sets of tokens that are compared with each other.
     """
 
     attention: int
     mlp: int
-    padded: int | None = None
-    chosen_from: int = 0
-    scored: int = 0
-    scored_row: int = 0
-    scored_padded: int | None = None
-    cls_row: int = 0
-    cls_row_scored: int = 0
-    matched: tuple[int, int] = (0, 0)
 
 
 class TokenReduction(nn.Module):
-    """Runs a tower's blocks on fewer tokens. Has no parameters and no buffers.
+    """Runs a tower's blocks on fewer tokens. Has no parameters and no buffers. See `register`.
 
     Attributes:
+        Config: the class of its options.
+        suffix: what a registered model's name has behind the plain model's; "": no model has it in its name.
         uses_text: the caption decides; without one the image alone does.
         works_alone: can encode an image by itself, the same whatever else is in the batch (`vision_guided`).
-        needs_cls: only `[CLS]` comes out in order, so the tower must pool it.
+
+    Args:
+        config: what to keep and where.
+        num_layers: depth of the tower; a ValueError if the options do not fit it.
     """
 
+    Config: ClassVar[type[ReductionConfig]]
+    suffix: ClassVar[str] = ""
     uses_text: ClassVar[bool] = False
     works_alone: ClassVar[bool] = True
-    needs_cls: ClassVar[bool] = False
 
     def __init__(self, config: ReductionConfig, num_layers: int):
         super().__init__()
         self.config, self.num_layers = config, num_layers
 
     def forward(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        guidance: Tensor | None = None,
-        *,
-        run: RunBlock = run_plainly,
-        only_cls: bool = False,
-    ) -> Tensor:
+        self, blocks: Sequence[nn.Module], x: Tensor, guidance: Tensor | None = None, *,
+        run: RunBlock = run_plainly, only_cls: bool = False,
+    ) -> Tensor:  # fmt: skip
         """
         Args:
             blocks: the tower's layers; each maps (B, L, D) to (B, L, D) for any L.
@@ -92,28 +75,49 @@ class TokenReduction(nn.Module):
         """
         raise NotImplementedError
 
-    def work(self, num_patches: int) -> list[LayerWork]:
-        """What each layer does for an image of `num_patches` patches."""
+    def layers(self, num_patches: int) -> list[Layer]:
+        """The tokens in each layer for an image of `num_patches` patches."""
         raise NotImplementedError
 
     def token_counts(self, num_patches: int) -> list[int]:
         """Tokens that enter each layer, `[CLS]` and merged ones included, for `num_patches` patches at the input."""
-        return [layer.attention for layer in self.work(num_patches)]
+        return [layer.attention for layer in self.layers(num_patches)]
 
     def rrt(self, num_patches: int) -> float:
         """Ratio of removed tokens: 1 - token-layers with reduction / token-layers without (Guo et al., Table 1).
 
         The attention and the MLP count as half a layer each, for methods that remove tokens between them.
         """
-        return rrt(self.work(num_patches), num_patches)
+        return rrt(self.layers(num_patches), num_patches)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items())
 
 
-def rrt(work: Sequence[LayerWork], num_patches: int) -> float:
+#: method name -> method; whatever offers methods reads it
+METHODS: dict[str, type[TokenReduction]] = {}
+
+
+def register(name: str) -> Callable[[type[TokenReduction]], type[TokenReduction]]:
+    """Makes a class of `TokenReduction` the method `name`, in every model, command and report."""
+
+    def add(method: type[TokenReduction]) -> type[TokenReduction]:
+        METHODS[name] = method
+        return method
+
+    return add
+
+
+def drop_alternatives(options: dict, changes: dict) -> dict:
+    """`options` without those that one of `changes` says in another way."""
+    groups = (method.Config.alternatives for method in METHODS.values())
+    replaced = {other for group in groups for one in group & changes.keys() for other in group}
+    return {name: value for name, value in options.items() if name not in replaced}
+
+
+def rrt(layers: Sequence[Layer], num_patches: int) -> float:
     """See `TokenReduction.rrt`."""
-    return 1 - sum(layer.attention + layer.mlp for layer in work) / (2 * len(work) * (1 + num_patches))
+    return 1 - sum(layer.attention + layer.mlp for layer in layers) / (2 * len(layers) * (1 + num_patches))
 
 
 def nearest(target: float, value: Callable[[int], float], last: int) -> int:
@@ -129,50 +133,3 @@ def nearest(target: float, value: Callable[[int], float], last: int) -> int:
         else:
             high = middle
     return low if target - value(low) <= value(high) - target else high
-
-
-@dataclass(frozen=True)
-class ReductionConfig:
-    """Base of the methods' options: plain types in and out, as in a model's JSON."""
-
-    @classmethod
-    def from_dict(cls, options: dict) -> ReductionConfig:
-        """Builds the configuration from plain types; an unknown key is a ValueError."""
-        known = [f.name for f in fields(cls)]
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}."
-                raise ValueError(f"Unknown token_reduction option {key!r}; {hint}")
-        return cls(**options)
-
-    def to_dict(self) -> dict:
-        """Plain types (lists, numbers, strings), without what is None; `from_dict` reads it back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
-
-
-def check_number(name: str, value: object, low: float, high: float, meaning: str, whole: bool = False) -> None:
-    """Raises ValueError unless `value` is a number in [low, high]."""
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ValueError(f"{name} must be {meaning}; got {value!r}.")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}; got {value!r}.")
-
-
-def check_switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false; got {value!r}.")
-
-
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """(B, K, D): the tokens `index` (B, K) of `x` (B, N, D)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def norm(x: Tensor) -> Tensor:
-    """Length of the last dimension, kept, in at least float32."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .base import ReductionConfig, check_choice, check_number, check_switch
+from .options import ReductionConfig, check_number, check_switch
 
 # The paper's schedule for a 12-layer ViT (Sec. 3.2 and 4.2): 2(100%) -> 2(90%) -> 6(65%) -> 2(40%).
 PAPER_DEPTHS = (2, 2, 6, 2)
@@ -47,11 +48,9 @@ class ElipConfig(ReductionConfig):
         text_scale: "match" rescales the guidance to the norm of the `[CLS]` it is blended with; "none" leaves it.
         scoring_depth: score with this layer of the stage, 1-based, instead of the last one (an approximation);
             stages shorter than this use their last layer.
-
-    Raises:
-        ValueError: an option is out of its range or two options contradict each other.
     """
 
+    alternatives: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "keep_count"})
     depths: tuple[int, ...] | None = None
     keep_ratio: tuple[float, ...] | None = None
     keep_count: tuple[int, ...] | None = None
@@ -61,27 +60,22 @@ class ElipConfig(ReductionConfig):
     scoring_depth: int | None = None
 
     def __post_init__(self) -> None:
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
         if self.keep_ratio is not None and self.keep_count is not None:
             raise ValueError("Give either keep_ratio or keep_count, not both.")
-        if self.keep_count is None:
-            ratios = _numbers("keep_ratio", PAPER_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio, float)
-            if not all(0 < r <= 1 for r in ratios):
-                raise ValueError(f"keep_ratio must lie in (0, 1]; got {list(ratios)}.")
-            set_("keep_ratio", ratios)
-        else:
-            counts = _numbers("keep_count", self.keep_count, int)
-            if not all(c >= 1 for c in counts):
-                raise ValueError(f"keep_count must be at least 1; got {list(counts)}.")
-            set_("keep_count", counts)
+        if self.keep_ratio is None and self.keep_count is None:
+            object.__setattr__(self, "keep_ratio", PAPER_KEEP_RATIO)
+        for name, kind in (("keep_ratio", float), ("keep_count", int), ("depths", int)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
         name, keep = ("keep_ratio", self.keep_ratio) if self.keep_count is None else ("keep_count", self.keep_count)
+        if self.keep_count is None and not all(0 < r <= 1 for r in keep):
+            raise ValueError(f"keep_ratio must lie in (0, 1]; got {list(keep)}.")
+        if self.keep_count is not None and not all(c >= 1 for c in keep):
+            raise ValueError(f"keep_count must be at least 1; got {list(keep)}.")
         if any(later > earlier for earlier, later in zip(keep, keep[1:], strict=False)):
             raise ValueError(f"{name} must not increase from stage to stage; got {list(keep)}.")
-
-        if self.depths is not None:
-            set_("depths", _numbers("depths", self.depths, int))
-            if not all(d >= 1 for d in self.depths):
-                raise ValueError(f"depths must be at least 1 layer each; got {list(self.depths)}.")
+        if self.depths is not None and not all(d >= 1 for d in self.depths):
+            raise ValueError(f"depths must be at least 1 layer each; got {list(self.depths)}.")
         stages = len(PAPER_DEPTHS if self.depths is None else self.depths)
         if len(keep) != stages:
             raise ValueError(
@@ -90,10 +84,10 @@ class ElipConfig(ReductionConfig):
             )
         check_number("lam", self.lam, 0, 1, "a number in [0, 1] (1 = vision only, 0 = text only)")
         check_switch("merge", self.merge)
-        check_choice("text_scale", self.text_scale, ("match", "none"))
+        if self.text_scale not in ("match", "none"):
+            raise ValueError(f"text_scale must be 'match' or 'none'; got {self.text_scale!r}.")
         if self.scoring_depth is not None:
-            meaning = "a layer of the stage, 1 or more"
-            check_number("scoring_depth", self.scoring_depth, 1, math.inf, meaning, whole=True)
+            check_number("scoring_depth", self.scoring_depth, 1, math.inf, "a layer of a stage, 1 or more", whole=True)
 
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
         """Unfolds the schedule for a tower of `num_layers` layers.

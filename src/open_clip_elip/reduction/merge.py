@@ -4,8 +4,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import gather_tokens
-
 
 def keep_and_merge(x: Tensor, scores: Tensor, keep: int, merge: bool = True) -> tuple[Tensor, Tensor]:
     """Shortens a sequence to `[CLS]`, the `keep` best patches in their original order, and one merged token.
@@ -41,3 +39,13 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """(B, 1, D) from `x` (B, N, D) and `weights` (B, N)."""
     # Not a matrix product: autocast would round the residual stream to half precision there.
     return (weights.to(x.dtype).unsqueeze(-1) * x).sum(dim=1, keepdim=True)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D): the tokens `index` (B, K) of `x` (B, N, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def norm(x: Tensor) -> Tensor:
+    """Length of the last dimension, kept, in at least float32."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))

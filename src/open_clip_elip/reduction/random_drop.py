@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    LayerWork,
-    ReductionConfig,
-    RunBlock,
-    TokenReduction,
-    check_number,
-    gather_tokens,
-    run_plainly,
-)
-from .merge import best
+from .base import Layer, RunBlock, TokenReduction, register, run_plainly
+from .merge import best, gather_tokens
+from .options import ReductionConfig, check_number
 
 
 @dataclass(frozen=True)
@@ -29,45 +23,31 @@ class RandomDropConfig(ReductionConfig):
     Attributes:
         keep_ratio: share of the patches to keep. The default is FLIP's 0.5.
         target_rrt: instead of `keep_ratio`, the ratio of removed tokens to come as near to as possible.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
+    alternatives: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "target_rrt"})
     keep_ratio: float | None = None
     target_rrt: float | None = None
 
     def __post_init__(self) -> None:
-        ratio = self.keep_ratio
-        if isinstance(ratio, (list, tuple)):  # as ELIP's option of this name, which has one entry a stage
-            if len(ratio) != 1:
-                raise ValueError(f"keep_ratio is one number for random dropping; got {list(ratio)}.")
-            ratio = ratio[0]
-        if ratio is not None and self.target_rrt is not None:
-            raise ValueError("Give either keep_ratio or target_rrt, not both.")
-        if ratio is None and self.target_rrt is None:
-            ratio = 0.5
-        object.__setattr__(self, "keep_ratio", ratio)
-        if ratio is not None:
-            check_number("keep_ratio", ratio, 1e-6, 1, "a number in (0, 1]")
-        else:
-            check_number("target_rrt", self.target_rrt, 0, 0.95, "a number from 0 to 0.95")
+        if isinstance(self.keep_ratio, (list, tuple)):  # as ELIP's option of this name, which has one entry a stage
+            if len(self.keep_ratio) != 1:
+                raise ValueError(f"keep_ratio is one number for random dropping; got {list(self.keep_ratio)}.")
+            object.__setattr__(self, "keep_ratio", self.keep_ratio[0])
+        if self._or_target("keep_ratio", 0.5):
+            check_number("keep_ratio", self.keep_ratio, 1e-6, 1, "a number in (0, 1]")
 
 
+@register("random")
 class RandomDrop(TokenReduction):
     """Runs a tower's blocks on a random part of the patches, drawn from torch's generator of the device."""
 
-    works_alone = False
+    Config, suffix, works_alone = RandomDropConfig, "-Random", False
 
     def forward(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        guidance: Tensor | None = None,
-        *,
-        run: RunBlock = run_plainly,
-        only_cls: bool = False,
-    ) -> Tensor:
+        self, blocks: Sequence[nn.Module], x: Tensor, guidance: Tensor | None = None, *,
+        run: RunBlock = run_plainly, only_cls: bool = False,
+    ) -> Tensor:  # fmt: skip
         num_patches = x.shape[1] - 1
         keep = self.keep(num_patches)
         if keep < num_patches:
@@ -83,7 +63,6 @@ class RandomDrop(TokenReduction):
             return max(1, int(self.config.keep_ratio * num_patches))
         return max(1, min(num_patches, round((1 - self.config.target_rrt) * (1 + num_patches) - 1)))
 
-    def work(self, num_patches: int) -> list[LayerWork]:
+    def layers(self, num_patches: int) -> list[Layer]:
         tokens = 1 + self.keep(num_patches)
-        first = LayerWork(tokens, tokens, chosen_from=0 if tokens > num_patches else 1 + num_patches)
-        return [first] + [LayerWork(tokens, tokens)] * (self.num_layers - 1)
+        return [Layer(tokens, tokens)] * self.num_layers

@@ -10,25 +10,16 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import add_attended, add_mlp, project, project_row
-from .base import (
-    LayerWork,
-    ReductionConfig,
-    RunBlock,
-    TokenReduction,
-    check_number,
-    check_switch,
-    gather_tokens,
-    nearest,
-    norm,
-    rrt,
-    run_plainly,
-)
+from .base import Layer, RunBlock, TokenReduction, nearest, register, rrt, run_plainly
+from .merge import gather_tokens, norm
+from .options import ReductionConfig, check_number, check_switch
 
 
 @dataclass(frozen=True)
@@ -39,37 +30,29 @@ class TomeConfig(ReductionConfig):
             (half of its patches) is cut. The default is 13, as in the source for 224 px and patches of 16.
         target_rrt: instead of `r`, the ratio of removed tokens to come as near to as possible, evenly over the layers.
         prop_attn: proportional attention. The source trains without it; Guo et al. compare with it.
-
-    Raises:
-        ValueError: an option is out of its range.
     """
 
+    alternatives: ClassVar[frozenset[str]] = frozenset({"r", "target_rrt"})
     r: int | tuple[int, ...] | None = None
     target_rrt: float | None = None
     prop_attn: bool = True
 
     def __post_init__(self) -> None:
-        if self.r is not None and self.target_rrt is not None:
-            raise ValueError("Give either r or target_rrt, not both.")
-        if self.r is None and self.target_rrt is None:
-            object.__setattr__(self, "r", 13)
-        if self.target_rrt is not None:
-            check_number("target_rrt", self.target_rrt, 0, 0.95, "a number from 0 to 0.95")
-        elif isinstance(self.r, (list, tuple)):
-            for count in self.r:
-                check_number("r", count, 0, math.inf, "whole numbers of at least 0", whole=True)
-            object.__setattr__(self, "r", tuple(self.r))
-        else:
-            check_number("r", self.r, 0, math.inf, "a whole number of at least 0, or a list of them", whole=True)
+        if self._or_target("r", 13):
+            if isinstance(self.r, (list, tuple)):
+                for count in self.r:
+                    check_number("r", count, 0, math.inf, "whole numbers of at least 0", whole=True)
+                object.__setattr__(self, "r", tuple(self.r))
+            else:
+                check_number("r", self.r, 0, math.inf, "a whole number of at least 0, or a list of them", whole=True)
         check_switch("prop_attn", self.prop_attn)
 
 
+@register("tome")
 class Tome(TokenReduction):
-    """Runs a tower's blocks with r tokens fewer after each.
+    """Runs a tower's blocks with r tokens fewer after each."""
 
-    Raises:
-        ValueError: `r` has another number of entries than the tower has layers.
-    """
+    Config, suffix = TomeConfig, "-ToMe"
 
     def __init__(self, config: TomeConfig, num_layers: int):
         super().__init__(config, num_layers)
@@ -77,55 +60,46 @@ class Tome(TokenReduction):
             raise ValueError(f"r has {len(config.r)} entries for the {num_layers} layers of the image tower.")
 
     def forward(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        guidance: Tensor | None = None,
-        *,
-        run: RunBlock = run_plainly,
-        only_cls: bool = False,
-    ) -> Tensor:
+        self, blocks: Sequence[nn.Module], x: Tensor, guidance: Tensor | None = None, *,
+        run: RunBlock = run_plainly, only_cls: bool = False,
+    ) -> Tensor:  # fmt: skip
         size = None  # (B, L): patches that each token stands for; None while all are 1
-        for block, layer in zip(blocks, self.work(x.shape[1] - 1), strict=True):
-            bias = (size,) if size is not None and self.config.prop_attn else ()
-            if only_cls and block is blocks[-1]:  # what [CLS] is there does not depend on what else is merged
-                x = run(block, x, *bias, function=_cls_only) if bias else run(block, x)
-            elif layer.mlp < layer.attention:
+        for block, layer in zip(blocks, self.layers(x.shape[1] - 1), strict=True):
+            last = only_cls and block is blocks[-1]  # what [CLS] is there does not depend on what else is merged
+            if layer.mlp < layer.attention and not last:
                 function = functools.partial(_merge, r=layer.attention - layer.mlp, prop_attn=self.config.prop_attn)
                 x, size = run(block, x, *(() if size is None else (size,)), function=function)
+            elif size is not None and self.config.prop_attn:
+                x = run(block, x, size, function=functools.partial(_attend_by_size, only_cls=last))
             else:
-                x = run(block, x, *bias, function=_attend_by_size) if bias else run(block, x)
+                x = run(block, x)
         return x
 
-    def work(self, num_patches: int) -> list[LayerWork]:
-        return self._work(num_patches, self.schedule(num_patches))
+    def layers(self, num_patches: int) -> list[Layer]:
+        return self._layers(num_patches, self.schedule(num_patches))
 
-    def schedule(self, num_patches: int) -> int | tuple[int, ...]:
-        """The configured r, or r of each layer, even to within one, that meets `target_rrt`."""
+    def schedule(self, num_patches: int) -> tuple[int, ...]:
+        """r of each layer: as configured, or even to within one, so that it meets `target_rrt`."""
         if self.config.r is not None:
-            return self.config.r
+            return self.config.r if isinstance(self.config.r, tuple) else (self.config.r,) * self.num_layers
 
         def spread(total: int) -> tuple[int, ...]:
             borders = [total * i // self.num_layers for i in range(self.num_layers + 1)]
             return tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
 
         def ratio(total: int) -> float:
-            return rrt(self._work(num_patches, spread(total)), num_patches)
+            return rrt(self._layers(num_patches, spread(total)), num_patches)
 
         most = self.num_layers * ((num_patches + 1) // 2)  # each layer merges all it can
         return spread(nearest(self.config.target_rrt, ratio, most))
 
-    def _work(self, num_patches: int, r: int | tuple[int, ...]) -> list[LayerWork]:
-        tokens, work = 1 + num_patches, []
-        for count in r if isinstance(r, tuple) else (r,) * self.num_layers:
-            count = min(count, (tokens - 1) // 2)
-            if count:
-                sets = (tokens - tokens // 2, tokens // 2)
-                work.append(LayerWork(tokens, tokens - count, chosen_from=tokens, matched=sets))
-            else:
-                work.append(LayerWork(tokens, tokens))
-            tokens -= count
-        return work
+    def _layers(self, num_patches: int, r: tuple[int, ...]) -> list[Layer]:
+        tokens, layers = 1 + num_patches, []
+        for count in r:
+            after = tokens - min(count, (tokens - 1) // 2)
+            layers.append(Layer(tokens, after))
+            tokens = after
+        return layers
 
 
 def _merge(
@@ -143,17 +117,11 @@ def _merge(
     return add_mlp(block, x), merged_size.squeeze(-1)
 
 
-def _attend_by_size(block: nn.Module, x: Tensor, size: Tensor) -> Tensor:
-    q, k, v = project(block, x)
+def _attend_by_size(block: nn.Module, x: Tensor, size: Tensor, *, only_cls: bool = False) -> Tensor:
+    """The block without merging, (B, L, D), or `[CLS]` after it, (B, 1, D)."""
+    q, k, v = project_row(block, x) if only_cls else project(block, x)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_log_size(size, q))
-    return add_mlp(block, add_attended(block, x, attended))
-
-
-def _cls_only(block: nn.Module, x: Tensor, size: Tensor) -> Tensor:
-    """(B, 1, D): `[CLS]` after the block."""
-    q, k, v = project_row(block, x)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_log_size(size, q))
-    return add_mlp(block, add_attended(block, x[:, :1], attended))
+    return add_mlp(block, add_attended(block, x[:, :1] if only_cls else x, attended))
 
 
 def _log_size(size: Tensor | None, q: Tensor) -> Tensor | None:

@@ -1,17 +1,18 @@
 """The data of a run: training batches whose position can be saved, and validation batches."""
+from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from training.data.loader import Batch, BatchStream, run
-from training.data.report import DataReport
-from training.data.sources import Source
-from training.data.stalls import STALL_SECONDS
-from training.errors import UserError
+from ..errors import UserError
+from .loader import Batch, BatchStream, run
+from .report import DataReport
+from .samples import Encoding
+from .sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -19,50 +20,38 @@ log = logging.getLogger(__name__)
 class TrainData:
     """Training batches of one rank, epoch by epoch, from any position.
 
+    options: with `batch_size`, `workers`, `seed`, and `stall_seconds`: how long to wait for a batch before the log
+        tells whom the wait is for; 0 for never
     num_batches: per epoch on each rank
     num_samples: per epoch on all ranks together
-    stall_seconds: how long to wait for a batch before the log tells whom the wait is for; 0 for never
+    identity: what the order depends on besides, in plain types
     """
 
     def __init__(
         self,
         source: Source,
-        preprocess: Callable,
-        tokenizer: Callable,
+        encoding: Encoding,
+        options: Any,
         *,
-        batch_size: int,
-        workers: int,
-        seed: int,
         rank: int,
         world_size: int,
         num_batches: int,
         identity: dict[str, Any],
         description: str,
-        stall_seconds: float = STALL_SECONDS,
     ):
         self.num_batches = num_batches
-        self.num_samples = num_batches * batch_size * world_size
-        self._source = source
+        self.num_samples = num_batches * options.batch_size * world_size
+        self._source, self._options, self._description = source, options, description
         self._make_stream = partial(
-            BatchStream,
-            preprocess=preprocess,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
+            BatchStream, encoding=encoding, batch_size=options.batch_size, rank=rank, world_size=world_size
         )
-        self._batch_size = batch_size
-        self._workers = workers
-        self._num_readers = max(1, workers)
-        self._seed = seed
-        self._stall_seconds = stall_seconds
-        self._description = description
+        self._num_readers = max(1, options.workers)
         self._identity = {
             **identity,
-            "batch_size": batch_size,
+            "batch_size": options.batch_size,
             "world_size": world_size,
             "workers": self._num_readers,
-            "seed": seed,
+            "seed": options.seed,
             "batches per epoch": num_batches,
         }
         self._report = DataReport()
@@ -70,8 +59,7 @@ class TrainData:
         self._go_to(epoch=0)
 
     def _go_to(self, epoch: int, batches: int = 0, positions: list[int] | None = None) -> None:
-        self._epoch = epoch
-        self._batches = batches
+        self._epoch, self._batches = epoch, batches
         self._positions = positions or [0] * self._num_readers
         self._report.clear()
 
@@ -82,8 +70,7 @@ class TrainData:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Batches of an epoch: from the loaded position if it lies in this epoch, otherwise from the beginning.
 
-        Each is {"image": (B, 3, H, W), "normalization": of images that are uint8, None for floats, "text": (B, T) long,
-        "key": list of B strings}; `pixels.to_device` takes the first two.
+        Each is what the encoding makes of it, and "key": a list of B strings. `pixels.to_device` takes it further.
         Raises: UserError if a worker finds nothing usable in a whole pass over its part of the data.
         """
         if not (self._loaded and self._epoch == epoch):
@@ -99,12 +86,12 @@ class TrainData:
         firsts = [done + (worker - done) % readers for worker in range(readers)]
         stream = self._make_stream(
             samples=partial(self._source.train, self._epoch),
-            seed=(self._seed, self._epoch),
+            seed=(self._options.seed, self._epoch),
             positions=self._positions.copy(),
             quotas=[len(range(first, self.num_batches, readers)) for first in firsts],
             first_worker=done % readers,
         )
-        for batch, progress in run(stream, self._workers, self._report, self._stall_seconds):
+        for batch, progress in run(stream, self._options.workers, self._report, self._options.stall_seconds):
             self._batches += 1
             self._positions[progress["worker"]] = progress["position"]
             del batch["index"]
@@ -129,7 +116,11 @@ class TrainData:
         Raises: UserError if the position lies within an epoch whose order would be another one now.
         """
         epoch, batches, saved = state["epoch"], state["batches"], state["identity"]
-        changed = self._changed_since(saved)
+        changed = ", ".join(
+            f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
+            for name in {**saved, **self._identity}
+            if saved.get(name) != self._identity.get(name)
+        )
         at_the_end = batches == saved["batches per epoch"]
         if at_the_end or batches == 0:
             if changed:
@@ -145,25 +136,18 @@ class TrainData:
         self._report.merge(state["skipped"], state["examples"])
         self._loaded = True
 
-    def _changed_since(self, saved: dict[str, Any]) -> str:
-        return ", ".join(
-            f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
-            for name in {**saved, **self._identity}
-            if saved.get(name) != self._identity.get(name)
-        )
-
     def skip_to(self, epoch: int, batches: int) -> None:
         """Continue without a saved position: `epoch` of this epoch begins with its batch number `batches`.
 
         For a run that goes on with another world size or batch size. It is by count, not exact: every worker passes
-        over as many raw samples as its part of so many batches has. Broken pictures among them were not in those
+        over as many samples as its part of so many batches has. Broken pictures among them were not in those
         batches, and what was read by one reader is now another's, so some samples come again and others not at all.
         """
         if epoch < 0 or batches < 0:
             raise ValueError(f"There is no batch {batches} of epoch {epoch}: both count from 0.")
         batches = min(batches, self.num_batches)
         made = [len(range(worker, batches, self._num_readers)) for worker in range(self._num_readers)]
-        self._go_to(epoch, batches, [count * self._batch_size for count in made])
+        self._go_to(epoch, batches, [count * self._options.batch_size for count in made])
         self._loaded = True
 
     def report(self) -> DataReport:
@@ -181,36 +165,24 @@ class ValData:
     """
 
     def __init__(
-        self,
-        source: Source,
-        preprocess: Callable,
-        tokenizer: Callable,
-        *,
-        batch_size: int,
-        workers: int,
-        rank: int,
-        world_size: int,
-        num_samples: int | None,
-        stall_seconds: float = STALL_SECONDS,
+        self, source: Source, encoding: Encoding, options: Any, *, rank: int, world_size: int, num_samples: int | None
     ):
         self.num_samples = num_samples
-        self._workers = workers
-        self._stall_seconds = stall_seconds
+        self._options = options
         self._stream = BatchStream(
             samples=source.validation,
-            preprocess=preprocess,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
+            encoding=encoding,
+            batch_size=options.batch_size,
             seed=("validation",),
             rank=rank,
             world_size=world_size,
-            positions=[0] * max(1, workers),
+            positions=[0] * max(1, options.workers),
         )
         self._report = DataReport()
 
     def __iter__(self) -> Iterator[Batch]:
         self._report.clear()
-        for batch, _ in run(self._stream, self._workers, self._report, self._stall_seconds):
+        for batch, _ in run(self._stream, self._options.workers, self._report, self._options.stall_seconds):
             batch["index"] = torch.tensor(batch["index"])
             yield batch
 

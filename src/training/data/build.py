@@ -1,103 +1,112 @@
-"""From flags to training and validation data. Everything that can be checked is checked here, before any work."""
+"""From options to training and validation data. Everything that can be checked is checked here, before any work.
+
+`options` is any object with the attributes of the command line: `train_data`, `batch_size` and so on.
+"""
+from __future__ import annotations
 
 import logging
 import math
-from argparse import Namespace
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from training.data.batches import TrainData, ValData
-from training.data.images import jpeg_decoder
-from training.data.pixels import PLAIN, PixelTransform
-from training.data.shards import ShardSet, check_shards, expand_shards
-from training.data.sizes import HOW, count_samples
-from training.data.sources import CsvRows, RowSource, ShardSource, SyntheticRows
-from training.data.stalls import STALL_SECONDS
-from training.errors import UserError
+import torch
+
+from ..errors import UserError
+from .batches import TrainData, ValData
+from .images import jpeg_decoder
+from .pairs import LabelledRows
+from .pixels import PixelTransform
+from .samples import Encoding
+from .sets.labelled import LabelledImages
+from .shards import Read, ShardSet, check_shards, expand_shards, image_and_caption
+from .sizes import HOW, count_samples
+from .sources import CsvRows, RowSource, ShardSource, SyntheticRows
 
 log = logging.getLogger(__name__)
 
 
 def build_train_data(
-    args: Namespace, preprocess: Callable, tokenizer: Callable, *, rank: int, world_size: int
+    options: Any, encoding: Encoding, *, rank: int, world_size: int, read: Read = image_and_caption
 ) -> TrainData | None:
-    """Training data as the flags name them; None without --train-data.
+    """Training data as the options name them; None without --train-data.
 
-    Raises: UserError for whatever is wrong with the flags or the data they name.
+    Raises: UserError for whatever is wrong with the options or the data they name.
     """
-    if args.train_data is None and args.dataset_type != "synthetic":
+    if options.train_data is None and options.dataset_type != "synthetic":
         return None
-    kind = _dataset_type(args.train_data, args.dataset_type, "--train-data")
-    if args.train_num_samples is not None and args.train_num_samples < 1:
-        raise UserError(f"--train-num-samples is {args.train_num_samples}, but it must be at least 1.")
-    if args.train_data_upsampling_factors is not None and not (kind == "webdataset" and args.dataset_resampled):
+    kind = _dataset_type(options.train_data, options.dataset_type, "--train-data")
+    if options.train_data_upsampling_factors is not None and not (kind == "webdataset" and options.dataset_resampled):
         raise UserError(
             "--train-data-upsampling-factors needs --dataset-resampled and webdataset shards: "
             "only shards that are drawn with replacement can be drawn more often."
         )
-    plan = _plan_shards(args, world_size) if kind == "webdataset" else _plan_rows(kind, args, rank, world_size)
-    samples = plan.num_batches * args.batch_size * world_size
-    summary = (
-        f"  {_some(plan.num_batches, 'batch', 'batches')} of {args.batch_size:,} on each of "
-        f"{_some(world_size, 'rank')} ({_some(args.workers, 'worker')} each) = {samples:,} samples per epoch"
-    )
-    preprocess = _with_decoding(preprocess, args)
-    if isinstance(preprocess, PixelTransform):
-        plan.lines.append(f"  images by --image-decode {args.image_decode}, JPEGs decoded by {jpeg_decoder()}")
-    return TrainData(
-        plan.source,
-        preprocess,
-        tokenizer,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-        rank=rank,
-        world_size=world_size,
-        num_batches=plan.num_batches,
-        identity={"dataset_type": kind, **plan.identity},
-        description="\n".join([f"Training data ({kind}):", *plan.lines, summary]),
-        stall_seconds=getattr(args, "stall_seconds", STALL_SECONDS),
-    )
+    place = {"rank": rank, "world_size": world_size}
+    plan = _plan_shards(options, world_size, read) if kind == "webdataset" else _plan_rows(kind, options, **place)
+    samples = plan.num_batches * options.batch_size * world_size
+    lines = [
+        f"Training data ({kind}):",
+        *plan.lines,
+        f"  {_some(plan.num_batches, 'batch', 'batches')} of {options.batch_size:,} on each of "
+        f"{_some(world_size, 'rank')} ({_some(options.workers, 'worker')} each) = {samples:,} samples per epoch",
+    ]
+    if isinstance(getattr(encoding, "transform", None), PixelTransform):
+        lines.insert(-1, f"  images by --image-decode {options.image_decode}, JPEGs decoded by {jpeg_decoder()}")
+    identity = {"dataset_type": kind, **plan.identity}
+    described = {"num_batches": plan.num_batches, "identity": identity, "description": "\n".join(lines)}
+    return TrainData(plan.source, encoding, options, **place, **described)
 
 
 def build_val_data(
-    args: Namespace, preprocess: Callable, tokenizer: Callable, *, rank: int, world_size: int
+    options: Any, encoding: Encoding, *, rank: int, world_size: int, read: Read = image_and_caption
 ) -> ValData | None:
-    """Validation data as the flags name them; None without --val-data.
+    """Validation data as the options name them; None without --val-data.
 
-    Raises: UserError for whatever is wrong with the flags or the data they name.
+    Raises: UserError for whatever is wrong with the options or the data they name.
     """
-    if args.val_data is None:
+    if options.val_data is None:
         return None
-    kind = _dataset_type(args.val_data, args.dataset_type, "--val-data")
+    kind = _dataset_type(options.val_data, options.dataset_type, "--val-data")
     if kind == "webdataset":
-        sets = expand_shards(args.val_data, "--val-data")
-        check_shards(sets, "--val-data")
-        source = ShardSource([url for shard_set in sets for url in shard_set.urls])
-        num_samples = args.val_num_samples or _known_total(sets)
+        sets = expand_shards(options.val_data, "--val-data")
+        check_shards(sets, "--val-data", read)
+        source = ShardSource([url for shard_set in sets for url in shard_set.urls], read=read)
+        num_samples = options.val_num_samples or _total(_counts(sets))
     else:
-        rows = _rows(kind, args, args.val_data, "--val-data", args.val_num_samples or args.train_num_samples, rank)
+        count = options.val_num_samples or options.train_num_samples
+        rows = _rows(kind, options, options.val_data, "--val-data", count, rank)
         source, num_samples = RowSource(rows), len(rows)
-    return ValData(
-        source,
-        _with_decoding(preprocess, args),
-        tokenizer,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        rank=rank,
-        world_size=world_size,
-        num_samples=num_samples,
-        stall_seconds=getattr(args, "stall_seconds", STALL_SECONDS),
-    )
+    return ValData(source, encoding, options, rank=rank, world_size=world_size, num_samples=num_samples)
 
 
-def _with_decoding(preprocess: Callable, args: Namespace) -> Callable:
-    decoding = getattr(args, "image_decode", PLAIN)
-    if decoding == PLAIN:
-        return preprocess
-    from training.data.transforms import with_decoding  # takes seconds: only for those who need it
+def build_labelled_data(
+    options: Any, data: LabelledImages, encoding: Encoding, *, rank: int, world_size: int
+) -> TrainData:
+    """Training data of labelled images.
 
-    return with_decoding(preprocess, decoding)
+    Raises: UserError for less than one batch.
+    """
+    global_batch = options.batch_size * world_size
+    num_batches = len(data) // global_batch
+    if not num_batches:
+        raise UserError(
+            f"{data.name} has only {len(data):,} training images, fewer than one batch of {options.batch_size} on each "
+            f"of {world_size} process(es): use a smaller --batch-size."
+        )
+    samples = num_batches * global_batch
+    counts = torch.bincount(data.labels, minlength=len(data.classnames)).tolist()
+    empty = [name for name, count in zip(data.classnames, counts, strict=True) if not count]
+    lines = [
+        "Training data (labelled images):",
+        f"  {data.name}: {len(data):,} images of {len(data.classnames):,} classes",
+        *[f"  {len(empty)} of the classes have no training image: {', '.join(empty[:3])}{', ...' * (len(empty) > 3)}"]
+        * bool(empty),
+        f"  {len(data) - samples:,} of them, others in each epoch, are left out by rounding down",
+        f"  {num_batches:,} batches of {options.batch_size:,} on each of {world_size} process(es) "
+        f"({options.workers} workers each) = {samples:,} samples per epoch",
+    ]
+    identity = {"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint(times=False)}
+    source = RowSource(LabelledRows(data), options.seed, options.batch_size, num_batches)
+    place = {"rank": rank, "world_size": world_size, "num_batches": num_batches}
+    return TrainData(source, encoding, options, **place, identity=identity, description="\n".join(lines))
 
 
 def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
@@ -120,38 +129,39 @@ class _Plan(NamedTuple):
     lines: list[str]
 
 
-def _plan_shards(args: Namespace, world_size: int) -> _Plan:
-    sets = expand_shards(args.train_data, "--train-data")
-    factors = _upsampling_factors(args.train_data_upsampling_factors, len(sets))
-    used = [(shard_set, factor) for shard_set, factor in zip(sets, factors, strict=True) if factor]
-    check_shards([shard_set for shard_set, _ in used], "--train-data")
+def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
+    sets = expand_shards(options.train_data, "--train-data")
+    factors = options.train_data_upsampling_factors
+    factors = [1.0] * len(sets) if factors is None else [float(factor) for factor in factors.split("::")]
+    weighted = list(zip(sets, factors, strict=True))
+    used = [(shard_set, factor) for shard_set, factor in weighted if factor]
+    check_shards([shard_set for shard_set, _ in used], "--train-data", read)
     urls = [url for shard_set in sets for url in shard_set.urls]
-    workers = max(1, args.workers)
+    workers = max(1, options.workers)
     readers = workers * world_size
-    weights = None
-    if args.dataset_resampled:
-        weights = [factor for factor, shard_set in zip(factors, sets, strict=True) for _ in shard_set.urls]
-    elif len(urls) < readers:
+    if not options.dataset_resampled and len(urls) < readers:
         raise UserError(
             f"{_some(len(urls), 'shard')} in --train-data cannot be shared by {_some(workers, 'worker')} on each of "
             f"{_some(world_size, 'rank')} ({readers:,} readers): use fewer --workers, add "
             "--dataset-resampled, or make more shards."
         )
 
-    counts, wanted = _shard_counts([shard_set for shard_set, _ in used], args.train_num_samples)
+    counts = _counts([shard_set for shard_set, _ in used], needed=options.train_num_samples is None)
+    wanted = options.train_num_samples or sum(counts)
     # As in OpenCLIP: round up, first to whole global batches, then to equally many for each worker.
-    num_batches = math.ceil(wanted / (args.batch_size * world_size))
+    num_batches = math.ceil(wanted / (options.batch_size * world_size))
     num_batches = math.ceil(num_batches / workers) * workers
-    samples = num_batches * args.batch_size * world_size
-    lines = _source_lines(used, counts, samples if args.dataset_resampled else None)
-    unread = [shard_set for shard_set, factor in zip(sets, factors, strict=True) if not factor]
-    lines += [f"  {shard_set.pattern}: not read, its weight is 0" for shard_set in unread]
-    if args.train_num_samples is not None:
-        total = 0 if None in counts else sum(counts)
+    samples = num_batches * options.batch_size * world_size
+    lines = _source_lines(used, counts, samples if options.dataset_resampled else None)
+    lines += [f"  {shard_set.pattern}: not read, its weight is 0" for shard_set, factor in weighted if not factor]
+    if options.train_num_samples is not None:
+        total = _total(counts)
         passes = f", {wanted / total:.2f} times the {total:,} that there are" if total else ""
         lines.append(f"  {wanted:,} samples by --train-num-samples{passes}")
-    if args.dataset_resampled:
+    odds = None
+    if options.dataset_resampled:
         lines.append(f"  shards are drawn with replacement by {_some(readers, 'reader')}")
+        odds = [factor for shard_set, factor in weighted for _ in shard_set.urls]
     else:
         fewest, rest = divmod(len(urls), readers)
         each = f"{fewest:,} or {fewest + 1:,}" if rest else f"{fewest:,}"
@@ -161,12 +171,10 @@ def _plan_shards(args: Namespace, world_size: int) -> _Plan:
         ]
     identity = {
         "sources": [shard_set.pattern for shard_set in sets],
-        "resampled": bool(args.dataset_resampled),
-        "upsampling factors": args.train_data_upsampling_factors,
+        "resampled": bool(options.dataset_resampled),
+        "upsampling factors": options.train_data_upsampling_factors,
     }
-    return _Plan(ShardSource(urls, args.seed, weights), num_batches, identity, lines)
-
-
+    return _Plan(ShardSource(urls, options.seed, odds, read), num_batches, identity, lines)
 def _source_lines(used: list[tuple[ShardSet, float]], counts: list[int | None], drawn: int | None) -> list[str]:
     """What each source has and, if `drawn` samples per epoch are drawn with replacement, what it gives."""
     # Odds are those of shards; where their sizes are unknown, they count as equally large.
@@ -186,57 +194,38 @@ def _source_lines(used: list[tuple[ShardSet, float]], counts: list[int | None], 
     return lines
 
 
-def _upsampling_factors(text: str | None, sources: int) -> list[float]:
-    if text is None:
-        return [1.0] * sources
-    try:
-        factors = [float(factor) for factor in text.split("::")]
-    except ValueError:
-        factors = []
-    if not factors or not all(math.isfinite(f) and f >= 0 for f in factors) or sum(factors) == 0:
-        raise UserError(f"--train-data-upsampling-factors {text!r} must be numbers >= 0 joined by '::', such as 1::2.")
-    if len(factors) != sources:
-        raise UserError(
-            f"--train-data-upsampling-factors has {_some(len(factors), 'number')}, but --train-data "
-            f"{_some(sources, 'source')}: give one for each."
-        )
-    return factors
-
-
-def _shard_counts(sets: list[ShardSet], given: int | None) -> tuple[list[int | None], int]:
-    """The samples of each source (None if unknown), and those of an epoch before rounding."""
-    if given is not None:
-        return [_known_total([shard_set]) for shard_set in sets], given
+def _counts(sets: list[ShardSet], needed: bool = False) -> list[int | None]:
+    """The samples of each source. None: it is unknown, which is an error where they are `needed`."""
     counts, unknown = [], []
     for shard_set in sets:
-        count, missing = count_samples(shard_set)
+        try:
+            count, problems = count_samples(shard_set)
+        except UserError:
+            if needed:
+                raise
+            count, problems = None, []
         counts.append(count)
-        unknown += missing
-    if unknown:
+        unknown += problems
+    if needed and unknown:
         raise UserError(f"How many samples there are is unknown for {', '.join(unknown)}: {HOW}.")
-    if sum(counts) == 0:
+    if needed and sum(counts) == 0:
         raise UserError("The sizes that are noted for --train-data say that there are no samples: correct them.")
-    return counts, sum(counts)
+    return counts
 
 
-def _known_total(sets: list[ShardSet]) -> int | None:
-    """For those who only want to know it if it is easy to know."""
-    try:
-        counts = [count_samples(shard_set)[0] for shard_set in sets]
-    except UserError:
-        return None
+def _total(counts: list[int | None]) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def _plan_rows(kind: str, args: Namespace, rank: int, world_size: int) -> _Plan:
-    rows = _rows(kind, args, args.train_data, "--train-data", args.train_num_samples, rank)
-    global_batch = args.batch_size * world_size
+def _plan_rows(kind: str, options: Any, rank: int, world_size: int) -> _Plan:
+    rows = _rows(kind, options, options.train_data, "--train-data", options.train_num_samples, rank)
+    global_batch = options.batch_size * world_size
     num_batches = len(rows) // global_batch
-    name = "synthetic" if kind == "synthetic" else args.train_data
+    name = "synthetic" if kind == "synthetic" else options.train_data
     if num_batches == 0:
         raise UserError(
-            f"{name} has only {_some(len(rows), 'usable row')}, fewer than one batch of {args.batch_size} on each of "
-            f"{_some(world_size, 'rank')}: use a smaller --batch-size or more data."
+            f"{name} has only {_some(len(rows), 'usable row')}, fewer than one batch of {options.batch_size} on each "
+            f"of {_some(world_size, 'rank')}: use a smaller --batch-size or more data."
         )
     lines = [
         f"  {name}: {_some(len(rows), 'row')}",
@@ -244,16 +233,16 @@ def _plan_rows(kind: str, args: Namespace, rank: int, world_size: int) -> _Plan:
     ]
     if kind == "csv" and rows.empty:
         lines[0] += f" ({rows.empty:,} more have no caption)"
-    source = RowSource(rows, args.seed, args.batch_size, num_batches)
+    source = RowSource(rows, options.seed, options.batch_size, num_batches)
     return _Plan(source, num_batches, {"sources": [name], "rows": len(rows)}, lines)
 
 
-def _rows(kind: str, args: Namespace, path: str, flag: str, count: int | None, rank: int) -> CsvRows | SyntheticRows:
+def _rows(kind: str, options: Any, path: str, flag: str, count: int | None, rank: int) -> CsvRows | SyntheticRows:
     if kind == "synthetic":
         if not count:
             raise UserError("--dataset-type synthetic needs --train-num-samples: say how many samples to make.")
         return SyntheticRows(count)
-    rows = CsvRows(path, args.csv_separator, args.csv_img_key, args.csv_caption_key, flag)
+    rows = CsvRows(path, options.csv_separator, options.csv_img_key, options.csv_caption_key, flag)
     if rows.empty and rank == 0:
         log.warning("%s: %d of %d rows have no caption and are left out.", path, rows.empty, rows.empty + len(rows))
     return rows

@@ -1,23 +1,23 @@
-"""From raw samples to batches, in DataLoader workers or in this process, at a position that can be saved."""
+"""From samples to batches, in DataLoader workers or in this process, at a position that can be saved."""
+from __future__ import annotations
 
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from training.data.images import ImageLike, Picture, Unreadable, load_rgb
-from training.data.pixels import PixelTransform, stack
-from training.data.randomness import private_randomness, seed_globals, stable_seed
-from training.data.report import DataReport
-from training.data.samples import END_OF_PASS, RawSample, Reader
-from training.data.signals import held_back, outlive_signals
-from training.data.stalls import Board, StallWatch, Status
-from training.errors import UserError
+from ..errors import UserError
+from .images import Unreadable
+from .randomness import private_randomness, seed_globals, stable_seed
+from .report import DataReport
+from .samples import END_OF_PASS, Encoding, Reader, Sample
+from .signals import held_back, outlive_signals
+from .stalls import Board, StallWatch
 
 Batch = dict[str, Any]
 
@@ -27,18 +27,18 @@ class NothingUsable(Exception):
 
 
 class Cursor:
-    """Walks along a raw stream and counts the samples it has passed.
+    """Walks along a source's stream and counts the samples it has passed.
 
     usable: set by the owner when a sample of this pass turned out well; a pass without one raises NothingUsable.
     """
 
-    def __init__(self, stream: Iterator[RawSample | None]):
+    def __init__(self, stream: Iterator[Sample | None]):
         self.stream = stream
         self.position = 0
         self.usable = False
 
-    def next(self) -> RawSample | None:
-        """The next raw sample; None where a validation stream ends."""
+    def next(self) -> Sample | None:
+        """The next sample; None where a validation stream ends."""
         for sample in self.stream:
             if sample is not END_OF_PASS:
                 self.position += 1
@@ -49,7 +49,7 @@ class Cursor:
         return None
 
     def skip(self, count: int) -> None:
-        """Pass over raw samples without decoding them."""
+        """Pass over samples without decoding them."""
         for _ in range(count):
             self.next()
             self.usable = True  # unknown, but they were good enough for a saved position
@@ -59,16 +59,15 @@ class Cursor:
 class BatchStream(IterableDataset):
     """Batches as the workers make them: pairs (batch, progress), see `__iter__`.
 
-    samples: (reader, report) -> raw stream
-    positions: raw samples to skip, for each worker
+    samples: (reader, report) -> the source's stream
+    positions: samples to skip, for each worker
     quotas: batches to make, for each worker; None makes all there are, the last one maybe smaller
     first_worker: whose turn it is; the DataLoader begins with its worker 0
     board: where the workers say what they are reading
     """
 
-    samples: Callable[[Reader, DataReport], Iterator[RawSample | None]]
-    preprocess: Callable
-    tokenizer: Callable
+    samples: Callable[[Reader, DataReport], Iterator[Sample | None]]
+    encoding: Encoding
     batch_size: int
     seed: tuple[int | str, ...]
     rank: int
@@ -83,12 +82,11 @@ class BatchStream(IterableDataset):
 
         The batch is None when there is only something to tell: an error for the person, or the last skipped samples.
         """
-        info = get_worker_info()
-        num_workers = len(self.positions)
+        info, board, num_workers = get_worker_info(), self.board, len(self.positions)
         worker = (self.first_worker + (info.id if info else 0)) % num_workers
         report = DataReport()
-        status = self.board.status(worker) if self.board is not None else Status()
-        cursor = Cursor(self.samples(Reader(self.rank, self.world_size, worker, num_workers, status), report))
+        reader = Reader(self.rank, self.world_size, worker, num_workers, partial(board.turns_to, worker))
+        cursor = Cursor(self.samples(reader, report))
 
         def progress() -> dict[str, Any]:
             told = {"skipped": report.skipped, "examples": report.examples}
@@ -96,13 +94,12 @@ class BatchStream(IterableDataset):
             return {"worker": worker, "position": cursor.position, **told}
 
         try:
-            status.skips(self.positions[worker])
+            board.resuming[worker] = True
             cursor.skip(self.positions[worker])
-            status.skips(0)
+            board.resuming[worker] = False
             report.clear()  # what the skipped part had to tell came with the saved position
             for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):
-                batch = self._make_batch(cursor, worker, report, status)
-                if batch is None:
+                if (batch := self._make_batch(cursor, reader, report)) is None:
                     break
                 yield batch, progress()
         except NothingUsable:
@@ -115,44 +112,26 @@ class BatchStream(IterableDataset):
             return
         if report.skipped:
             yield None, progress()
-        status.finishes()
+        board.finished[worker] = True
 
-    def _make_batch(self, cursor: Cursor, worker: int, report: DataReport, status: Status) -> Batch | None:
-        images, samples = [], []
+    def _make_batch(self, cursor: Cursor, reader: Reader, report: DataReport) -> Batch | None:
+        encoded, keys, indices = [], [], []
         with private_randomness():
-            while len(images) < self.batch_size and (sample := cursor.next()) is not None:
-                if not isinstance(sample.image, bytes):
-                    status.starts(sample.key)
+            while len(encoded) < self.batch_size and (sample := cursor.next()) is not None:
+                if not all(isinstance(image, bytes) for image in sample.images):
+                    reader.turns_to(sample.key)
+                seed_globals(stable_seed(*self.seed, self.rank, reader.worker, cursor.position))
                 try:
-                    image = self._image(sample.image, stable_seed(*self.seed, self.rank, worker, cursor.position))
+                    encoded.append(self.encoding.encode(sample))
                 except Unreadable as error:
                     report.add("unreadable image", f"{sample.origin}: {sample.key}: {error}")
                     continue
                 cursor.usable = True
-                images.append(image)
-                samples.append(sample)
-            if not samples:
+                keys.append(sample.key)
+                indices.append(sample.index)
+            if not encoded:
                 return None
-            text = self.tokenizer([sample.caption for sample in samples])
-        return {
-            "image": stack(images),
-            "normalization": getattr(self.preprocess, "normalization", None),
-            "text": text,
-            "key": [sample.key for sample in samples],
-            "index": [sample.index for sample in samples],
-        }
-
-    def _image(self, encoded: ImageLike, seed: int) -> Tensor:
-        """The picture as the transform makes it, with the randomness of this seed. Raises: Unreadable."""
-        if isinstance(self.preprocess, PixelTransform):  # may decode only when it knows which part it needs
-            picture = Picture(encoded)
-        else:
-            try:
-                picture = load_rgb(encoded)
-            except Exception as error:  # PIL raises nearly anything on damaged files
-                raise Unreadable.because(error) from error
-        seed_globals(seed)
-        return self.preprocess(picture)
+            return {**self.encoding.collate(encoded), "key": keys, "index": indices}
 
 
 def run(
@@ -170,7 +149,7 @@ def run(
             return f"this process reads them itself and {board.describe(0)}"
         # Workers take turns, but those that are through: their last batches are here.
         for worker in ((last + turn) % board.readers for turn in range(1, board.readers + 1)):
-            if not board.finished(worker):
+            if not board.finished[worker]:
                 return f"worker {worker} is due, which {board.describe(worker)}"
         return "all workers have made their last batch"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import PIL
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from training.data.images import Picture
+from .images import ImageLike, Picture, Unreadable, load_rgb
 
 # `--image-decode`
 PLAIN, FAST, REDUCED = "plain", "fast", "reduced"
@@ -47,6 +47,7 @@ class Region(NamedTuple):
     size: tuple[int, int]
 
 
+@dataclass(eq=False, repr=False)
 class PixelTransform:
     """What a plain transform makes of a picture, as uint8 pixels that are not normalised yet.
 
@@ -55,24 +56,18 @@ class PixelTransform:
 
     frame: (height, width) of a picture -> the region to resize; draws random numbers
     mode: of the resize, bicubic or bilinear
-    steps: what comes after it: functions of a (3, h, w) tensor, or of a PIL image where `on_pictures` says so
+    steps: what comes after it: functions, each with whether it takes a PIL image instead of a (3, h, w) tensor
     reduce: decode JPEGs at 1/2, 1/4 or 1/8 where the region is much larger than needed; its edges then move to the
         next whole pixel of what is decoded. An approximation.
     plain: the transform that this stands for
     """
 
-    def __init__(
-        self,
-        frame: Callable[[int, int], Region],
-        mode: str,
-        steps: Sequence[Callable],
-        on_pictures: Sequence[bool],
-        normalization: Normalization,
-        reduce: bool,
-        plain: Callable,
-    ):
-        self.frame, self.mode, self.steps = frame, mode, list(zip(steps, on_pictures, strict=True))
-        self.normalization, self.reduce, self.plain = normalization, reduce, plain
+    frame: Callable[[int, int], Region]
+    mode: str
+    steps: Sequence[tuple[Callable, bool]]
+    normalization: Normalization
+    reduce: bool
+    plain: Callable
 
     def __call__(self, image: Picture | Image.Image) -> Tensor:
         """(3, H, W) uint8, in memory (H, W, 3). PIL images have to be RGB.
@@ -118,28 +113,65 @@ def resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return pixels[0]
 
 
-def stack(images: Sequence[Tensor]) -> Tensor:
-    """(B, 3, H, W), of uint8 pixels in channels-last memory; in a DataLoader worker straight into shared memory."""
-    if images[0].dtype != torch.uint8:
-        return default_collate(list(images))
-    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+class Images(NamedTuple):
+    """A batch of pictures.
 
-
-def to_device(
-    images: Tensor, device: torch.device, dtype: torch.dtype | None = None, normalization: Normalization | None = None
-) -> Tensor:
-    """A batch on the device, without waiting for it if it is pinned, and normalised if that is still to be done.
-
-    images: (B, 3, H, W); pixels (uint8) with `normalization`, else floats that are normalised
-    dtype: of the result; None leaves that of floats, and makes float32 of pixels
+    pixels: (B, 3, H, W); uint8 if there is a `normalization`, else floats that are normalised
     """
+
+    pixels: Tensor
+    normalization: Normalization | None = None
+
+
+def picture_to_tensor(image: ImageLike, transform: Callable) -> Tensor:
+    """(3, H, W) as the transform makes it. Raises: Unreadable."""
+    if isinstance(transform, PixelTransform):  # may decode only when it knows which part it needs
+        return transform(Picture(image))
+    try:
+        picture = load_rgb(image)
+    except Exception as error:  # PIL raises nearly anything on damaged files
+        raise Unreadable.because(error) from error
+    return transform(picture)
+
+
+def stack(images: Sequence[Tensor], transform: Callable) -> Images:
+    """What the transform has made of some pictures; pixels are in channels-last memory.
+
+    In a DataLoader worker, straight into shared memory.
+    """
+    normalization = getattr(transform, "normalization", None)
     if normalization is None:
-        return images.to(device=device, dtype=dtype, non_blocking=True)
-    images = images.to(device=device, non_blocking=True)
-    scale, shift = _constants(normalization, images.device)
-    if images.device.type == "cuda":  # one kernel, which reads uint8, works in float32 and writes `dtype`
-        return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=dtype or torch.float32))
-    floats = images.to(torch.float32)
+        return Images(default_collate(list(images)))
+    return Images(default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), normalization)
+
+
+def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A batch, or whatever is in it, on the device, without waiting for what is pinned.
+
+    `Images` become one float tensor, normalised if that is still to be done. Dicts, lists and tuples are gone through,
+    tensors (and what else has `to`) are moved, and all else stays.
+
+    dtype: of images; None leaves that of floats, and makes float32 of pixels
+    """
+    if isinstance(value, Images):
+        return _normalised(value, device, dtype)
+    if isinstance(value, dict):
+        return {name: to_device(item, device, dtype) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [to_device(item, device, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value.to(device=device, non_blocking=True) if hasattr(value, "to") else value
+
+
+def _normalised(images: Images, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    pixels, normalization = images
+    if normalization is None:
+        return pixels.to(device=device, dtype=dtype, non_blocking=True)
+    pixels = pixels.to(device=device, non_blocking=True)
+    scale, shift = _constants(normalization, pixels.device)
+    if pixels.device.type == "cuda":  # one kernel, which reads uint8, works in float32 and writes `dtype`
+        return torch.addcmul(shift, pixels, scale, out=torch.empty_like(pixels, dtype=dtype or torch.float32))
+    floats = pixels.to(torch.float32)
     return torch.addcmul(shift, floats, scale, out=floats).to(dtype or torch.float32)
 
 

@@ -1,26 +1,40 @@
 """Webdataset shards: which there are, whether they can be read, and what is in one."""
+from __future__ import annotations
 
 import logging
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 from braceexpand import UnbalancedBracesError, braceexpand
-from webdataset.tariterators import tar_file_expander
 
-from training.data.report import DataReport
-from training.data.samples import RawSample
-from training.data.stalls import Status
-from training.data.streams import local_path, open_stream
-from training.errors import UserError
+from ..errors import UserError
+from .images import ImageLike
+from .report import DataReport
+from .samples import Sample
+from .streams import local_path
+from .tar import reason, walk
 
 log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEY = "txt"
 BROKEN_SHARD = "broken shard"
+
+# From a sample's key and the contents of its files, by extension, to its images and fields; or why it cannot be used.
+Read = Callable[[str, dict[str, bytes]], tuple[tuple[ImageLike, ...], dict[str, Any]] | str]
+
+
+def image_and_caption(key: str, files: dict[str, bytes]) -> tuple[tuple[ImageLike, ...], dict[str, Any]] | str:
+    image = next((files[name] for name in IMAGE_KEYS if name in files), None)
+    if image is None:
+        return "no image"
+    if CAPTION_KEY not in files:
+        return "no caption"
+    caption = files[CAPTION_KEY].decode("utf-8", errors="replace")
+    return ((image,), {"caption": caption}) if caption.strip() else "empty caption"
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,6 @@ def expand_shards(patterns: str, flag: str) -> list[ShardSet]:
         except (UnbalancedBracesError, ValueError) as error:
             raise UserError(f"The braces of {pattern!r} in {flag} cannot be expanded ({error}).") from None
     return sets
-
-
-def check_shards(sets: Iterable[ShardSet], flag: str) -> None:
-    """Make sure that all local shards exist, and that the first shard of each source has a sample to give.
-
-    Raises: UserError, naming `flag`.
-    """
-    for shard_set in sets:
-        check_present(shard_set, flag)
-        _check_first_is_tar(shard_set, flag)
-        _check_first_has_a_sample(shard_set, flag)
 
 
 def local_folders(urls: Iterable[str]) -> dict[str, list[str]]:
@@ -87,134 +90,62 @@ def check_present(shard_set: ShardSet, flag: str) -> None:
         )
 
 
-def _check_first_is_tar(shard_set: ShardSet, flag: str) -> None:
-    path = local_path(shard_set.urls[0])
-    if path is None:
-        return
-    try:
-        if os.path.isdir(path):
-            problem = "is a folder"
-        elif os.path.getsize(path) == 0:
-            problem = "is empty"
-        elif not tarfile.is_tarfile(path):
-            problem = "is not a tar file"
-        else:
-            return
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    raise UserError(f"The shard {path} in {flag} {problem}: give webdataset shards, tar files of images and captions.")
+def check_shards(sets: Iterable[ShardSet], flag: str, read: Read = image_and_caption) -> None:
+    """Make sure that all local shards exist, and that the first shard of each source has a sample to give.
 
-
-def _check_first_has_a_sample(shard_set: ShardSet, flag: str) -> None:
-    url = shard_set.urls[0]
-    if local_path(url) is None:
-        log.info("Opening %s of %s ...", url, flag)  # the one to blame if it takes long
-    report, failures = DataReport(), []
-    with closing(read_files(url, failures)) as files:
-        if next(samples_of(files, failures, url, report), None) is not None:
-            return
-    if failures and not report.skipped:
+    Raises: UserError, naming `flag`.
+    """
+    for shard_set in sets:
+        check_present(shard_set, flag)
+        url, report, failures = shard_set.urls[0], DataReport(), []
+        if local_path(url) is None:
+            log.info("Opening %s of %s ...", url, flag)  # the one to blame if it takes long
+        with closing(usable_samples(url, failures, report, read)) as samples:
+            if next(samples, None) is not None:
+                continue
+        if failures and not report.skipped:
+            raise UserError(
+                f"The first shard {url} in {flag} cannot be read ({reason(failures[0])}): give webdataset shards, tar "
+                "files of images and captions, that can be reached."
+            )
+        needs = f"each needs an image ({', '.join(IMAGE_KEYS)}) and a caption ({CAPTION_KEY}) of the same name"
         raise UserError(
-            f"The first shard {url} in {flag} cannot be read ({reason(failures[0])}): correct it, or make it reachable."
+            f"The first shard {url} in {flag} has not one usable sample ({report.summary() or 'it is empty'}): "
+            f"{needs if read is image_and_caption else 'give shards with what this task needs'}."
         )
-    raise UserError(
-        f"The first shard {url} in {flag} has not one usable sample ({report.summary() or 'it is empty'}): "
-        f"each needs an image ({', '.join(IMAGE_KEYS)}) and a caption ({CAPTION_KEY}) of the same name."
-    )
 
 
 def read_shard(
-    url: str, report: DataReport, part: tuple[int, int] = (0, 1), status: Status | None = None
-) -> Iterator[RawSample]:
+    url: str, report: DataReport, part: tuple[int, int] = (0, 1), read: Read = image_and_caption
+) -> Iterator[Sample]:
     """The usable samples of a shard, in its order; `index` counts all its samples from 0, usable or not.
 
     What cannot be used goes into `report`. A shard that breaks off gives the whole samples before the break.
     part: (i, n) takes and reports only every n-th sample, beginning with the i-th.
     """
     failures: list[Exception] = []
-    status = status or Status()
-    status.starts(url)
-    yield from samples_of(read_files(url, failures), failures, url, report, part, status)
+    yield from usable_samples(url, failures, report, read, part)
     if failures and part[0] == 0:
         report.add(BROKEN_SHARD, f"{url}: {reason(failures[0])}")
 
 
-def samples_of(
-    files: Iterable[dict],
-    failures: list[Exception],
+def usable_samples(
     url: str,
+    failures: list[Exception],
     report: DataReport,
+    read: Read = image_and_caption,
     part: tuple[int, int] = (0, 1),
-    status: Status | None = None,
-) -> Iterator[RawSample]:
-    """The usable samples that the files of a shard make up, all before `failures` has got an entry."""
-    first, step = part
-    status = status or Status()
-    for index, (key, group) in enumerate(_group_by_key(files)):
-        status.has_read(index + 1)
-        if index % step == first:
-            # What a break has cut in half is not one more thing to report.
-            sample = _usable(key, group, url, index, DataReport() if failures else report)
-            if sample is not None:
-                yield sample
+    headers_only: bool = False,
+) -> Iterator[Sample]:
+    """Those of `read_shard`; what makes the shard break off joins `failures`.
 
-
-def read_files(url: str, failures: list[Exception]) -> Iterator[dict]:
-    """The files of a tar, {"fname": ..., "data": ...} as webdataset has them. What ends them early joins `failures`."""
-
-    def note(error: Exception) -> bool:
-        failures.append(error)
-        return False  # a tar stream is lost after its first error
-
-    try:
-        stream = open_stream(url)
-    except Exception as error:  # anything, depending on who opens it
-        note(error)
-        return
-    with stream:
-        yield from tar_file_expander([{"url": url, "stream": stream}], handler=note, eof_value=None)
-        if not failures and stream.is_cut_off():
-            note(tarfile.ReadError("it has no end mark, or more data behind it"))
-        failure = stream.failure()
-        if failure is not None:
-            failures.insert(0, failure)
-
-
-def _group_by_key(files: Iterable[dict]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Join neighbouring files whose names agree up to the first dot."""
-    key, group = None, {}
-    for file in files:
-        folder, slash, name = file["fname"].rpartition("/")
-        stem, dot, extension = name.partition(".")
-        if not stem or not dot:
+    headers_only: contents are not read; a byte stands for one that is not empty
+    """
+    for index, (key, members) in enumerate(walk(url, failures, () if headers_only else None)):
+        if index % part[1] != part[0]:
             continue
-        extension = extension.lower()
-        if folder + slash + stem != key or extension in group:  # keys may come again in a shard
-            if group:
-                yield key, group
-            key, group = folder + slash + stem, {}
-        group[extension] = file["data"]
-    if group:
-        yield key, group
-
-
-def _usable(key: str, files: dict[str, bytes], url: str, index: int, report: DataReport) -> RawSample | None:
-    image = next((files[name] for name in IMAGE_KEYS if name in files), None)
-    if image is None:
-        problem = "no image"
-    elif CAPTION_KEY not in files:
-        problem = "no caption"
-    else:
-        caption = files[CAPTION_KEY].decode("utf-8", errors="replace")
-        if caption.strip():
-            return RawSample(key, image, caption, url, index)
-        problem = "empty caption"
-    report.add(problem, f"{url}: {key}: {problem}")
-    return None
-
-
-def reason(error: Exception) -> str:
-    """webdataset appends streams and URLs to the arguments; the first one says what happened."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error.args[0]).split(" @ ")[0] if error.args else type(error).__name__
+        found = read(key, {name: b"x"[: file.size] if headers_only else file.content for name, file in members.items()})
+        if not isinstance(found, str):
+            yield Sample(key, *found, url, index)
+        elif not failures:  # what a break has cut in half is not one more thing to report
+            report.add(found, f"{url}: {key}: {found}")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from training.data.streams import kill_commands
+from .streams import kill_commands
 
 
 @contextmanager

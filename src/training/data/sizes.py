@@ -1,21 +1,25 @@
 """How many samples shards hold: what is noted beside them, and counting them."""
+from __future__ import annotations
 
 import json
 import os
-import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TypeVar
 
-from training.data.images import load_rgb
-from training.data.report import DataReport
-from training.data.shards import ShardSet, listing, local_folders, read_files, reason, samples_of
-from training.data.streams import is_plain_tar, local_path, open_stream
-from training.errors import UserError
+from ..errors import UserError
+from ..files import written_whole
+from .images import load_rgb
+from .report import DataReport
+from .shards import ShardSet, listing, local_folders, usable_samples
+from .streams import local_path, open_stream
+from .tar import reason
 
 SIZES = "sizes.json"
 HOW = "count them with scripts/count_shards.py, or give --train-num-samples"
+
+Value = TypeVar("Value")
 
 
 def count_samples(shard_set: ShardSet) -> tuple[int | None, list[str]]:
@@ -27,70 +31,54 @@ def count_samples(shard_set: ShardSet) -> tuple[int | None, list[str]]:
     Returns: the number, or None and the folders or shards for which it is unknown, each with the reason.
     Raises: UserError if a `sizes.json` lacks a shard or one of these files is damaged.
     """
-    total, unknown = 0, []
-    for folder, names in local_folders(shard_set.urls).items():
-        count, problem = _count_folder(folder, names)
-        total += count
-        unknown += problem
-    remote = [url for url in shard_set.urls if local_path(url) is None]
-    if remote:
-        count = _count_remote(remote)
-        total += count or 0
-        unknown += [] if count is not None else [f"{shard_set.pattern} (not on this machine)"]
-    return (None if unknown else total), unknown
+    found = [_count_folder(folder, names) for folder, names in local_folders(shard_set.urls).items()]
+    found.append(_count_remote([url for url in shard_set.urls if local_path(url) is None], shard_set.pattern))
+    unknown = [problem for problem in found if isinstance(problem, str)]
+    return (None if unknown else sum(found)), unknown
 
 
-def _count_folder(folder: str, names: list[str]) -> tuple[int, list[str]]:
+def _count_folder(folder: str, names: list[str]) -> int | str:
+    """The number, or of what it is unknown and why."""
     present = listing(folder)
     sizes = read_sizes(os.path.join(folder, SIZES)) if SIZES in present else {}
-    total, missing, stats_read = 0, [], 0
+    stats = {name: f"{name.rpartition('.tar')[0] or name}_stats.json" for name in names}
     for name in names:
-        stats = _stats_name(name)
-        if name in sizes:
-            total += sizes[name]
-        elif stats in present:
-            total += _read_stats(os.path.join(folder, stats))
-            stats_read += 1
-        else:
-            missing.append(name)
+        if name not in sizes and stats[name] in present:
+            path = os.path.join(folder, stats[name])
+            successes = lambda text: int(json.loads(text)["successes"])  # noqa: E731
+            sizes[name] = _read(path, successes, "does not tell the number of 'successes'", HOW)
+    missing = [name for name in names if name not in sizes]
     if not missing:
-        return total, []
+        return sum(sizes[name] for name in names)
+    first, lack = os.path.join(folder, missing[0]), f"{len(missing)} shards lack one"
     if SIZES in present:
-        raise UserError(
-            f"{os.path.join(folder, SIZES)} has no entry for {missing[0]} ({len(missing)} of {len(names)} shards lack "
-            f"one): {HOW}."
-        )
-    if stats_read:
-        return 0, [f"{os.path.join(folder, missing[0])} (no {_stats_name(missing[0])}; {len(missing)} shards lack one)"]
+        lack = f"{len(missing)} of {len(names)} shards lack one"
+        raise UserError(f"{os.path.join(folder, SIZES)} has no entry for {missing[0]} ({lack}): {HOW}.")
+    if len(missing) < len(names):
+        return f"{first} (no {stats[missing[0]]}; {lack})"
     if "__len__" not in present:
-        return 0, [f"{folder} (no sizes.json or __len__, and no {_stats_name(names[0])} for {names[0]})"]
+        return f"{folder} (no sizes.json or __len__, and no {stats[names[0]]} for {names[0]})"
     unused = {name for name in present if name.endswith(".tar")} - set(names)
     if unused:
-        return 0, [f"{folder} (its __len__ counts {len(unused)} more shards than are used)"]
-    return _read_len(os.path.join(folder, "__len__")), []
+        return f"{folder} (its __len__ counts {len(unused)} more shards than are used)"
+    return _read(os.path.join(folder, "__len__"), int, "does not hold a number of samples", "write it anew")
 
 
-def _count_remote(urls: list[str]) -> int | None:
-    """By the `sizes.json` beside them; None if there is none to be had, or it lacks one of them."""
-    folders: dict[str, list[str]] = {}
-    for url in urls:
-        if url.startswith("pipe:"):
-            return None
-        folder, _, name = url.rpartition("/")
-        folders.setdefault(folder, []).append(name)
+def _count_remote(urls: list[str], pattern: str) -> int | str:
+    """By the `sizes.json` beside them."""
+    tables: dict[str, dict[str, int]] = {}
     total = 0
-    for folder, names in folders.items():
-        try:
-            with open_stream(f"{folder}/{SIZES}") as stream:
-                sizes = _checked_sizes(json.loads(stream.read()))
-            total += sum(sizes[name] for name in names)
-        except Exception:  # anything, depending on who opens it; it is for the person to say, then
-            return None
+    try:
+        for folder, _, name in (url.rpartition("/") for url in urls):
+            if folder.startswith("pipe:"):
+                raise ValueError
+            if folder not in tables:
+                with open_stream(f"{folder}/{SIZES}") as stream:
+                    tables[folder] = _table(stream.read())
+            total += tables[folder][name]
+    except Exception:  # anything, depending on who opens it; it is for the person to say, then
+        return f"{pattern} (not on this machine)"
     return total
-
-
-def _stats_name(shard: str) -> str:
-    return f"{shard.rpartition('.tar')[0] or shard}_stats.json"
 
 
 def read_sizes(path: str) -> dict[str, int]:
@@ -98,33 +86,18 @@ def read_sizes(path: str) -> dict[str, int]:
 
     Raises: UserError if it is not such a table.
     """
+    return _read(path, _table, "is not a table of shard names and sample counts", "correct or delete it")
+
+
+def _table(text: str | bytes) -> dict[str, int]:
+    return {name: int(size) for name, size in json.loads(text).items()}
+
+
+def _read(path: str, parse: Callable[[str], Value], problem: str, remedy: str) -> Value:
     try:
-        with open(path) as file:
-            return _checked_sizes(json.load(file))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a table of shard names and sample counts ({error}): correct or delete it."
-        ) from None
-
-
-def _checked_sizes(table: Any) -> dict[str, int]:
-    return {name: int(size) for name, size in table.items()}
-
-
-def _read_stats(path: str) -> int:
-    try:
-        with open(path) as file:
-            return int(json.load(file)["successes"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} does not tell the number of 'successes' ({error!r}): {HOW}.") from None
-
-
-def _read_len(path: str) -> int:
-    try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not hold a number of samples ({error}): write it anew.") from None
+        return parse(Path(path).read_text())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} {problem} ({error}): {remedy}.") from None
 
 
 @dataclass
@@ -148,40 +121,16 @@ def count_shard(path: str, decode: bool = False) -> ShardCount:
 
     Raises: OSError if it cannot be opened.
     """
-    with open(path, "rb") as file:
-        plain = is_plain_tar(file.read(tarfile.BLOCKSIZE))
-    failures: list[Exception] = []
-    files = _read_headers(path, failures) if plain and not decode else read_files(path, failures)
-    report, count = DataReport(), 0
-    for sample in samples_of(files, failures, path, report):
-        if decode:
-            try:
-                load_rgb(sample.image)
-            except Exception:  # PIL raises nearly anything on damaged files
-                report.add("unreadable image", "")
-                continue
-        count += 1
-    return ShardCount(count, report.skipped, reason(failures[0]) if failures else None)
-
-
-def _read_headers(path: str, failures: list[Exception]) -> Iterator[dict]:
-    """The files of a plain tar as `read_files` gives them, but of their content one byte, if there is any."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    open(path, "rb").close()
+    report, failures, count = DataReport(), [], 0
+    for sample in usable_samples(path, failures, report, headers_only=not decode):
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # would grow
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # as webdataset skips them
-                        yield {"fname": member.name, "data": b"x" * min(member.size, 1)}
-                file.seek(tar.offset)
-            end = file.read(1 << 16)
-            if not end or end.strip(b"\0"):
-                raise tarfile.ReadError("it has no end mark, or more data behind it")
-        except (tarfile.TarError, OSError) as error:
-            failures.append(error)
+            if decode:
+                load_rgb(sample.images[0])
+            count += 1
+        except Exception:  # PIL raises nearly anything on damaged files
+            report.add("unreadable image", "")
+    return ShardCount(count, report.skipped, reason(failures[0]) if failures else None)
 
 
 def write_sizes(folder: str, counts: dict[str, int], since: float) -> None:
@@ -190,20 +139,14 @@ def write_sizes(folder: str, counts: dict[str, int], since: float) -> None:
     Other entries stay, unless their shard has changed after they were written.
     since: when the counting began, in seconds of the clock; dates the file, for `changed_shards`
     """
-    path = os.path.join(folder, SIZES)
-    sizes = read_sizes(path) if os.path.exists(path) else {}
+    path = Path(folder, SIZES)
+    sizes = read_sizes(str(path)) if path.exists() else {}
     old = changed_shards(folder, sizes.keys() & listing(folder))
     sizes = {name: size for name, size in sizes.items() if name not in old} | counts
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w") as file:
-            json.dump(dict(sorted(sizes.items())), file, indent=1)
-            file.write("\n")
-        os.utime(partial, (since, since))
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+    with written_whole(path) as file:
+        file.write((json.dumps(dict(sorted(sizes.items())), indent=1) + "\n").encode())
+        file.flush()
+        os.utime(file.fileno(), (since, since))
 
 
 def changed_shards(folder: str, names: Iterable[str]) -> set[str]:

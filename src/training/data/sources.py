@@ -1,8 +1,9 @@
-"""Sources: streams of raw samples, whose order is a function of (seed, epoch, rank, world size, worker, workers) alone.
+"""Sources: streams of samples, whose order is a function of (seed, epoch, rank, world size, worker, workers) alone.
 
 `train` streams are endless, with END_OF_PASS where they begin again; `validation` streams give every sample once over
 all readers. Nothing is decoded here.
 """
+from __future__ import annotations
 
 import itertools
 import os
@@ -10,62 +11,58 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy
 import pandas
 import torch
 from PIL import Image
 
-from training.data.randomness import stable_seed
-from training.data.report import DataReport
-from training.data.samples import END_OF_PASS, RawSample, Reader
-from training.data.shards import read_shard
-from training.errors import UserError
+from ..errors import UserError
+from .randomness import stable_seed
+from .report import DataReport
+from .samples import END_OF_PASS, Reader, Sample
+from .shards import Read, image_and_caption, read_shard
 
 SHUFFLE_SIZE = 5000
 SHUFFLE_INITIAL = 1000
 MIN_DRAWS = 64
 
 
-class Source(Protocol):
-    """What the loader needs; see `ShardSource` and `RowSource`."""
-
-    def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[RawSample | None]: ...
-
-    def validation(self, reader: Reader, report: DataReport) -> Iterator[RawSample]: ...
-
-
 class ShardSource:
     """Webdataset shards.
 
     weights: draw shards with replacement, with these odds, instead of going through all of them
+    read: what a sample is made of
     """
 
-    def __init__(self, urls: Sequence[str], seed: int = 0, weights: Sequence[float] | None = None):
-        self.urls = list(urls)
-        self.seed = seed
-        self.weights = weights
+    def __init__(
+        self,
+        urls: Sequence[str],
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        read: Read = image_and_caption,
+    ):
+        self.urls, self.seed, self.weights, self.read = list(urls), seed, weights, read
 
-    def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[RawSample | None]:
+    def _samples(self, url: str, reader: Reader, report: DataReport, *part: int) -> Iterator[Sample]:
+        reader.turns_to(url)
+        return read_shard(url, report, part or (0, 1), self.read)
+
+    def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[Sample | None]:
         for number in itertools.count():
             rng = random.Random(stable_seed(self.seed, "samples", epoch, reader.rank, reader.worker, number))
-            if self.weights is None:
-                urls = self._share(epoch, number, reader)
+            if self.weights is None:  # shards are dealt anew in each pass, the same way on all ranks
+                urls = self.urls.copy()
+                random.Random(stable_seed(self.seed, "shards", epoch, number)).shuffle(urls)
+                urls = urls[reader.rank :: reader.world_size][reader.worker :: reader.num_workers]
             else:
                 # A pass needs an end to find out that nothing is usable: long enough not to end on bad luck.
                 urls = rng.choices(self.urls, self.weights, k=max(MIN_DRAWS, len(self.urls)))
-            samples = itertools.chain.from_iterable(read_shard(url, report, status=reader.status) for url in urls)
+            samples = itertools.chain.from_iterable(self._samples(url, reader, report) for url in urls)
             yield from shuffled(samples, rng)
             yield END_OF_PASS
 
-    def _share(self, epoch: int, number: int, reader: Reader) -> list[str]:
-        """Shards are dealt anew in each pass, the same way on all ranks."""
-        urls = self.urls.copy()
-        random.Random(stable_seed(self.seed, "shards", epoch, number)).shuffle(urls)
-        return urls[reader.rank :: reader.world_size][reader.worker :: reader.num_workers]
-
-    def validation(self, reader: Reader, report: DataReport) -> Iterator[RawSample]:
+    def validation(self, reader: Reader, report: DataReport) -> Iterator[Sample]:
         """Whole shards for each reader; where there are fewer of them, several readers divide one."""
         count, readers = len(self.urls), reader.world_size * reader.num_workers
         number = reader.worker * reader.world_size + reader.rank
@@ -75,13 +72,13 @@ class ShardSource:
             chosen = [number % count]
             part = (number // count, len(range(chosen[0], readers, count)))
         for shard in chosen:
-            for sample in read_shard(self.urls[shard], report, part, reader.status):
+            for sample in self._samples(self.urls[shard], reader, report, *part):
                 yield sample._replace(index=(shard << 32) + sample.index)
 
 
 def shuffled(
-    samples: Iterable[RawSample], rng: random.Random, size: int = SHUFFLE_SIZE, initial: int = SHUFFLE_INITIAL
-) -> Iterator[RawSample]:
+    samples: Iterable[Sample], rng: random.Random, size: int = SHUFFLE_SIZE, initial: int = SHUFFLE_INITIAL
+) -> Iterator[Sample]:
     """Shuffle through a buffer that begins with `initial` samples and grows to `size` while it is in use."""
     samples = iter(samples)
     buffer = list(itertools.islice(samples, initial))
@@ -92,24 +89,14 @@ def shuffled(
         yield buffer.pop()
 
 
-class Rows(Protocol):
-    """Samples that can be had by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> RawSample: ...
-
-
 class RowSource:
     """Rows of a table. The batches of a rank do not depend on the number of workers, as long as no image is broken."""
 
-    def __init__(self, rows: Rows, seed: int = 0, batch_size: int = 1, num_batches: int = 0):
-        self.rows = rows
-        self.seed = seed
-        self.batch_size = batch_size
-        self.num_batches = num_batches
+    def __init__(self, rows: Sequence[Sample], seed: int = 0, batch_size: int = 1, num_batches: int = 0):
+        self.rows, self.seed = rows, seed
+        self.batch_size, self.num_batches = batch_size, num_batches
 
-    def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[RawSample | None]:
+    def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[Sample | None]:
         """Every num_workers-th batch of the rank; then all else that the rank has, to replace broken rows."""
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "rows", epoch))
         order = torch.randperm(len(self.rows), generator=generator)[reader.rank :: reader.world_size]
@@ -125,7 +112,7 @@ class RowSource:
                 yield self.rows[row]
             yield END_OF_PASS
 
-    def validation(self, reader: Reader, report: DataReport) -> Iterator[RawSample]:
+    def validation(self, reader: Reader, report: DataReport) -> Iterator[Sample]:
         number = reader.worker * reader.world_size + reader.rank
         for row in range(number, len(self.rows), reader.world_size * reader.num_workers):
             yield self.rows[row]
@@ -160,20 +147,18 @@ class CsvRows:
                 f"Not one of the {len(table)} rows of {path} has a caption in the column {caption_column!r}: "
                 "fill it in, or name another with --csv-caption-key."
             )
-        self.path = path
-        self.folder = os.path.dirname(path)
-        self.images = full[image_column].to_numpy(dtype=object)
-        self.captions = full[caption_column].to_numpy(dtype=object)
+        self.path, self.folder = path, os.path.dirname(path)
+        self.images, self.captions = (full[column].to_numpy(dtype=object) for column in columns)
         self.numbers = full.index.to_numpy()
         self.empty = len(table) - len(full)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> RawSample:
+    def __getitem__(self, row: int) -> Sample:
         image = self.images[row]
         opener = image if os.path.isabs(image) else partial(_read_relative, image, self.folder)
-        return RawSample(image, opener, self.captions[row], self.path, int(self.numbers[row]))
+        return Sample(image, (opener,), {"caption": self.captions[row]}, self.path, int(self.numbers[row]))
 
 
 def _read_relative(path: str, folder: str) -> bytes:
@@ -197,12 +182,15 @@ class SyntheticRows:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, row: int) -> RawSample:
+    def __getitem__(self, row: int) -> Sample:
         rng = random.Random(stable_seed("synthetic", int(row)))
         caption = f"a {rng.choice(self.SIZES)} {rng.choice(self.COLOURS)} {rng.choice(self.THINGS)}"
-        return RawSample(f"{row:08d}", partial(_patches, int(row)), caption, "synthetic", int(row))
+        return Sample(f"{row:08d}", (partial(_patches, int(row)),), {"caption": caption}, "synthetic", int(row))
 
 
 def _patches(row: int) -> Image.Image:
     patches = numpy.random.default_rng(row).integers(0, 256, (7, 7, 3), dtype=numpy.uint8)
     return Image.fromarray(patches).resize((224, 224), Image.Resampling.NEAREST)
+
+
+Source = ShardSource | RowSource

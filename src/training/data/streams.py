@@ -1,11 +1,11 @@
 """Opening shards wherever they are: files, commands, and all that curl, gsutil or fsspec can reach."""
+from __future__ import annotations
 
 import os
 import re
 import shutil
 import signal
 import subprocess
-import tarfile
 from contextlib import suppress
 from typing import BinaryIO
 
@@ -34,13 +34,11 @@ def _scheme(url: str) -> str | None:
 
 
 class Stream:
-    """The bytes of a shard. Remembers the first and the last ones, and what became of the command that makes them."""
+    """The bytes of a shard, and what became of the command that makes them."""
 
     def __init__(self, file: BinaryIO, process: subprocess.Popen | None = None, owner: object = None):
-        self.file = file
-        self.process = process
+        self.file, self.process = file, process
         self.owner = owner  # would close the file when it is collected
-        self.head = self.tail = b""
         self.ended = False
         if process is not None:
             _running.add(process)
@@ -48,17 +46,7 @@ class Stream:
     def read(self, size: int = -1) -> bytes:
         data = self.file.read(size)
         self.ended = self.ended or size < 0 or len(data) < size
-        self.head = self.head or data[: tarfile.BLOCKSIZE]
-        self.tail = (self.tail + data if len(data) < tarfile.BLOCKSIZE else data)[-tarfile.BLOCKSIZE :]
         return data
-
-    def is_cut_off(self) -> bool:
-        """Whether a plain tar, read to its end, does not close with zeros.
-
-        `tarfile` silently takes a cut or damaged header for the end.
-        """
-        rest = self.read(1 << 16)  # of compressed ones too, to get to the end of a command
-        return is_plain_tar(self.head) and bool(rest.strip(b"\0") or self.tail.strip(b"\0"))
 
     def failure(self) -> OSError | None:
         """How the command failed, if there is one and its output has come to an end."""
@@ -77,16 +65,11 @@ class Stream:
         with suppress(OSError):
             self.file.close()
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_plain_tar(head: bytes) -> bool:
-    """Whether a file that begins like this is a tar that is not compressed."""
-    return head[257:262] == b"ustar"
 
 
 def open_stream(url: str) -> Stream:

@@ -9,26 +9,15 @@ from typing import Any
 
 import torch
 from open_clip.transform import CenterCropOrPad, MaybeConvertMode, ResizeKeepRatio, color_jitter, gray_scale
-from torchvision.transforms import (
-    CenterCrop,
-    ColorJitter,
-    Compose,
-    Grayscale,
-    InterpolationMode,
-    Normalize,
-    RandomGrayscale,
-    RandomResizedCrop,
-    Resize,
-    ToTensor,
-)
+from torchvision import transforms as tv
 
-from training.data.pixels import PLAIN, REDUCED, Normalization, PixelTransform, Region
+from .pixels import PLAIN, REDUCED, Normalization, PixelTransform, Region
 
 log = logging.getLogger(__name__)
 
-_MODES = {InterpolationMode.BICUBIC: "bicubic", InterpolationMode.BILINEAR: "bilinear"}
-_ON_PIXELS = (CenterCrop, CenterCropOrPad)  # the same for a tensor as for a PIL image
-_ON_PICTURES = (color_jitter, gray_scale, ColorJitter, Grayscale, RandomGrayscale)
+_MODES = {tv.InterpolationMode.BICUBIC: "bicubic", tv.InterpolationMode.BILINEAR: "bilinear"}
+_ON_PIXELS = (tv.CenterCrop, CenterCropOrPad)  # the same for a tensor as for a PIL image
+_ON_PICTURES = (color_jitter, gray_scale, tv.ColorJitter, tv.Grayscale, tv.RandomGrayscale)
 
 
 def with_decoding(transform: Callable, decoding: str) -> Callable:
@@ -47,13 +36,13 @@ def with_decoding(transform: Callable, decoding: str) -> Callable:
 
 def _read(transform: Callable, reduce: bool) -> PixelTransform | str:
     """The same transform on pixels, or the name of a part that is in the way."""
-    if type(transform) is not Compose or len(transform.transforms) < 3:
+    if type(transform) is not tv.Compose or len(transform.transforms) < 3:
         return type(transform).__name__
     first, *steps, to_floats, normalize = transform.transforms
     steps = [step for step in steps if type(step) is not MaybeConvertMode]  # pictures are RGB here
-    if type(normalize) is not Normalize or len(normalize.mean) != 3 or len(normalize.std) != 3:
+    if type(normalize) is not tv.Normalize or len(normalize.mean) != 3 or len(normalize.std) != 3:
         return type(normalize).__name__
-    if not isinstance(to_floats, ToTensor):
+    if not isinstance(to_floats, tv.ToTensor):
         return type(to_floats).__name__
     if type(first) not in _FRAMES or first.interpolation not in _MODES or getattr(first, "max_size", None):
         return type(first).__name__
@@ -63,20 +52,19 @@ def _read(transform: Callable, reduce: bool) -> PixelTransform | str:
     return PixelTransform(
         partial(_FRAMES[type(first)], first),
         _MODES[first.interpolation],
-        steps,
-        [type(step) in _ON_PICTURES for step in steps],
+        [(step, type(step) in _ON_PICTURES) for step in steps],
         Normalization(tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))),
         reduce,
         plain=transform,
     )
 
 
-def _random_crop(step: RandomResizedCrop, height: int, width: int) -> Region:
+def _random_crop(step: tv.RandomResizedCrop, height: int, width: int) -> Region:
     shape = torch.empty((1, height, width), device="meta")  # it asks for an image, but looks at the size only
     return Region(*step.get_params(shape, step.scale, step.ratio), tuple(step.size))
 
 
-def _resized(step: Resize, height: int, width: int) -> Region:
+def _resized(step: tv.Resize, height: int, width: int) -> Region:
     """A single number is the length of the shorter side; the longer one is rounded down, as torchvision does."""
     size = [step.size] if isinstance(step.size, int) else list(step.size)
     if len(size) == 1:
@@ -93,7 +81,7 @@ def _resized_keeping_ratio(step: ResizeKeepRatio, height: int, width: int) -> Re
 
 
 _FRAMES: dict[type, Callable[[Any, int, int], Region]] = {
-    RandomResizedCrop: _random_crop,
-    Resize: _resized,
+    tv.RandomResizedCrop: _random_crop,
+    tv.Resize: _resized,
     ResizeKeepRatio: _resized_keeping_ratio,
 }

@@ -62,13 +62,21 @@ class FeatureRows:
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows in order: features (b, D) and labels (b,), on the device."""
-        size = chunk_rows(self.width, self.num_classes)
+        size = max(1, CHUNK_NUMBERS // max(self.width, self.num_classes))
         places = [(part, start) for part in self.parts for start in range(0, len(part.rows), size)]
-        return self._on_device(places, lambda place: _increasing(*place, size))
+        elsewhere = any(part.features.device.type != self.device.type for part in self.parts)
+        pin = elsewhere and self.device.type == "cuda"
 
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows of these numbers (0 is the first row of the first part), in this order, as in `chunks`."""
-        return self._on_device(order.split(batch_size), self._gather)
+        def fetch(place: tuple[Part, int]) -> tuple[Tensor, Tensor]:
+            features, labels = _increasing(*place, size)
+            return (features.pin_memory(), labels.pin_memory()) if pin else (features, labels)
+
+        # Reading from a file goes on while the chunk before is worked on.
+        for features, labels in _ahead(fetch, places) if elsewhere else map(fetch, places):
+            x = features.to(self.device, non_blocking=True).to(self.dtype)
+            if self.shift is not None:
+                x = (x - self.shift) / self.scale
+            yield x, labels.to(self.device, non_blocking=True)
 
     def standardized(self) -> FeatureRows:
         """The same rows with mean 0 and variance 1 in each column; a constant column becomes 0.
@@ -82,62 +90,6 @@ class FeatureRows:
         constant = variance.sqrt() <= 1e-6 * mean.abs()
         scale = variance.sqrt().masked_fill(constant, 1)
         return replace(self, shift=mean.to(self.dtype), scale=scale.to(self.dtype))
-
-    def _gather(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        if len(self.parts) == 1:
-            part, rows = self.parts[0], self.parts[0].rows[numbers]
-            return part.features[rows.to(part.features.device)], part.labels[rows]
-        first = self.parts[0].features
-        features = torch.empty(len(numbers), self.width, dtype=first.dtype, device=first.device)
-        labels, start = torch.empty_like(numbers), 0
-        for part in self.parts:
-            mine = ((numbers >= start) & (numbers < start + len(part.rows))).nonzero()[:, 0]
-            rows = part.rows[numbers[mine] - start]
-            features[mine.to(first.device)] = part.features[rows.to(first.device)]
-            labels[mine] = part.labels[rows]
-            start += len(part.rows)
-        return features, labels
-
-    def _on_device(self, places: Iterable, load: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-        elsewhere = any(part.features.device.type != self.device.type for part in self.parts)
-        pin = elsewhere and self.device.type == "cuda"
-
-        def fetch(place: object) -> tuple[Tensor, Tensor]:
-            features, labels = load(place)
-            return (features.pin_memory(), labels.pin_memory()) if pin else (features, labels)
-
-        # Reading from a file goes on while the chunk before is worked on.
-        for features, labels in _ahead(fetch, places) if elsewhere else map(fetch, places):
-            x = features.to(self.device, non_blocking=True).to(self.dtype)
-            if self.shift is not None:
-                x = (x - self.shift) / self.scale
-            yield x, labels.to(self.device, non_blocking=True)
-
-
-class MemoryNeed(NamedTuple):
-    """Bytes on the device. `work` is needed in any case, `features` only if these are kept there."""
-
-    features: int
-    work: int
-
-
-def memory_need(rows: int, width: int, num_classes: int, dtype: torch.dtype, history: int) -> MemoryNeed:
-    """What L-BFGS takes for a (rows, width) matrix of `dtype`.
-
-    `work`: `history` pairs of steps and gradient differences and 16 vectors of the same size (weights, gradients and
-    the line search), all float32 of num_classes x (width + 1); six matrices (width, width) in float64 for the
-    covariance; and a chunk: the rows as they are stored, twice, in float32, and three matrices (chunk, num_classes).
-    """
-    chunk = min(rows, chunk_rows(width, num_classes))
-    vectors = (2 * history + 16) * num_classes * (width + 1) * 4
-    return MemoryNeed(
-        features=rows * width * dtype.itemsize,
-        work=vectors + 6 * width * width * 8 + chunk * (2 * width * dtype.itemsize + 4 * width + 3 * 4 * num_classes),
-    )
-
-
-def chunk_rows(width: int, num_classes: int) -> int:
-    return max(1, CHUNK_NUMBERS // max(width, num_classes))
 
 
 def _increasing(part: Part, start: int, size: int) -> tuple[Tensor, Tensor]:

@@ -1,60 +1,58 @@
 """Image features of a data set: extracted once, on all processes, and kept on disk under a key of all that matters."""
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
+import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from open_clip_elip import ImageTower
 from open_clip_elip.clip import Shortcuts
 
+from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..errors import UserError
 from ..files import written_whole
-from .loaded import LoadedModel
-from .passes import STOP, EncodeSettings, ImagePass, all_skipped
-from ..data.sets.labelled import LabelledImages
+from .passes import STOP, EncodeSettings, ImagePass
+from .results import described_data, digest_of
 
 log = logging.getLogger(__name__)
 
 Layer = Literal["pooled", "projected"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-_ASSEMBLED_ROWS = 2**16  # rows in memory while the file is put together
-_FORMAT = 1  # raise when features would come out differently
+_ON_DISK = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}  # NumPy has no bfloat16
+_FORMAT = 2  # raise when features would come out differently
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features and classes of the readable pictures of a data set.
+    """Features and classes of a data set.
 
     Attributes:
-        features: (n, D), mapped from the file: read when they are used.
-        labels: (n,) int64.
-        places: (n,) int64, ascending: where the pictures are in the data set.
-        skipped: names of the pictures that could not be read.
-        path: the safetensors file, with these three tensors.
+        features: (N, D), a row for each picture, mapped from the file: read when they are used.
+        labels: (N,) int64.
+        rows: (n,) int64, ascending: the pictures that can be read. The features of others are zeros.
+        skipped: names of the others.
+        path: the file, in NumPy's format; its JSON file says what it is.
     """
 
     features: Tensor
     labels: Tensor
-    places: Tensor
+    rows: Tensor
     skipped: Sequence[str]
     path: Path
 
@@ -80,9 +78,7 @@ def feature_encoder(model: nn.Module, layer: Layer, normalize: bool, compiled: b
 def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     visual = model.visual
     if isinstance(visual, VisionTransformer) and visual.pool_type != "none":
-        if isinstance(model, Shortcuts) and visual.transformer.batch_first:
-            return lambda images: visual._pool(model.encode_tokens(images))[0]
-        return lambda images: visual._pool(visual.transformer(visual._embeds(images)))[0]
+        return (model.tower if isinstance(model, Shortcuts) else ImageTower(visual)).pooled
     if isinstance(visual, TimmModel) and "pool" not in dict(visual.head.named_children()):
         trunk = visual.trunk
         if len(visual.head):
@@ -95,187 +91,123 @@ def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def extract_features(
-    loaded: LoadedModel,
+    encoder: Callable[[Tensor], Tensor],
     data: LabelledImages,
+    transform: Callable,
+    what: dict[str, Any],
     *,
-    layer: Layer,
-    normalize: bool,
     dtype: torch.dtype,
-    cache: Path,
+    folder: Path,
     ranks: Ranks,
     settings: EncodeSettings,
-    compiled: bool = False,
+    redo: bool = False,
 ) -> FeatureSet:
-    """The features of `data`, from `cache` if they are there, else computed and put there. A collective call.
+    """The features of `data`, from `folder` if they are there, else computed and put there. A collective call.
 
-    A file is there only when it is complete. No process holds more than a batch of features, and the main one
-    `_ASSEMBLED_ROWS` rows, at a time; while they are put together the disk has them twice.
+    A file is there only when it is complete: its JSON is written last. No process holds more than a batch of features.
+
+    Args:
+        encoder: see `feature_encoder`.
+        transform: see `ImagePass`.
+        what: all that the features depend on besides the data and `dtype`, in plain types.
+        redo: compute them anew.
 
     Raises:
         UserError: on all processes: no picture can be read, one is broken and none may be (`settings.on_broken`),
             features that are not finite, no room on the disk, or a folder that not all processes see.
     """
-    key = {
-        "format": _FORMAT,
-        "model": loaded.name,
-        "weights": loaded.weights_hash,
-        "data": data.name,
-        "split": data.split,
-        "data_fingerprint": data.fingerprint(),
-        "transform": re.sub(r" at 0x[0-9a-f]+", "", loaded.transform_key),
-        "layer": layer,
-        "normalize": normalize,
-        "precision": settings.precision,
-        "vision_guided": getattr(loaded.model, "vision_guided", False),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    key = {"format": _FORMAT, **what, **described_data(data), "dtype": str(dtype).removeprefix("torch.")}
     words = [re.sub(r"[^\w.-]+", "_", word) for word in (data.name, data.split) if word]
-    path = cache / ("-".join([*words, digest]) + ".safetensors")
+    path = folder / ("-".join([*words, digest_of(key)]) + ".npy")
     with ranks.agree():
-        encoder = feature_encoder(loaded.model, layer, normalize, compiled)
-        found = ranks.broadcast(ranks.is_main and _is_complete(path, key))
+        found = ranks.broadcast(ranks.is_main and not redo and _is_complete(path, key))
     if found:
         log.info(f"{settings.description}: using the features in {path}")
     else:
-        _extract(encoder, loaded, data, path, key, dtype, ranks, settings)
-    with ranks.agree():
-        result = _open(path)
-        if result.skipped and settings.on_broken == STOP:
-            raise UserError(f"{result.skipped[0]} cannot be read; mend it, or take --on-broken skip.")
-    return result
+        _extract(ImagePass(encoder, data.images, transform, ranks=ranks, settings=settings), data, path, key, dtype)
+    with ranks.agree(), _disk_errors(folder):
+        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        features = torch.from_numpy(np.load(path, mmap_mode="c")).view(dtype)
+        if described["skipped"] and settings.on_broken == STOP:
+            raise UserError(f"{described['skipped'][0]} cannot be read; mend it, or take --on-broken skip.")
+    readable = torch.ones(len(data), dtype=torch.bool)
+    readable[described["unreadable"]] = False
+    return FeatureSet(features, data.labels, readable.nonzero()[:, 0], described["skipped"], path)
 
 
-def _extract(
-    encoder: Callable,
-    loaded: LoadedModel,
-    data: LabelledImages,
-    path: Path,
-    key: dict[str, Any],
-    dtype: torch.dtype,
-    ranks: Ranks,
-    settings: EncodeSettings,
-) -> None:
-    """Each process writes its rows to a part of its own; then the main one puts them in order into one file."""
-    image_pass = ImagePass(encoder, data.images, loaded.preprocess, ranks=ranks, settings=settings)
-    folder = None
+def _extract(image_pass: ImagePass, data: LabelledImages, path: Path, key: dict[str, Any], dtype: torch.dtype) -> None:
+    """Each process writes its rows into one file, which gets its name when all have."""
+    ranks = image_pass.ranks
+    partial = ranks.broadcast(path.with_name(f".{path.name}.{os.getpid()}.partial"))
     try:
+        batches = iter(image_pass)
+        with ranks.agree():
+            first = next(batches, None)
+        width = max(ranks.gather(0 if first is None else first[1].shape[1]))
         with ranks.agree(), _disk_errors(path.parent):
-            if ranks.is_main:
+            if ranks.is_main and width:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                folder = Path(tempfile.mkdtemp(prefix=f"{path.stem}.", suffix=".partial", dir=path.parent))
-        folder = ranks.broadcast(folder)
-        with ranks.agree(), _disk_errors(path.parent), (folder / str(ranks.rank)).open("wb") as file:
-            places, width = _write_part(file, image_pass, data, dtype)
-        places, widths = ranks.gather(places), ranks.gather(width)
-        skipped = all_skipped(image_pass)
-        if not sum(map(len, places)):
-            raise UserError(f"None of the {len(data)} images can be read; the first is {skipped[0]}.")
+                _check_room(path.parent, len(data) * width * dtype.itemsize)
+                np.lib.format.open_memmap(partial, "w+", _ON_DISK[dtype], (len(data), width))
+        places = torch.empty(0, dtype=torch.int64)
+        with ranks.agree(), _disk_errors(path.parent):
+            if first is not None:
+                places = _write_rows(partial, chain([first], batches), data, dtype)
+        skipped = image_pass.all_skipped()
+        unreadable = torch.ones(len(data), dtype=torch.bool)
+        unreadable[torch.cat(ranks.gather(places))] = False
+        more = {"skipped": skipped, "unreadable": unreadable.nonzero()[:, 0].tolist(), "labels": data.labels.tolist()}
         with ranks.agree(), _disk_errors(path.parent):
             if ranks.is_main:
-                parts = [_read_part(folder / str(rank), dtype, max(widths)) for rank in range(ranks.world_size)]
-                _assemble(path, parts, places, data.labels)
-                text = json.dumps({**key, "images": len(data), "skipped": skipped}, indent=2)
+                path.with_suffix(".json").unlink(missing_ok=True)
+                partial.replace(path)
                 with written_whole(path.with_suffix(".json")) as file:
-                    file.write(text.encode())
+                    file.write(json.dumps({**key, **more}).encode())
     finally:
-        if ranks.is_main and folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if ranks.is_main:
+            with suppress(OSError):
+                partial.unlink()
 
 
-def _write_part(
-    file: IO[bytes], image_pass: ImagePass, data: LabelledImages, dtype: torch.dtype
-) -> tuple[Tensor, int]:
-    """Writes this process's features one after the other; their places in `data`, and D (0 if there are none)."""
-    places, width = [torch.empty(0, dtype=torch.int64)], 0
-    for index, features in image_pass:
-        features = features.to(dtype)
-        if not width:
-            width = features.shape[1]
-            _check_room(Path(file.name).parent, 2 * len(data) * width * dtype.itemsize)
-        finite = features.isfinite().all(dim=1)
-        if not finite.all():
-            raise UserError(
-                f"The features of {data.images.name(int(index[~finite][0]))} are not finite; take --precision fp32 "
-                "and --feature-dtype float32, or other weights."
-            )
-        file.write(_bytes(features))
-        places.append(index)
-    return torch.cat(places), width
+def _write_rows(
+    path: Path, batches: Iterable[tuple[Tensor, Tensor]], data: LabelledImages, dtype: torch.dtype
+) -> Tensor:
+    """The places of the rows.
 
-
-def _read_part(path: Path, dtype: torch.dtype, width: int) -> Tensor:
-    """(n, D), mapped."""
-    size = path.stat().st_size // dtype.itemsize
-    # An empty file cannot be mapped.
-    flat = torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-    return flat.view(-1, width)
-
-
-def _assemble(path: Path, parts: Sequence[Tensor], places: Sequence[Tensor], labels: Tensor) -> None:
-    """One file with the rows of all parts in the order of their places, and with places and labels."""
-    rank = torch.cat([torch.full_like(mine, i) for i, mine in enumerate(places)])
-    row = torch.cat([torch.arange(len(mine)) for mine in places])
-    place, order = torch.cat(list(places)).sort()
-    rank, row = rank[order], row[order]
-
-    def features() -> Iterator[Tensor]:
-        for start in range(0, len(place), _ASSEMBLED_ROWS):
-            stop = min(start + _ASSEMBLED_ROWS, len(place))
-            rows = parts[0].new_empty(stop - start, parts[0].shape[1])
-            for i, part in enumerate(parts):
-                mine = (rank[start:stop] == i).nonzero()[:, 0]
-                rows[mine] = part[row[start + mine]]
-            yield rows
-
-    shapes = {
-        "features": (parts[0].dtype, [len(place), parts[0].shape[1]]),
-        "labels": (torch.int64, [len(place)]),
-        "places": (torch.int64, [len(place)]),
-    }
-    header, offset = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    # Features aligned as in memory: matrix products on the CPU round differently according to this.
-    text += b" " * (-(8 + len(text)) % 64)
-    rows = chain(features(), [labels[place], place])
-    with written_whole(path) as file:
-        file.writelines(chain([len(text).to_bytes(8, "little"), text], map(_bytes, rows)))
+    They are written, not mapped: there a full disk would end the process, and machines that share a file by pages would
+    overwrite each other's rows.
+    """
+    begin, written = np.load(path, mmap_mode="r").offset, []
+    with path.open("r+b") as file:
+        for places, features in batches:
+            first, last = int(places[0]), int(places[-1])
+            rows = torch.zeros(last + 1 - first, features.shape[1], dtype=dtype)
+            rows[places - first] = features.to(dtype)
+            finite = rows.isfinite().all(dim=1)
+            if not finite.all():
+                name = data.images.name(first + int(finite.logical_not().nonzero()[0]))
+                raise UserError(f"The features of {name} are too large for this --feature-dtype; take float32.")
+            file.seek(begin + first * rows[0].nbytes)
+            file.write(rows.view(torch.uint8).numpy())
+            written.append(places)
+    return torch.cat(written)
 
 
 def _is_complete(path: Path, key: dict[str, Any]) -> bool:
-    """The JSON is written after the features."""
     try:
         described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        with safe_open(path, "pt"):
-            return key.items() <= described.items()
-    except (OSError, ValueError, AttributeError, SafetensorError):
+        np.load(path, mmap_mode="r")
+        return key.items() <= described.items()
+    except (OSError, ValueError, EOFError, AttributeError):
         return False
-
-
-def _open(path: Path) -> FeatureSet:
-    try:
-        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        with safe_open(path, "pt") as file:
-            tensors = [file.get_tensor(name) for name in ("features", "labels", "places")]
-    except FileNotFoundError:
-        raise UserError(f"Not all processes see {path}; give a --cache folder that all machines share.") from None
-    return FeatureSet(*tensors, described["skipped"], path)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"The features need {needed / 1e9:.1f} GB in {folder.parent} while they are written, but {free / 1e9:.1f} "
-            "GB are free; give another --cache, or --feature-dtype bf16."
+            f"The features need {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are free; give another "
+            "--cache, or --feature-dtype bf16."
         )
 
 

@@ -115,7 +115,7 @@ def _reduce_by_vision(model: nn.Module, name: str) -> None:
         raise UserError(f"--vision-guided-reduction needs a model with token reduction; {name} has none.")
     if not reduction.works_alone:
         raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
-    model.vision_guided = True
+    model.tower.vision_guided = True
 
 
 def hash_weights(state_dict: Mapping[str, Tensor]) -> str:

@@ -1,45 +1,37 @@
-"""Multinomial logistic regression on feature rows: L-BFGS over all rows, or SGD and AdamW over batches."""
+"""Multinomial logistic regression on feature rows by L-BFGS."""
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .metrics import full_float32, predictions
 from .feature_rows import FeatureRows
+from .metrics import full_float32, predictions
 
 log = logging.getLogger(__name__)
 
-Solver = Literal["lbfgs", "sgd", "adamw"]
 LBFGS_BLOCK = 10  # iterations between two looks at how much the objective still falls
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """How a classifier is fitted.
+    """When a fit ends, and what it remembers.
+
+    It ends when no entry of the gradient is larger than `tolerance` times the largest one at zero weights, as a
+    fraction of the objective at either point; when ten iterations lower the objective by less than `tolerance` / 10 of
+    itself; or after `iterations` (1000 in CLIP).
 
     Attributes:
-        solver: `lbfgs` minimises the objective of `fit`. The others take batches: `sgd` as SLIP has it (momentum 0.9,
-            learning rate 0.1 over the cosine), `adamw` as CLIP_benchmark (learning rate 0.1 over the cosine).
-        iterations, tolerance, history: of L-BFGS. It ends when no entry of the gradient is larger than `tolerance`
-            times the largest one at zero weights, as a fraction of the objective at either point; when ten iterations
-            lower the objective by less than `tolerance` / 10 of itself; or after `iterations` (1000 in CLIP).
-        epochs, batch_size, lr, seed: of the others.
+        history: pairs of steps and gradient differences.
     """
 
-    solver: Solver = "lbfgs"
     iterations: int = 1000
     tolerance: float = 1e-6
     history: int = 10
-    epochs: int = 20
-    batch_size: int = 512
-    lr: float = 0.1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,22 +51,17 @@ class LinearClassifier:
 def fit(rows: FeatureRows, regularisation: float, settings: SolverSettings) -> LinearClassifier:
     """A linear classifier for the classes of `rows`, for features as they are before `rows.shift` and `rows.scale`.
 
-    With `lbfgs`, `regularisation` is the C of scikit-learn's LogisticRegression, and the objective is its
+    `regularisation` is the C of scikit-learn's LogisticRegression, and the objective is its
 
         C * sum_i -log softmax(W x_i + b)[y_i] + 0.5 * ||W||^2
 
     with the bias b left out of the penalty; CLIP's sweep is over this number. (With two classes scikit-learn keeps one
     weight vector, the difference of the two here: its C is then half of this one.) Weights start at zero.
-    With the others `regularisation` is the weight decay: SGD adds it to the gradient of the mean loss of a batch,
-    AdamW shrinks the weights by lr times it in each step. The bias is left alone.
 
     The same to the last bit wherever the rows are kept. A fit that diverges gives weights that are not finite.
     """
     with full_float32():
-        if settings.solver == "lbfgs":
-            theta, iterations, converged = _lbfgs(Objective(rows, regularisation), settings)
-        else:
-            theta, iterations, converged = *_stochastic(rows, regularisation, settings), True
+        theta, iterations, converged = _lbfgs(Objective(rows, regularisation), settings)
     weight, bias = _split(theta, rows.num_classes, rows.width)
     if rows.shift is not None:
         weight = weight / rows.scale
@@ -219,23 +206,3 @@ def _lbfgs(objective: Objective, settings: SolverSettings) -> tuple[Tensor, int,
         converged = small or slow or not math.isfinite(loss)
         log.debug(f"L-BFGS: {iterations} iterations, {objective.evaluations} evaluations, objective {loss:.6g}")
     return coordinates.to_weights(theta.detach()), iterations, converged
-
-
-def _stochastic(rows: FeatureRows, weight_decay: float, settings: SolverSettings) -> tuple[Tensor, int]:
-    weight = torch.zeros(rows.num_classes, rows.width, dtype=rows.dtype, device=rows.device, requires_grad=True)
-    bias = torch.zeros_like(weight[:, 0]).requires_grad_()
-    groups = [{"params": [weight], "weight_decay": weight_decay}, {"params": [bias], "weight_decay": 0.0}]
-    if settings.solver == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-    steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.epochs):
-        for x, y in rows.batches(torch.randperm(len(rows), generator=generator), settings.batch_size):
-            optimizer.zero_grad()
-            F.cross_entropy(torch.addmm(bias, x, weight.T), y).backward()
-            optimizer.step()
-            schedule.step()
-    return torch.cat([weight.detach().flatten(), bias.detach()]), steps

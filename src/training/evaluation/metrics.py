@@ -1,12 +1,10 @@
-"""Retrieval ranks, contrastive loss and classification accuracy as pure tensor code, and a gather over processes."""
-
+"""Retrieval ranks, contrastive loss and classification accuracy as pure tensor code."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,17 +23,7 @@ def full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, chunk: int = 1024) -> Tensor:
-    """Rank of each query's target among all gallery items, best first.
-
-    query: (N, D), gallery: (M, D), target: (N,) row of `gallery` that is right. Returns (N,) int64, 0-based.
-    At most `chunk` x M similarities exist at a time. They are compared in float32 up to its rounding error, and ties
-    count against the model: the rank is the number of *other* items that are not clearly less similar than the target.
-    So an encoder that maps everything to one point (or to NaN) has the worst rank everywhere, not the best.
-    """
-    return _ranks(query, gallery, lambda start, stop: (None, target[start:stop]), chunk)
-
-
+@full_float32()
 def best_ranks(
     query: Tensor,
     gallery: Tensor,
@@ -48,8 +36,11 @@ def best_ranks(
     query: (N, D), gallery: (M, D). An item is right for a query if they share a label. Labels are given as pairs of
     int64 tensors (rows, labels) of equal length, each pair once; every query needs a right item, and no item may
     share two labels with a query. Returns (N,) int64, 0-based: the number of *wrong* items that are not clearly less
-    similar than the best right one, so right items never count against each other. Ties, rounding and memory are as
-    in `retrieval_ranks`; a right item that is NaN is never the best one, a wrong one counts against the model.
+    similar than the best right one, so right items never count against each other.
+
+    At most `chunk` x M similarities exist at a time. They are compared in float32 up to its rounding error, and ties
+    count against the model: an encoder that maps everything to one point (or to NaN) has the worst rank everywhere,
+    not the best. A right item that is NaN is never the best one, a wrong one counts against the model.
     """
     order = query_labels[0].argsort()
     query_row, query_label = query_labels[0][order], query_labels[1][order]
@@ -59,31 +50,21 @@ def best_ranks(
     count = torch.searchsorted(item_label, query_label, right=True) - first
 
     def right(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The right items of these queries, as query and item."""
         part = slice(*torch.searchsorted(query_row, query_row.new_tensor([start, stop])).tolist())
         n = count[part]
         row = torch.repeat_interleave(query_row[part] - start, n)
         within = torch.arange(len(row), device=row.device) - torch.repeat_interleave(n.cumsum(0) - n, n)
         return row, item[torch.repeat_interleave(first[part], n) + within]
 
-    return _ranks(query, gallery, right, chunk)
-
-
-@full_float32()
-def _ranks(
-    query: Tensor, gallery: Tensor, right: Callable[[int, int], tuple[Tensor | None, Tensor]], chunk: int
-) -> Tensor:
-    """See `best_ranks`. `right(start, stop)`: the right items of these queries, as query (None: one each) and item."""
     gallery = gallery.float()
-    longest = gallery.norm(dim=1).nan_to_num(0).amax()
-    tolerance = _TIE_STEPS * torch.finfo(torch.float32).eps * longest
+    tolerance = _TIE_STEPS * torch.finfo(torch.float32).eps * gallery.norm(dim=1).nan_to_num(0).amax()
     ranks = []
     for start in range(0, len(query), chunk):
         part = query[start : start + chunk].float()
-        row, item = right(start, start + len(part))
-        if row is None:
-            row = torch.arange(len(part), device=part.device)
+        row, own_items = right(start, start + len(part))
         similarity = part @ gallery.T
-        own = similarity[row, item]
+        own = similarity[row, own_items]
         best = own.new_full((len(part),), -torch.inf)
         best = best.scatter_reduce(0, row, own.nan_to_num(-torch.inf, torch.inf, -torch.inf), "amax")
         bar = best - tolerance * part.norm(dim=1)
@@ -93,38 +74,26 @@ def _ranks(
     return torch.cat(ranks)
 
 
-def retrieval_metrics(image_features: Tensor, text_features: Tensor, chunk: int = 1024) -> dict[str, float]:
-    """Retrieval in both directions where row i of both (N, D) inputs is a pair; N >= 1.
-
-    Keys are OpenCLIP's: `image_to_text_` and `text_to_image_` with `mean_rank`, `median_rank` (1-based, the median
-    rounded down) and `R@1`, `R@5`, `R@10` as fractions.
-    """
-    pairs = torch.arange(len(image_features), device=image_features.device)
-    return {
-        **_rank_metrics("image_to_text", retrieval_ranks(image_features, text_features, pairs, chunk)),
-        **_rank_metrics("text_to_image", retrieval_ranks(text_features, image_features, pairs, chunk)),
-    }
-
-
-def caption_retrieval_metrics(
+def retrieval_metrics(
     image_features: Tensor,
     text_features: Tensor,
-    image_of: Tensor,
+    image_of: Tensor | None = None,
     same_text: Tensor | None = None,
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """Retrieval in both directions with several captions an image, as it is reported on COCO and Flickr30K.
+    """Retrieval in both directions, also with several captions an image, as it is reported on COCO and Flickr30K.
 
-    image_features: (N, D), text_features: (M, D), image_of: (M,) int64 row of the image that each caption belongs to;
-    every image has at least one. An image's rank is that of the best of its captions, and its other captions do not
-    count against that one; a caption's rank is that of its image.
+    image_features: (N, D), N >= 1; text_features: (M, D); image_of: (M,) int64 row of the image that each caption
+    belongs to, and every image has at least one; default: row i of both is a pair. An image's rank is that of the best
+    of its captions, and its other captions do not count against that one; a caption's rank is that of its image.
     same_text: (M,) int64, equal for captions with the same text. If given, a caption is right for every image that has
     one with this text.
 
-    Keys as in `retrieval_metrics`, all of ranks over the N images and the M captions.
+    Keys are OpenCLIP's: `image_to_text_` (of N ranks) and `text_to_image_` (of M) with `mean_rank`, `median_rank`
+    (1-based, the median rounded down) and `R@1`, `R@5`, `R@10` as fractions.
     """
-    images = torch.arange(len(image_features), device=image_of.device)
-    captions = torch.arange(len(text_features), device=image_of.device)
+    images, captions = (torch.arange(len(x), device=x.device) for x in (image_features, text_features))
+    image_of = captions if image_of is None else image_of
     if same_text is None:
         image_labels, text_labels = (images, images), (captions, image_of)
     else:
@@ -178,11 +147,6 @@ def contrastive_loss(
     return total / len(image_features)
 
 
-def topk_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """Number of samples whose target is among the k highest logits, for each k of `ks`; see `topk_hits`."""
-    return dict(zip(ks, map(float, topk_hits(logits, target, ks).sum(dim=0)), strict=True))
-
-
 def topk_hits(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     """Whether each sample's target is among the k highest logits: (N, len(ks)) bool.
 
@@ -209,36 +173,3 @@ def mean_per_class_recall(pred: Tensor, target: Tensor, num_classes: int) -> flo
     present = torch.bincount(target, minlength=num_classes)
     right = torch.bincount(target[pred == target], minlength=num_classes)
     return (right[present > 0].double() / present[present > 0].double()).mean().item()
-
-
-def gather_ordered(features: dict[str, Tensor], index: Tensor, world_size: int) -> dict[str, Tensor]:
-    """Rows of all processes, sorted by `index`; every process gets all of them, on the CPU.
-
-    features: tensors (n, ...) with one row a sample; index: (n,) int64, the samples' places in the global order.
-    `n` may differ between processes and may be 0 (the dict may then be empty); if it is 0 on all, the result is {}.
-    A collective call when `world_size` > 1.
-    """
-    if world_size == 1:
-        order = index.argsort().cpu()
-        return {name: rows.cpu()[order] for name, rows in features.items() if len(order)}
-
-    spec = {name: (rows.shape[1:], rows.dtype) for name, rows in features.items()}
-    specs: list = [None] * world_size
-    dist.all_gather_object(specs, (len(index), spec))
-    counts = [count for count, _ in specs]
-    spec = next((spec for count, spec in specs if count), {})
-
-    def gather(rows: Tensor) -> Tensor:
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
-
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    order = gather(index.to(device)).argsort()
-    gathered = {}
-    for name, (shape, dtype) in spec.items():
-        rows = features[name] if len(index) else torch.empty(0, *shape, dtype=dtype)
-        gathered[name] = gather(rows.to(device))[order]
-    return gathered

@@ -1,44 +1,22 @@
-"""Validation on image-text pairs: retrieval and contrastive loss. The image tower never sees the captions."""
-
+"""Image-text retrieval: pairs in training, and data sets with several captions an image. No image sees a caption."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from open_clip import get_input_dtype
-from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
 from open_clip_elip import cut_text
 
 from ..data.pixels import to_device
+from ..data.sets.captioned import CaptionedImages
 from ..distributed import Ranks
 from ..errors import UserError
-from .metrics import contrastive_loss, gather_ordered, retrieval_metrics
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of any nesting of DistributedDataParallel and `torch.compile`."""
-    for wrapped in ("_orig_mod", "module"):
-        inner = getattr(model, wrapped, None)
-        if isinstance(inner, nn.Module):
-            return unwrap(inner)
-    return model
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The unwrapped model in eval mode without gradients; afterwards each of its modules is in its earlier mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield unwrap(model)
-    finally:
-        for module, training in modes:
-            module.training = training
+from .metrics import contrastive_loss, retrieval_metrics
+from .passes import EncodeSettings, ImagePass, collect, encode_texts, evaluation_mode, gather_rows, run_pass
 
 
 def evaluate_pairs(
@@ -50,27 +28,47 @@ def evaluate_pairs(
     batch_size: int,
     siglip: bool = False,
     world_size: int = 1,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Retrieval metrics, `clip_val_loss` and `num_samples` over all processes' pairs; the same dict on every process.
 
     val_data: this process's batches {"image": (B, 3, H, W), "text": (B, T), "index": (B,) int64}, where "index" is the
     sample's place in the whole set and every sample occurs on one process only. A process may have no batch at all.
     `clip_val_loss` is that of consecutive batches of `batch_size` in this order, whatever the number of processes.
-    `progress` is called with the number of pairs of each finished batch. A collective call when `world_size` > 1.
+    A collective call when `world_size` > 1.
 
-    Raises UserError, on all processes, if reading fails with one on any of them or if there is no pair at all.
+    Raises UserError, on all processes, if reading fails with one on any of them or if there is no pair at all, and
+    `NotFinite` for features that are no numbers.
     """
     ranks = Ranks(torch.device(device), dist.get_rank() if world_size > 1 else 0, world_size=world_size)
+    input_dtype = get_input_dtype(precision)
+    keys: dict[int, str] = {}  # of the current batch
+
+    def batches() -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        for batch in val_data:
+            places = batch["index"].cpu()
+            keys.clear()
+            keys.update(zip(places.tolist(), batch["key"], strict=True))
+            image = to_device(batch["image"], ranks.device, input_dtype)
+            yield places, (image, batch["text"])
+
     with evaluation_mode(model) as encoder:
-        with ranks.agree():
-            features, index = _encode(encoder, val_data, ranks.device, precision, progress)
-        features = gather_ordered(features, index, world_size)
-        if not features:
+
+        def encode(image: Tensor, text: Tensor) -> Tensor:
+            """(B, 2, D): image and text."""
+            text = cut_text(text, encoder).to(device=ranks.device, non_blocking=True)
+            features = encoder.encode_image(image, normalize=True), encoder.encode_text(text, normalize=True)
+            return torch.stack([x.float() for x in features], dim=1)
+
+        def name(place: int) -> str:
+            return f"the features of the pair {keys[place]}"
+
+        rows = run_pass(encode, batches(), ranks=ranks, precision=precision, name=name)
+        _, features = gather_rows(rows, ranks)
+        if features is None:
             raise UserError("The validation data has no readable image-text pair; check what --val-data points to.")
         metrics = None
         if ranks.is_main:  # only there: on another kind of device the last digits could differ
-            image, text = features["image"].to(device), features["text"].to(device)
+            image, text = (features[:, i].contiguous().to(device) for i in range(2))
             scale, bias = encoder.logit_scale.exp().mean().item(), getattr(encoder, "logit_bias", None)
             bias = None if bias is None else bias.mean().item()
             metrics = {
@@ -81,27 +79,43 @@ def evaluate_pairs(
     return ranks.broadcast(metrics)
 
 
-def _encode(
-    model: nn.Module,
-    batches: Iterable[dict],
-    device: torch.device,
-    precision: str,
-    progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Normalized float32 features {"image", "text"}: (n, D) on the CPU and their index (n,); no features if n is 0."""
-    autocast = get_autocast(precision, device_type=device.type)
-    input_dtype = get_input_dtype(precision)
-    features: dict[str, list[Tensor]] = {"image": [], "text": []}
-    index = [torch.empty(0, dtype=torch.int64)]
-    for batch in batches:
-        image = to_device(batch["image"], device, input_dtype, batch.get("normalization"))
-        text = cut_text(batch["text"], model).to(device=device, non_blocking=True)
-        with autocast():
-            image_features = model.encode_image(image, normalize=True)
-            text_features = model.encode_text(text, normalize=True)
-        features["image"].append(image_features.float().cpu())
-        features["text"].append(text_features.float().cpu())
-        index.append(batch["index"].cpu())
-        if progress is not None:
-            progress(len(image))
-    return {name: torch.cat(rows) for name, rows in features.items() if rows}, torch.cat(index)
+def evaluate_captions(
+    data: CaptionedImages,
+    encode_image: Callable[[Tensor], Tensor],
+    encode_text: Callable[[Tensor], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    preprocess: Callable,
+    *,
+    ranks: Ranks,
+    settings: EncodeSettings,
+    equal_captions_are_hits: bool = False,
+) -> tuple[dict[str, float], list[str]]:
+    """Retrieval in both directions, the same on every process and for every number of processes; collective.
+
+    Args:
+        encode_image: (B, 3, H, W) to normalized float32 features (B, D); it never sees a caption.
+        encode_text: tokens (B, T) to normalized float32 features (B, D).
+        equal_captions_are_hits: a caption is right for every image that has one with the same text, see
+            `CaptionedImages.same_text`.
+
+    Returns `retrieval_metrics`, `num_images` and `num_captions`, and the names of the images that cannot be read, which
+    are left out with their captions. Raises as `collect`.
+    """
+    images, captions = (replace(settings, description=f"{settings.description} {x}") for x in ("images", "captions"))
+    image_pass = ImagePass(encode_image, data.images, preprocess, ranks=ranks, settings=images)
+    image, kept, skipped = collect(image_pass)
+    text = encode_texts(encode_text, tokenizer, data.captions, ranks=ranks, settings=captions)
+    metrics = None
+    if ranks.is_main:  # only there: on another kind of device the last digits could differ
+        row_of = torch.full((len(data),), -1)
+        row_of[kept] = torch.arange(len(kept))
+        image_of = row_of[data.image_of]
+        good = image_of >= 0
+        texts = data.same_text()[good] if equal_captions_are_hits else None
+        features = (image, text[good], image_of[good], texts)
+        metrics = {
+            **retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features)),
+            "num_images": len(image),
+            "num_captions": int(good.sum()),
+        }
+    return ranks.broadcast(metrics), skipped

@@ -1,33 +1,40 @@
-"""One pass over images with a model, on all processes: decode, transform, encode, in whole batches."""
+"""The one pass of every evaluation: whole batches on all processes, halved when memory runs out, gathered in order."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.pixels import stack, to_device
+from ..data.pixels import Images, stack, to_device
+from ..data.sets.labelled import Images as ImageSet
 from ..distributed import Ranks
 from ..errors import UserError
-from .metrics import gather_ordered
-from ..data.sets.labelled import Images
 
 SKIP, STOP = "skip", "stop"
 
 
+class NotFinite(UserError):
+    """What a model makes of some input is no number; the sentence names the input."""
+
+
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How images are read and encoded.
+    """How images and texts are read and encoded.
 
     Attributes:
-        batch_size: images of one process in one step.
+        batch_size: of one process in one step.
         workers: decoding processes of each process; 0 decodes in the process itself.
         precision: one of OpenCLIP's names.
         on_broken: leave a broken picture out ("skip") or end with its name ("stop").
@@ -41,6 +48,51 @@ class EncodeSettings:
     on_broken: str = SKIP
     progress: bool = False
     description: str = ""
+
+    @classmethod
+    def of(cls, options: Any, description: str) -> EncodeSettings:
+        """As the options of a command have them; a progress bar on a terminal, unless they say."""
+        progress = sys.stderr.isatty() if options.progress is None else options.progress
+        options = (options.batch_size, options.workers, options.precision, options.on_broken)
+        return cls(*options, progress, description)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of any nesting of DistributedDataParallel and `torch.compile`."""
+    for wrapped in ("_orig_mod", "module"):
+        inner = getattr(model, wrapped, None)
+        if isinstance(inner, nn.Module):
+            return unwrap(inner)
+    return model
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """The unwrapped model in eval mode without gradients; afterwards each of its modules is in its earlier mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield unwrap(model)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def image_encoder(model: nn.Module, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+    """(B, 3, H, W) to normalized float32 image features (B, D), with all tokens."""
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode_image(images, normalize=True).float()
+
+    return torch.compile(encode) if compiled else encode
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Raises NotFinite with the name of the first tensor that has a NaN or is infinite."""
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise NotFinite(f"The weights of {name} are not finite (the first is {key}); take those of another step.")
 
 
 class Halving:
@@ -71,24 +123,85 @@ class Halving:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def run_pass(
+    function: Callable[..., Tensor],
+    batches: Iterable[tuple[Tensor, Sequence[Tensor]]],
+    *,
+    ranks: Ranks,
+    precision: str,
+    name: Callable[[int], str],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places (b,) int64 and the function's rows (b, ...) on the CPU, batch by batch.
+
+    Args:
+        function: see `Halving`; runs without gradients and under the precision's autocast.
+        batches: this process's: places in the whole set, and the function's arguments.
+        name: what the row of a place is called, such as "the features of a/b.png".
+
+    Raises NotFinite for a row with a NaN or an infinite number.
+    """
+    autocast = get_autocast(precision, device_type=ranks.device.type)
+    function = Halving(function)
+    for places, arguments in batches:
+        with torch.inference_mode(), autocast():
+            rows = function(*arguments).cpu()
+        check_finite(rows, places, name)
+        yield places, rows
+
+
+def check_finite(rows: Tensor, places: Tensor, name: Callable[[int], str]) -> None:
+    """Raises NotFinite with the name of the first row (b, ...) that has a NaN or is infinite."""
+    finite = rows.isfinite().reshape(len(rows), -1).all(dim=1)
+    if not finite.all():
+        what = name(int(places[~finite][0]))
+        raise NotFinite(f"{what[0].upper()}{what[1:]} are not finite; take --precision fp32, or other weights.")
+
+
+def gather_rows(batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+    """Places (n,) in ascending order and rows (n, ...) of all processes; None for rows if there are none.
+
+    The same on every process; a collective call, in which a `UserError` of one process is raised on all.
+    """
+    places, rows, problem = [torch.empty(0, dtype=torch.int64)], [], None
+    with ranks.agree():
+        try:
+            for index, values in batches:
+                places.append(index)
+                rows.append(values)
+        except NotFinite as error:
+            problem = str(error)
+    parts = ranks.gather((torch.cat(places), torch.cat(rows) if rows else None, problem))
+    for *_, problem in parts:
+        if problem is not None:
+            raise NotFinite(problem)
+    places = torch.cat([part for part, *_ in parts])
+    order = places.argsort()
+    rows = [part for _, part, _ in parts if part is not None]
+    return places[order], torch.cat(rows)[order] if rows else None
+
+
+def deal(count: int, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
+    """Places of this process's batches, each of `batch_size` consecutive ones.
+
+    Batches are dealt whole, so that a batch, and with it rounding, is the same for any number of processes.
+    """
+    return torch.arange(count).split(batch_size)[ranks.rank :: ranks.world_size] if count else ()
+
+
+def bar(batches: Iterable, ranks: Ranks, settings: EncodeSettings) -> Iterable:
+    hidden = not (settings.progress and ranks.is_main)
+    return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=hidden)
 
 
 class ImagePass:
-    """Iterates once over images: pairs of their places (b,) int64 and the function's outputs (b, ...) on the CPU.
-
-    Batches are `batch_size` consecutive places. They are dealt to the processes whole, so that a batch, and with it
-    rounding, is the same for any number of processes.
+    """Iterates once over this process's share of images; see `run_pass`.
 
     Args:
-        function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...); runs without gradients
-            and under the precision's autocast.
-        images: what to encode.
+        function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...).
         transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
-        ranks: this process among the others.
-        settings: see `EncodeSettings`.
-        rows: (n,) numbers of the images to encode; default all. Places then count in `rows`.
 
     Attributes:
         skipped: names of the broken pictures that this process has left out so far.
@@ -97,104 +210,112 @@ class ImagePass:
     def __init__(
         self,
         function: Callable[[Tensor], Tensor],
-        images: Images,
+        images: ImageSet,
         transform: Callable[[Image.Image], Tensor],
         *,
         ranks: Ranks,
         settings: EncodeSettings,
-        rows: Tensor | None = None,
     ):
-        self.function, self.ranks, self.settings = Halving(function), ranks, settings
-        self.count = len(images) if rows is None else len(rows)
-        self.decoded = _Decoded(images, transform, rows)
+        self.function, self.images, self.transform = function, images, transform
+        self.ranks, self.settings = ranks, settings
         self.skipped: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Raises UserError for a broken picture with `on_broken` "stop", on the process that meets it."""
+
+        def name(place: int) -> str:
+            return f"the features of {self.images.name(place)}"
+
+        precision = self.settings.precision
+        return run_pass(self.function, self._batches(), ranks=self.ranks, precision=precision, name=name)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         settings, device = self.settings, self.ranks.device
-        autocast = get_autocast(settings.precision, device_type=device.type)
         input_dtype = get_input_dtype(settings.precision)
-        normalization = getattr(self.decoded.transform, "normalization", None)
-        batches = torch.arange(self.count).split(settings.batch_size)
-        batches = batches[self.ranks.rank :: self.ranks.world_size] if self.count else ()
+        batches = deal(len(self.images), settings.batch_size, self.ranks)
         loader = DataLoader(
-            self.decoded,
+            _Decoded(self.images, self.transform),
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=min(settings.workers, len(batches)),
-            collate_fn=_collate,
+            collate_fn=partial(_collate, transform=self.transform),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # otherwise it draws from the global one, and what follows would differ
         )
-        bar = tqdm(
-            loader, desc=settings.description, unit="batch", leave=False,
-            disable=not (settings.progress and self.ranks.is_main),
-        )  # fmt: skip
-        for images, index, broken in bar:
+        for images, index, broken in bar(loader, self.ranks, settings):
             if broken and settings.on_broken == STOP:
                 name, reason = broken[0]
                 raise UserError(f"{name} cannot be read ({reason}); mend it, or take --on-broken skip.")
             self.skipped += [name for name, _ in broken]
-            if not len(index):
-                continue
-            images = to_device(images, device, input_dtype, normalization)
-            with torch.inference_mode(), autocast():
-                outputs = self.function(images)
-            yield index, outputs.cpu()
+            if len(index):
+                yield index, (to_device(images, device, input_dtype),)
+
+    def all_skipped(self) -> list[str]:
+        """What all processes have skipped, with a warning if that is any. Collective; UserError if it is everything."""
+        count = len(self.images)
+        skipped = sorted(name for names in self.ranks.gather(self.skipped) for name in names)
+        if len(skipped) == count:
+            raise UserError(f"None of the {count} images can be read; the first is {skipped[0]}.")
+        if skipped and self.ranks.is_main:
+            shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+            logging.warning(f"{len(skipped)} of {count} images cannot be read and are left out: {shown}")
+        return skipped
 
 
-def collect(image_pass: ImagePass) -> tuple[Tensor, Tensor, list[str]]:
-    """Outputs (n, ...) of a whole pass, their places (n,) in ascending order, and the names of what was skipped.
+def collect(
+    image_pass: ImagePass, then: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Rows (n, ...) of a whole pass, their places (n,) in ascending order, and the names of what was skipped.
 
-    The same on every process; a collective call.
+    The same on every process; a collective call. `then` makes of the rows of a batch and their places what is kept.
 
-    Raises:
-        UserError: on all processes, if no image could be read, or none may be broken and one is.
+    Raises UserError, on all processes, if no image could be read, or none may be broken and one is.
     """
-    ranks, index, outputs = image_pass.ranks, [torch.empty(0, dtype=torch.int64)], []
-    with ranks.agree():
-        for places, values in image_pass:
-            index.append(places)
-            outputs.append(values)
-    index = torch.cat(index)
-    rows = {"outputs": torch.cat(outputs), "index": index} if outputs else {}
-    gathered = gather_ordered(rows, index, ranks.world_size)
-    skipped = all_skipped(image_pass)
-    if not gathered:
-        raise UserError(f"None of the {image_pass.count} images can be read; the first is {skipped[0]}.")
-    return gathered["outputs"], gathered["index"], skipped
+    batches = image_pass if then is None else ((places, then(rows, places)) for places, rows in image_pass)
+    places, rows = gather_rows(batches, image_pass.ranks)
+    return rows, places, image_pass.all_skipped()
 
 
-def all_skipped(image_pass: ImagePass) -> list[str]:
-    """Names of the broken pictures that all processes have left out, with a warning if there are any. Collective."""
-    skipped = sorted(name for names in image_pass.ranks.gather(image_pass.skipped) for name in names)
-    if skipped and image_pass.ranks.is_main:
-        shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        logging.warning(f"{len(skipped)} of {image_pass.count} images cannot be read and are left out: {shown}")
-    return skipped
+def encode_texts(
+    function: Callable[[Tensor], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    texts: Sequence[str],
+    *,
+    ranks: Ranks,
+    settings: EncodeSettings,
+) -> Tensor:
+    """(N, D) features of N >= 1 texts, by a `function` of tokens (B, T); on the CPU of every process. Collective."""
+
+    def batches() -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        for places in bar(deal(len(texts), settings.batch_size, ranks), ranks, settings):
+            yield places, (tokenizer([texts[i] for i in places]).to(ranks.device),)
+
+    def name(place: int) -> str:
+        return f"the features of the text {texts[place]!r}"
+
+    return gather_rows(run_pass(function, batches(), ranks=ranks, precision=settings.precision, name=name), ranks)[1]
 
 
 class _Decoded(Dataset):
     """Item i: (image (3, H, W), i), or (name, what is wrong with it)."""
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], rows: Tensor | None):
-        self.images, self.transform, self.rows = images, transform, rows
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]):
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.images) if self.rows is None else len(self.rows)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int] | tuple[str, str]:
-        row = i if self.rows is None else int(self.rows[i])
         try:
-            image = self.images.load(row)
+            image = self.images.load(i)
         except Exception as error:  # broken files make PIL raise almost anything, from OSError to SyntaxError
             text = str(error).splitlines()[0][:200] if str(error) else ""
-            return self.images.name(row), f"{type(error).__name__}: {text}" if text else type(error).__name__
+            return self.images.name(i), f"{type(error).__name__}: {text}" if text else type(error).__name__
         return self.transform(image), i
 
 
-def _collate(samples: Sequence[tuple]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Images (B, 3, H, W) and places (B,) of the good samples, and the broken ones."""
+def _collate(samples: Sequence[tuple], transform: Callable) -> tuple[Images | None, Tensor, list[tuple[str, str]]]:
+    """Images and places (B,) of the good samples, and the broken ones."""
     good = [sample for sample in samples if not isinstance(sample[0], str)]
-    images = stack([image for image, _ in good]) if good else torch.empty(0)
+    images = stack([image for image, _ in good], transform) if good else None
     index = torch.tensor([i for _, i in good], dtype=torch.int64)
     return images, index, [sample for sample in samples if isinstance(sample[0], str)]

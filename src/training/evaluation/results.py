@@ -1,4 +1,4 @@
-"""Finished work on disk: one JSON file each, and a summary of all of them as CSV and Markdown."""
+"""Finished work on disk: what it depends on, one JSON file each, and a summary of all of them as CSV and Markdown."""
 from __future__ import annotations
 
 import csv
@@ -6,12 +6,15 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import platform
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import checkpoint
 from ..distributed import Ranks
 from ..errors import UserError
 from ..files import written_whole
@@ -21,11 +24,62 @@ _FIRST_COLUMNS = ("command", "model", "pretrained", "data", "split")
 _LAST_COLUMNS = ("weights", "date", "file")
 
 
+def described_model(options: Any, loaded: Any) -> dict[str, Any]:
+    """Of a result's or a cached file's description, what model and pictures go through: weights, identity, settings.
+
+    Args:
+        options: of an evaluation command.
+        loaded: the `LoadedModel`.
+    """
+    identity = getattr(loaded, "identity", None)
+    return {
+        "model": loaded.name,
+        "weights": loaded.weights_hash,
+        "identity": None if identity is None else digest_of(identity.to_dict()),
+        "precision": options.precision,
+        "transform": re.sub(r" at 0x[0-9a-f]+", "", loaded.transform_key),
+        "vision_guided_reduction": options.vision_guided_reduction,
+    }
+
+
+def described_data(data: Any) -> dict[str, Any]:
+    """Of a result's or a cached file's description, what the data are."""
+    return {"data": data.name, "split": data.split, "data_fingerprint": data.fingerprint()}
+
+
+def described(command: str, options: Any, loaded: Any, data: Any, **settings: Any) -> dict[str, Any]:
+    """All that a result depends on, as `Results` takes it; `settings` are the command's own."""
+    model = described_model(options, loaded)
+    names = ("model", "weights", "identity")
+    own = {name: value for name, value in model.items() if name not in names}
+    return {
+        "command": command,
+        "pretrained": loaded.pretrained,
+        **{name: model[name] for name in names},
+        **described_data(data),
+        "settings": {**own, "on_broken": options.on_broken, **settings},
+    }
+
+
+def digest_of(what: Any) -> str:
+    """16 hexadecimal digits of plain types."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left and the others to the right; `rows` begins with the headings."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)).rstrip()
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    )
+
+
 class Results:
     """The results in a folder. Only the main process reads and writes; the others are told.
 
-    A piece of work is described by `what`, a dict of plain types: "command", "model", "pretrained", "weights", "data",
-    "split", "data_fingerprint", "settings", ... Equal descriptions are the same work.
+    A piece of work is described by `what`, a dict of plain types that holds all that its numbers depend on (see
+    `described`). Equal descriptions are the same work.
 
     Args:
         folder: made when the first result is added; None writes nothing.
@@ -40,13 +94,27 @@ class Results:
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UserError(f"--results {folder} is a file; name a folder.")
         self.folder, self.ranks, self.redo = folder, ranks, redo
+        self.found: list[Path] = []
+
+    @classmethod
+    def of(cls, options: Any, ranks: Ranks) -> Results:
+        """As `--results` and `--redo` have it."""
+        return cls(None if options.results.lower() == "none" else Path(options.results), ranks, options.redo)
 
     def find(self, what: dict[str, Any]) -> dict[str, Any] | None:
         """The record of exactly this work, on every process; None if there is none, or with `redo`. Collective."""
         record = None
         if self.folder is not None and not self.redo and self.ranks.is_main:
             record = _read(self.folder / _file_name(what))
-        return self.ranks.broadcast(record)
+        record = self.ranks.broadcast(record)
+        if record is not None:
+            self.found.append(self.folder / _file_name(what))
+        return record
+
+    def shown(self, rows: Sequence[Sequence[str]], legend: str = "") -> str:
+        """A `table` of numbers, its legend, and where those lie that were found."""
+        found = [f"found, not evaluated again (--redo does it): {path}" for path in dict.fromkeys(self.found)]
+        return "\n".join([table(rows), *([legend] if legend else []), *found])
 
     def add(self, what: dict[str, Any], metrics: dict[str, float], info: dict[str, Any] | None = None) -> dict:
         """Writes a record (whole or not at all) and the summaries anew; returns it.
@@ -82,10 +150,9 @@ class Results:
 
 
 def _file_name(what: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     words = [str(what.get(name) or "") for name in ("command", "model", "data", "split")]
     words = [re.sub(r"[^\w.-]+", "_", Path(word).name)[:40] for word in words if word]
-    return "-".join([*words, digest]) + ".json"
+    return "-".join([*words, digest_of(what)[:12]]) + ".json"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -95,6 +162,34 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("metrics"), dict) else None
+
+
+def read_kept(path: Path, ranks: Ranks, redo: bool) -> dict[str, Any] | None:
+    """What `keep` has written there, on every process; None if it is not there, cut off, or with `redo`. Collective."""
+    kept = None
+    if ranks.is_main and path.is_file() and not redo:
+        try:
+            kept = checkpoint.load(path)
+            logging.info(f"using {path}")
+        except UserError:  # cut off
+            kept = None
+    return ranks.broadcast(kept)
+
+
+def keep(state: dict[str, Any], path: Path, ranks: Ranks, flag: str) -> None:
+    """Writes tensors and plain types for later runs. A collective call; only the main process writes.
+
+    Raises:
+        UserError: they cannot be written; `flag` is what to change then.
+    """
+    with ranks.agree():
+        if ranks.is_main:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.save(state, path)
+            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path} cannot be written ({reason}); give another {flag}.") from None
 
 
 def _write(path: Path, text: str) -> None:

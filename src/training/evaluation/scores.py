@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .metrics import mean_per_class_recall, predictions, topk_accuracy
 from ..data.sets.labelled import LabelledImages
+from ..errors import UserError
+from .metrics import mean_per_class_recall, predictions, topk_hits
+from .passes import check_finite
 
 IMAGENET_CLASSES = 1000
 METRICS = ("top1", "top5", "mean_per_class_recall", "num_samples")  # of `score`
@@ -43,28 +44,38 @@ def class_scores(logits: Tensor, data: LabelledImages) -> Tensor:
     return logits
 
 
-def score(logits: Tensor, data: LabelledImages, index: Tensor) -> dict[str, float]:
-    """`top1`, `top5`, `mean_per_class_recall` (fractions) and `num_samples`.
+def outcomes(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, 3) int64 of logits (N, C) and labels (N,): whether the top 1 and the top 5 are right, and the top class."""
+    return torch.cat([topk_hits(logits, labels, (1, 5)), predictions(logits)[:, None]], dim=1)
+
+
+def summary(outcomes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """`top1`, `top5`, `mean_per_class_recall` (fractions) and `num_samples` of N >= 1 samples; see `outcomes`.
 
     Top-5 of fewer than five classes is 1.
+    """
+    top1, top5, predicted = outcomes.unbind(dim=1)
+    return {
+        "top1": int(top1.sum()) / len(top1),
+        "top5": int(top5.sum()) / len(top5),
+        "mean_per_class_recall": mean_per_class_recall(predicted, labels, num_classes),
+        "num_samples": len(top1),
+    }
+
+
+def score(logits: Tensor, data: LabelledImages, index: Tensor) -> dict[str, float]:
+    """`summary` of a classifier for the classes of `data`, or for ImageNet's (see `class_scores`).
 
     Args:
-        logits: (N, C), those of `class_scores`.
+        logits: (N, C), N >= 1.
         index: (N,) int64, the places in `data` of the samples.
 
     Raises:
-        UserError: there is no sample, or C does not fit.
+        UserError: C does not fit, or a score is not finite.
     """
-    if not len(index):
-        raise UserError(f"Not one image of {data.name or 'the data set'} can be read; check its path.")
     scores, labels = class_scores(logits, data).cpu(), data.labels[index.cpu()]
-    hits = topk_accuracy(scores, labels)
-    return {
-        "top1": hits[1] / len(index),
-        "top5": hits[5] / len(index),
-        "mean_per_class_recall": mean_per_class_recall(predictions(scores), labels, scores.shape[1]),
-        "num_samples": len(index),
-    }
+    check_finite(scores, index.cpu(), lambda place: f"the scores of {data.images.name(place)}")
+    return summary(outcomes(scores, labels), labels, len(data.classnames))
 
 
 def check_classes(trained: LabelledImages, data: LabelledImages) -> None:

@@ -15,6 +15,7 @@ from ..distributed import Ranks
 
 log = logging.getLogger(__name__)
 
+LOWEST, HIGHEST = -6, 6  # decades
 STEPS_PER_DECADE = 8
 _COARSE = 2 * STEPS_PER_DECADE  # two decades
 
@@ -32,13 +33,11 @@ class Trial:
     iterations: int
 
 
-def sweep(
-    attempt: Callable[[float], Trial], decades: tuple[int, int], ranks: Ranks
-) -> tuple[Trial, list[Trial]]:
+def sweep(attempt: Callable[[float], Trial], ranks: Ranks) -> tuple[Trial, list[Trial]]:
     """The best value and all trials, in ascending order of their values; the same on every process.
 
-    First every second power of ten from 10^decades[0] to 10^decades[1]; then the two values half as far around the
-    best so far, again and again, down to 8 steps a decade (Radford et al. 2021, appendix A.3, who have -6 and 6).
+    First every second power of ten from 1e-6 to 1e6; then the two values half as far around the best so far, again and
+    again, down to 8 steps a decade (Radford et al. 2021, appendix A.3).
     The higher top-1 wins, then the lower loss, then the lower value. The candidates of a level are dealt to the
     processes, and no fit uses another one's result, so the outcome does not depend on how many there are.
 
@@ -46,7 +45,7 @@ def sweep(
         attempt: fits and evaluates one value.
         ranks: see `patient`. A collective call.
     """
-    low, high = (STEPS_PER_DECADE * decade for decade in decades)
+    low, high = (STEPS_PER_DECADE * decade for decade in (LOWEST, HIGHEST))
     trials: dict[int, Trial] = {}  # by exponent, in steps
     step, wanted = _COARSE, list(range(low, high + 1, _COARSE))
     while True:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,61 +12,80 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..options.parser import (
+    FRACTION,
+    FRACTION_ABOVE_0,
+    FRACTION_BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Section,
+    forbid,
+    one_of,
+    option,
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to one picture, in this order: crop, flip, policy, colours, erasing.
+@dataclass
+class AugmentationOptions(Section, title="augmentation"):
+    crop_scale: list[float] = option(
+        [0.08, 1.0], "Smallest and largest area of the random crop, as a share of the picture.",
+        FRACTION_ABOVE_0, nargs=2)
+    crop_ratio: list[float] = option(
+        [3 / 4, 4 / 3], "Smallest and largest width / height of the random crop.", POSITIVE, nargs=2)
+    hflip: float = option(0.5, "How often a picture is mirrored.", FRACTION)
+    auto_augment: str | None = option(
+        None, "A policy by timm's name: rand-m9-mstd0.5-inc1 is RandAugment as most recipes have it.", metavar="POLICY")
+    color_jitter: float = option(0.0, "Strength of random changes of colour; not with a policy.", NOT_NEGATIVE)
+    random_erasing: float = option(0.0, "How often a rectangle of a picture is erased.", FRACTION)
+    erasing_mode: str = option(
+        "pixel", "What a rectangle is filled with: noise, one random colour, or the mean colour.",
+        one_of("pixel", "rand", "const"))
+    train_interpolation: str = option(
+        "bicubic", "How pictures are resized in training.", one_of("bicubic", "bilinear", "random"))
+    mixup: float = option(0.0, "Mixup's alpha; 0: none.", NOT_NEGATIVE)
+    cutmix: float = option(0.0, "Cutmix's alpha; 0: none.", NOT_NEGATIVE)
+    mixup_prob: float = option(1.0, "How often a batch is mixed at all.", FRACTION)
+    mixup_switch_prob: float = option(0.5, "With both: how often it is cutmix.", FRACTION)
+    label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.", FRACTION_BELOW_1)
 
-    Attributes:
-        crop_scale, crop_ratio: area of the random crop, as a share of the picture's, and its width / height.
-        hflip: probability of a mirror image.
-        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `augmix-m3`, `v0`, ...), or None.
-        color_jitter: strength of changes of brightness, contrast and saturation; 0: none. Not with a policy.
-        erasing, erasing_mode: probability that a rectangle is filled with noise (pixel), one random colour (rand) or
-            the mean colour (const).
-        interpolation: bicubic, bilinear, or random for either.
-    """
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    auto_augment: str | None = None
-    color_jitter: float = 0.0
-    erasing: float = 0.0
-    erasing_mode: str = "pixel"
-    interpolation: str = "bicubic"
+    def check(self) -> None:
+        useless = "--color-jitter has no effect with --auto-augment, which changes colours itself: leave one out."
+        forbid(self.auto_augment is not None and self.color_jitter > 0, useless)
+        for flag, (low, high) in (("--crop-scale", self.crop_scale), ("--crop-ratio", self.crop_ratio)):
+            forbid(low > high, f"{flag} takes the smaller number first, not {low:g} {high:g}.")
 
 
-def train_transform(
-    augmentation: Augmentation, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Image.Image], Tensor]:
-    """From an RGB picture to a normalised tensor (3, *size), by timm's parts.
+def train_transform(options: AugmentationOptions, preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """From an RGB picture to a normalised tensor (3, H, W), by timm's parts: crop, flip, policy, colours, erasing.
 
     Its randomness comes from the global generators of Python, NumPy and torch, which the loader seeds for each sample.
+
+    Args:
+        preprocess: OpenCLIP's `preprocess_cfg` of the image tower: size, mean and std.
 
     Raises:
         UserError: a policy that timm does not know.
     """
     from timm.data.transforms_factory import transforms_imagenet_train  # takes a second, and only training needs it
 
+    size = preprocess["size"]
     try:
         transform = transforms_imagenet_train(
-            size,
-            scale=augmentation.crop_scale,
-            ratio=augmentation.crop_ratio,
-            hflip=augmentation.hflip,
-            auto_augment=augmentation.auto_augment,
-            color_jitter=augmentation.color_jitter or None,
-            interpolation=augmentation.interpolation,
-            mean=mean,
-            std=std,
-            re_prob=augmentation.erasing,
-            re_mode=augmentation.erasing_mode,
+            tuple(size) if isinstance(size, (tuple, list)) else (size, size),
+            scale=tuple(options.crop_scale),
+            ratio=tuple(options.crop_ratio),
+            hflip=options.hflip,
+            auto_augment=options.auto_augment,
+            color_jitter=options.color_jitter or None,
+            interpolation=options.train_interpolation,
+            mean=preprocess["mean"],
+            std=preprocess["std"],
+            re_prob=options.random_erasing,
+            re_mode=options.erasing_mode,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"timm knows no augmentation policy {augmentation.auto_augment!r} ({str(error) or type(error).__name__}); "
+            f"timm knows no augmentation policy {options.auto_augment!r} ({str(error) or type(error).__name__}); "
             "write it like rand-m9-mstd0.5-inc1."
         ) from error
     _mend_posterize(transform)
@@ -104,25 +123,15 @@ class Mix:
     checkpoint, and setting it back gives the same mix again. Batches may have any length.
 
     Args:
+        options: mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the mixing weight; mixup_prob: how often
+            a batch is mixed at all; mixup_switch_prob: how often it is cutmix, where both are on; label_smoothing.
         num_classes: C.
-        mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the mixing weight; 0: never.
-        prob: how often a batch is mixed at all.
-        switch_prob: how often it is cutmix, where both are on.
-        smoothing: share of the target that is spread evenly over all classes.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        smoothing: float = 0.0,
-    ):
-        self.num_classes, self.smoothing = num_classes, smoothing
-        self.mixup, self.cutmix = mixup, cutmix
-        self.prob, self.switch_prob = prob, switch_prob
+    def __init__(self, options: AugmentationOptions, num_classes: int):
+        self.num_classes, self.smoothing = num_classes, options.label_smoothing
+        self.mixup, self.cutmix = options.mixup, options.cutmix
+        self.prob, self.switch_prob = options.mixup_prob, options.mixup_switch_prob
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """

@@ -1,9 +1,9 @@
 """Classification: an image tower with a linear head, and what it learns from labelled images."""
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +12,110 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
-from open_clip_elip.vision import can_drive, pool, run_layer, skips_last
+from open_clip_elip import ImageTower, TokenReduction
 
-from .augment import Mix
+from ..data.sets.labelled import LabelledImages
 from ..distributed import Ranks
 from ..errors import UserError
-from ..evaluation.pairs import evaluation_mode
-from ..evaluation.passes import EncodeSettings, ImagePass, collect
-from ..data.sets.labelled import LabelledImages
+from ..evaluation.passes import EncodeSettings, ImagePass, collect, evaluation_mode
 from ..evaluation.scores import score
-from .contrastive import Batch, is_due, training_rrt
+from ..options import TrainingOptions
+from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
+from ..options.parser import COUNT, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, Section, forbid, one_of, option
+from .augment import AugmentationOptions, Mix
+from .base import Batch, Progress, Task, is_due
 
 RANDOM_STD = 2e-5  # of a random head's weights: so small that the first loss is ln(C), whatever the features
+
+
+@dataclass
+class LabelledDataOptions(Section, title="labelled data"):
+    data: str | None = option(
+        None, "Data set to train on (its training split) and to evaluate on (its test split): NAME=PATH, or PATH where "
+        "the files tell which it is.", metavar="[NAME=]PATH", path=True)
+    test_data: str | None = option(
+        None, "Another place for the test split of --data.", metavar="[NAME=]PATH", path=True)
+    also: list[str] = option(
+        [], "More data sets to evaluate on, with the classes of --data or, for ImageNet, some of them (imagenet-v2, "
+        "imagenet-r, ...).", metavar="[NAME=]PATH", nargs="+", path=True)
+    download: bool = option(False, "Let torchvision download a data set that is not there.")
+    on_broken: str = option("skip", "A test image that cannot be read: leave it out, or stop.", one_of("skip", "stop"))
+    evaluate: bool = option(
+        False, "Train nothing: evaluate the checkpoint of --resume, or the zero-shot head without one.")
+    val_frequency: int = option(1, "Evaluate every N epochs and after the last; 0: never.", COUNT)
+    results: str = option(
+        "results", "Folder of the final results, one file a data set, with a summary of all; 'none' keeps none.",
+        metavar="DIR", path=True)
+
+
+@dataclass
+class ClassificationOptions(Section, title="classifier"):
+    head: str = option(
+        "random", "How the linear head begins: at random, on the pooled features before the projection; or as the "
+        "zero-shot classifier, on the projected features.", one_of("random", "zero-shot"))
+    drop_path: float = option(
+        0.0, "Stochastic depth: the rate at which the last block's branches are dropped; less before it.",
+        FRACTION_BELOW_1)
+    vision_guided_reduction: bool = option(
+        False, "Reduce tokens in fine-tuning and its evaluation too, guided by the image alone.")
+    wise_ft: bool = option(
+        False, "At the end, evaluate the weights between the zero-shot classifier and the fine-tuned one (0 to 1 by "
+        "0.1). Needs --head zero-shot.")
+
+
+@dataclass
+class FinetuningOptions(
+    LabelledDataOptions, ClassificationOptions, AugmentationOptions, ModelOptions, TokenReductionOptions, ImageOptions,
+    TrainingOptions,
+    command="training.finetune",
+):  # fmt: skip
+    model: str | None = None
+    force_patch_dropout: float | None = 0.0
+    epochs: int = 10
+    lr: float | None = option(None, "Highest learning rate. Without it: 1e-3 (timm's have no default).", POSITIVE)
+    beta2: float | None = option(None, "Adam's second beta. Without it: 0.999.", FRACTION_BELOW_1)
+    eps: float | None = option(None, "Adam's epsilon. Without it: 1e-8.", NOT_NEGATIVE)
+    wd: float = 0.1
+    warmup: int | str = "1ep"
+
+    @property
+    def trains(self) -> bool:
+        return not self.evaluate
+
+    def adam_defaults(self) -> dict[str, float]:
+        return {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+
+    def check(self) -> None:
+        forbid(self.data is None, "--data is missing: name the labelled images, as in --data cifar10=/data/cifar10.")
+        loads = self.evaluate and self.resume is not None
+        forbid(
+            self.model is None and not loads,
+            "--model is missing: give the model's name, and its checkpoint with --pretrained.",
+        )
+        forbid(
+            self.evaluate and self.resume is None and self.head != "zero-shot",
+            "--evaluate needs a checkpoint of fine-tuning in --resume, or --head zero-shot.",
+        )
+        own_weights = self.model is None or ":" in self.model  # local-dir:... and hf-hub:... bring them along
+        forbid(
+            not (own_weights or self.pretrained or self.pretrained_image or (loads and not self.wise_ft)),
+            "--pretrained is missing: give a checkpoint file of pre-training, or the name of pretrained weights.",
+        )
+        forbid(
+            self.wise_ft and self.model is not None and self.head != "zero-shot",
+            "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot.",
+        )
+        forbid(
+            self.wise_ft and self.evaluate and not loads,
+            "--wise-ft needs the fine-tuned weights: give their checkpoint in --resume.",
+        )
+        reduction = self.token_reduction or {}
+        forbid(
+            bool(reduction) and self.model is not None and not self.vision_guided_reduction,
+            "--token-reduction needs --vision-guided-reduction: else no token is removed.",
+        )
+        for name in sorted(reduction.keys() & {"lam", "text_scale"}):
+            raise UserError(f"{name} weighs the image against its caption, and fine-tuning has none: leave it out.")
 
 
 class Classifier(nn.Module):
@@ -35,53 +127,25 @@ class Classifier(nn.Module):
         visual: maps (B, 3, H, W) to (B, D).
         head: applied in its own precision, whatever autocast says: a hundred times a cosine has no digits to spare.
         normalize: bring the features to unit length first, as a zero-shot classifier wants them.
-        reduction: token reduction (`open_clip_elip.TokenReduction`), by vision alone, in training and evaluation.
-        num_patches: that enter the first layer, where tokens are reduced.
+        reduction: token reduction (`open_clip_elip.TokenReduction`), by vision alone, in training and evaluation
+            (Guo et al., Sec. 4.4.5).
 
     Attributes:
-        shortcuts: leave out what changes no number beyond rounding (`open_clip_elip.with_shortcuts`).
+        tower: runs the image tower.
     """
 
-    shortcuts: bool = True
-
-    def __init__(
-        self,
-        visual: nn.Module,
-        head: nn.Linear,
-        *,
-        normalize: bool,
-        reduction: nn.Module | None = None,
-        num_patches: int = 0,
-    ):
+    def __init__(self, visual: nn.Module, head: nn.Linear, *, normalize: bool, reduction: TokenReduction | None = None):
         super().__init__()
         self.visual, self.head, self.normalize = visual, head, normalize
-        self.reduction, self.num_patches = reduction, num_patches
+        self.tower = ImageTower(visual, reduction)
+        self.tower.vision_guided = reduction is not None
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""
-        features = self.encode(image)
+        features = self.tower.features(image)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.head.weight.dtype)
             return self.head(F.normalize(features, dim=-1) if self.normalize else features)
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Features (B, D) of all tokens or, with `reduction`, of those that the `[CLS]` itself keeps (Sec. 4.4.5)."""
-        visual = self.visual
-        if not can_drive(visual):
-            return visual(image)
-        x, blocks = visual._embeds(image), visual.transformer.resblocks
-        if self.reduction is not None:
-            return pool(visual, self.reduction(blocks, x, run=self.run_block, only_cls=skips_last(self)))
-        for block in blocks:
-            x = self.run_block(block, x)
-        return pool(visual, x)
-
-    def run_block(self, block: nn.Module, *tensors: Tensor, function: Callable | None = None):
-        return run_layer(self.visual, block, *tensors, function=function, shortcuts=self.shortcuts)
-
-    def rrt(self) -> float:
-        """Ratio of removed tokens (see `TokenReduction.rrt`)."""
-        return 0.0 if self.reduction is None else self.reduction.rrt(self.num_patches)
 
 
 def random_classifier(model: nn.Module, num_classes: int, *, reduce: bool = False) -> Classifier:
@@ -125,8 +189,11 @@ def _assemble(model: nn.Module, head: nn.Linear, *, normalize: bool, reduce: boo
     device = next(model.visual.parameters()).device
     if reduce and not model.reduction.works_alone:
         raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
-    reduction = {"reduction": model.reduction, "num_patches": model.num_patches()} if reduce else {}
-    return Classifier(model.visual, head.to(device), normalize=normalize, **reduction)
+    classifier = Classifier(
+        model.visual, head.to(device), normalize=normalize, reduction=model.reduction if reduce else None
+    )
+    classifier.tower.shortcuts = model.tower.shortcuts
+    return classifier
 
 
 def _drop_projection(visual: nn.Module) -> None:
@@ -193,68 +260,55 @@ class _DropPath:
         return branch * (keep / (1 - self.rate)).to(branch.dtype)
 
 
-class ClassificationTask:
+class ClassificationTask(Task):
     """Cross entropy with soft targets.
 
     Args:
-        args: the run's flags.
+        options: of the run.
         ranks: this process.
         mix: from images and labels to images and targets.
         data: what to evaluate on, by the prefix of its metrics; the first says which checkpoint is best.
         transform: for evaluation.
     """
 
-    shared = ()
-
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: FinetuningOptions,
         ranks: Ranks,
         mix: Mix,
         data: Mapping[str, LabelledImages],
         transform: Callable[[Image.Image], Tensor],
     ):
-        self.args, self.ranks, self.mix, self.transform = args, ranks, mix, transform
+        self.options, self.ranks, self.mix, self.transform = options, ranks, mix, transform
         self.data = dict(data)
 
-    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
-        return batch
-
-    def features(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, target = self.mix(batch["image"], batch["text"])
-        return {"logits": model(images), "target": target}
-
-    def losses(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss`, and `accuracy`: how often the first class is the target's first."""
-        logits, target = features["logits"], features["target"].detach()
+        images, target = self.mix(batch["image"], batch["label"])
+        logits = model(images)
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == target.argmax(dim=1)).float().mean()
         return {"loss": F.cross_entropy(logits, target.to(logits.dtype)), "accuracy": accuracy}
 
-    def after_step(self, model: nn.Module) -> None:
-        pass
-
     def log(self, model: nn.Module) -> dict[str, float]:
-        return {"rrt": training_rrt(model)}
+        return {"rrt": model.tower.rrt()}
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
-        if not is_due(epoch, self.args.val_frequency, last):
-            return {}
-        return self.metrics(model)
+        return self.metrics(model) if is_due(epoch, self.options.val_frequency, last) else {}
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """`NAME-top1`, `-top5`, `-mean_per_class_recall`, `-num_samples` of each data set; a collective call.
 
         The same on every process and for any number of processes.
         """
-        args, metrics = self.args, {}
+        options, metrics = self.options, {}
         for name, data in self.data.items():
             settings = EncodeSettings(
-                batch_size=args.batch_size,
-                workers=args.workers,
-                precision=args.precision,
-                on_broken=args.on_broken,
-                progress=sys.stderr.isatty() if args.progress is None else args.progress,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                precision=options.precision,
+                on_broken=options.on_broken,
+                progress=sys.stderr.isatty() if options.progress is None else options.progress,
                 description=name,
             )
             with evaluation_mode(model) as classifier:
@@ -266,5 +320,4 @@ class ClassificationTask:
     def score(self, metrics: dict[str, float]) -> float | None:
         """Top-1 on the first data set; the better one of the weights and their average."""
         name = f"{next(iter(self.data))}-top1"
-        found = [metrics[key] for key in (name, f"ema/{name}") if key in metrics]
-        return max(found, default=None)
+        return max((metrics[key] for key in (name, f"ema/{name}") if key in metrics), default=None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 import io
 import logging
 import random
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -12,18 +14,20 @@ import torch
 from benchmarks.photographs import jpeg, photograph
 from open_clip.transform import image_transform
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.transforms import Compose, Normalize, RandomRotation, ToTensor
 
-from training.data import build_train_data, build_val_data, images
+from training.data import build_train_data, images
 from training.data.images import Picture, Unreadable, jpeg_size, load_rgb
-from training.data.pixels import FAST, PLAIN, REDUCED, Normalization, PixelTransform, stack, to_device
+from training.data.pairs import PairEncoding
+from training.data.pixels import FAST, PLAIN, REDUCED, Images, Normalization, PixelTransform, stack, to_device
 from training.data.randomness import seed_globals
+from training.data.sets.labelled import ArrayImages
 from training.data.transforms import with_decoding
 from training.distributed import Ranks
 from training.evaluation.passes import EncodeSettings, ImagePass
-from training.data.sets.labelled import ArrayImages
 
-from ..data_helpers import BROKEN_IMAGE, LetterTokenizer, assert_same_batches, data_args, keys, write_shard
+from ..data_helpers import BROKEN_IMAGE, LetterTokenizer, data_args, keys, write_shard
 
 CPU = torch.device("cpu")
 DECODERS = ["Pillow", pytest.param("simplejpeg", marks=pytest.mark.skipif(not images.simplejpeg, reason="optional"))]
@@ -168,31 +172,46 @@ def test_normalised_on_the_device_as_before():
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     pixels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).repeat(1, 1, 3).numpy()
     expected = Compose([ToTensor(), Normalize(mean, std)])(Image.fromarray(pixels))
-    batch = stack([torch.from_numpy(pixels).permute(2, 0, 1)] * 2)
+    transform = SimpleNamespace(normalization=Normalization(mean, std))
+    images = stack([torch.from_numpy(pixels).permute(2, 0, 1)] * 2, transform)
+    batch = images.pixels
     assert batch.shape == (2, 3, 16, 16) and batch.is_contiguous(memory_format=torch.channels_last)
     before = batch.clone()
-    normalized = to_device(batch, CPU, None, Normalization(mean, std))
+    normalized = to_device(images, CPU)
     assert normalized.dtype == torch.float32 and normalized.is_contiguous(memory_format=torch.channels_last)
     assert (normalized - expected).abs().max() <= 1e-6
     assert torch.equal(batch, before)
-    half = to_device(batch, CPU, torch.bfloat16, Normalization(mean, std))
+    half = to_device(images, CPU, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and torch.equal(half, normalized.bfloat16())
 
 
 def test_floats_go_to_the_device_as_they_are():
-    batch = stack([torch.rand(3, 4, 4, dtype=torch.float64)] * 2)
-    assert to_device(batch, CPU) is batch
-    assert to_device(batch, CPU, torch.bfloat16).dtype == torch.bfloat16
+    images = stack([torch.rand(3, 4, 4, dtype=torch.float64)] * 2, len)
+    assert to_device(images, CPU) is images.pixels
+    assert to_device(images, CPU, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_batch_may_hold_anything():
+    class Answers(NamedTuple):
+        scores: torch.Tensor
+        texts: list[str]
+
+    images, scores = Images(torch.rand(2, 3, 4, 4)), torch.rand(2, 5)
+    batch = {"image": [images, images], "key": ["a", "b"], "answers": Answers(scores, ["x"]), "more": {"n": (1, None)}}
+    moved = to_device(batch, torch.device("meta"), torch.bfloat16)
+    assert all(image.is_meta and image.dtype == torch.bfloat16 for image in moved["image"])
+    assert moved["answers"].scores.is_meta and moved["answers"].scores.dtype == torch.float32
+    assert moved["answers"].texts == ["x"] and moved["key"] == ["a", "b"] and moved["more"] == {"n": (1, None)}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_the_gpu_normalises_as_the_cpu_does(dtype):
-    batch = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    normalization = Normalization((0.5, 0.4, 0.3), (0.3, 0.25, 0.2))
-    found = to_device(batch.pin_memory(), torch.device("cuda"), dtype, normalization)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    images = Images(pixels, Normalization((0.5, 0.4, 0.3), (0.3, 0.25, 0.2)))
+    found = to_device(pin_memory(images), torch.device("cuda"), dtype)
     assert found.is_cuda and found.dtype == (dtype or torch.float32)
-    expected = to_device(batch, CPU, dtype, normalization)
+    expected = to_device(images, CPU, dtype)
     assert torch.allclose(found.cpu().float(), expected.float(), atol=1e-6 if dtype is None else 1e-2)
 
 
@@ -305,9 +324,13 @@ def shards(folder) -> str:
     return f"{folder}/{{0..1}}.tar"
 
 
+def encoding(decoding: str, is_train: bool) -> PairEncoding:
+    return PairEncoding(with_decoding(image_transform(32, is_train), decoding), LetterTokenizer())
+
+
 def make_data(pattern: str, decoding: str, workers: int = 0):
     args = data_args(train_data=pattern, train_num_samples=24, workers=workers, image_decode=decoding)
-    return build_train_data(args, image_transform(32, is_train=True), LetterTokenizer(), rank=0, world_size=1)
+    return build_train_data(args, encoding(decoding, is_train=True), rank=0, world_size=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -320,31 +343,12 @@ def test_training_batches_are_those_of_the_plain_path(tmp_path, workers):
     assert "--image-decode fast, JPEGs decoded by" in fast_data.describe() and "JPEG" not in plain_data.describe()
     assert keys(fast) == keys(plain)
     for a, b in zip(fast, plain, strict=True):
-        assert a["image"].dtype == torch.uint8 and a["image"].is_contiguous(memory_format=torch.channels_last)
-        assert b["image"].dtype == torch.float32 and b["normalization"] is None
-        std = torch.tensor(a["normalization"].std).view(3, 1, 1)
-        levels = (to_device(a["image"], CPU, None, a["normalization"]) - b["image"]).mul(255 * std).abs()
+        pixels, normalization = a["image"]
+        assert pixels.dtype == torch.uint8 and pixels.is_contiguous(memory_format=torch.channels_last)
+        assert b["image"].pixels.dtype == torch.float32 and b["image"].normalization is None
+        levels = to_device(a["image"], CPU) - to_device(b["image"], CPU)
+        levels = levels.mul(255 * torch.tensor(normalization.std).view(3, 1, 1)).abs()
         assert levels.max() < 2.1 and levels.mean() < 0.02
-
-
-@pytest.mark.parametrize("decoding", [FAST, REDUCED])
-def test_resume_in_the_middle_is_exact(tmp_path, decoding):
-    pattern = shards(tmp_path)
-    data, again = make_data(pattern, decoding, workers=2), make_data(pattern, decoding, workers=2)
-    batches = data.epoch(1)
-    next(batches), next(batches), next(batches)
-    state = data.state_dict()
-    rest = list(batches)
-    again.load_state_dict(state)
-    assert_same_batches(rest, list(again.epoch(1)))
-
-
-def test_validation_batches_are_pixels_too(tmp_path):
-    args = data_args(val_data=shards(tmp_path), image_decode=FAST)
-    data = build_val_data(args, image_transform(32, is_train=False), LetterTokenizer(), rank=0, world_size=1)
-    batches = list(data)
-    assert sum(len(batch["image"]) for batch in batches) == 14
-    assert {batch["image"].dtype for batch in batches} == {torch.uint8}
 
 
 def test_evaluation_on_pixels_is_the_same_for_any_number_of_processes():

@@ -1,28 +1,14 @@
 """How many samples there are: what is noted beside the shards, what a count finds, and the plan of an epoch."""
 
-import gzip
-import io
 import json
 import os
-import tarfile
 
 import pytest
 
-from training.data.report import DataReport
-from training.data.shards import read_shard
-from training.data.sizes import changed_shards, count_shard, read_sizes, write_sizes
+from training.data.sizes import changed_shards, read_sizes, write_sizes
 from training.errors import UserError
 
-from ..data_helpers import (
-    encode,
-    key_of,
-    sample,
-    train_data,
-    truncate,
-    write_damaged_shards,
-    write_shard,
-    write_shards,
-)
+from ..data_helpers import train_data, write_shards
 
 
 def write_stats(folder, sizes):
@@ -66,14 +52,6 @@ def test_a_shard_without_any_size_is_named_with_the_remedy(tmp_path):
         train_data(pattern)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"count": 8}', '{"successes": null}'])
-def test_damaged_stats(content, tmp_path):
-    pattern = write_shards(tmp_path, [8], info=False)
-    (tmp_path / "00000_stats.json").write_text(content)
-    with pytest.raises(UserError, match="00000_stats.json does not tell the number of 'successes'.*count_shards.py"):
-        train_data(pattern)
-
-
 def test_a_source_of_weight_0_is_neither_checked_nor_counted(tmp_path):
     good = write_shards(tmp_path / "good", [8] * 2)
     (tmp_path / "bad").mkdir()
@@ -113,87 +91,6 @@ def test_the_plan_tells_how_often_samples_come(tmp_path):
 # Counting
 
 
-def found_by_training(path) -> tuple[int, dict[str, int]]:
-    report = DataReport()
-    samples = len(list(read_shard(str(path), report)))
-    return samples, report.skipped
-
-
-def assert_counted_as_in_training(path) -> None:
-    count = count_shard(str(path))
-    skipped = count.skipped | ({"broken shard": 1} if count.broken else {})
-    assert (count.samples, skipped) == found_by_training(path)
-
-
-@pytest.mark.parametrize("file_of_sample", ["image", "caption"])
-@pytest.mark.parametrize("place", ["before", "header", "data"])
-@pytest.mark.parametrize("keep", [0, 1, 6])
-def test_a_broken_shard_counts_up_to_the_break(keep, place, file_of_sample, tmp_path):
-    write_shards(tmp_path, [7])
-    truncate(tmp_path / "00000.tar", keep, file_of_sample, place)
-    count = count_shard(str(tmp_path / "00000.tar"))
-    assert count.samples == keep and count.broken
-    assert_counted_as_in_training(tmp_path / "00000.tar")
-
-
-def test_the_count_is_what_training_finds(tmp_path):
-    write_damaged_shards(tmp_path)
-    write_shard(tmp_path / "00000.tar", {key_of(0, n): sample(n) | {"json": b"{}"} for n in range(4)})
-    write_shard(tmp_path / "00005.tar", {"a": sample(1), "__meta__": sample(2), "b": {"png": b"", "txt": b""}})
-    for shard in (0, 3, 4, 5):
-        assert_counted_as_in_training(tmp_path / f"{shard:05d}.tar")
-    # That a caption is blank is not in the headers.
-    assert count_shard(str(tmp_path / "00001.tar")).samples == found_by_training(tmp_path / "00001.tar")[0] + 1
-
-
-def test_decoding_leaves_out_what_cannot_be_decoded(tmp_path):
-    write_damaged_shards(tmp_path)
-    count = count_shard(str(tmp_path / "00001.tar"), decode=True)
-    assert (count.samples, count.broken) == (3, None)
-    assert count.skipped == {"unreadable image": 1, "no caption": 1, "empty caption": 1, "no image": 1}
-    assert count_shard(str(tmp_path / "00003.tar"), decode=True).samples == 4
-
-
-@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, encode(0)])
-def test_what_is_no_tar_counts_nothing(content, tmp_path):
-    (tmp_path / "x.tar").write_bytes(content)
-    count = count_shard(str(tmp_path / "x.tar"))
-    assert count.samples == 0 and count.broken
-    assert_counted_as_in_training(tmp_path / "x.tar")
-
-
-def test_damage_in_the_middle_ends_the_count(tmp_path):
-    write_shards(tmp_path, [40])
-    with tarfile.open(tmp_path / "00000.tar") as tar:
-        header = tar.getmembers()[10].offset
-    with open(tmp_path / "00000.tar", "r+b") as file:
-        file.seek(header)
-        file.write(b"\x07" * 512)
-    assert count_shard(str(tmp_path / "00000.tar")).samples == 5
-    assert_counted_as_in_training(tmp_path / "00000.tar")
-
-
-def test_a_compressed_shard_and_long_names(tmp_path):
-    write_shards(tmp_path, [3])
-    (tmp_path / "x.tar").write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
-    assert_counted_as_in_training(tmp_path / "x.tar")
-    assert count_shard(str(tmp_path / "x.tar")).samples == 3
-
-    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        with tarfile.open(tmp_path / "long.tar", "w", format=form) as tar:
-            for extension, content in sample(1).items():
-                info = tarfile.TarInfo(f"{'folder' * 30}/{'é' * 120}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        assert_counted_as_in_training(tmp_path / "long.tar")
-        assert count_shard(str(tmp_path / "long.tar")).samples == 1
-
-
-def test_a_shard_that_is_not_there_cannot_be_counted(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        count_shard(str(tmp_path / "x.tar"))
-
-
 # sizes.json
 
 
@@ -231,14 +128,3 @@ def test_changed_shards_are_recognised_by_their_date(tmp_path):
     write_sizes(str(tmp_path), {"00002.tar": 3}, since=3000)
     assert changed_shards(str(tmp_path), names) == {"00001.tar"}
 
-
-def test_nothing_is_left_behind_when_sizes_cannot_be_written(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("No space left on device")
-
-    write_sizes(str(tmp_path), {"00000.tar": 1}, since=1000)
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_sizes(str(tmp_path), {"00000.tar": 2}, since=2000)
-    assert os.listdir(tmp_path) == ["sizes.json"]
-    assert read_sizes(str(tmp_path / "sizes.json")) == {"00000.tar": 1}

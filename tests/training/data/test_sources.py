@@ -1,33 +1,34 @@
 """What is read from shards, tables and pictures, what is left out of them, and what is refused from the start."""
 
-import gzip
 import io
 import json
-import tarfile
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
+from training.data import build_val_data
 from training.data.images import load_rgb
+from training.data.pixels import picture_to_tensor, stack, to_device
 from training.errors import UserError
 
 from ..data_helpers import (
     BROKEN_IMAGE,
+    NoisyTransform,
     assert_same_batches,
+    data_args,
     encode,
     key_of,
     keys,
     sample,
     train_data,
-    truncate,
     val_data,
     write_csv,
     write_damaged_shards,
     write_shard,
     write_shards,
-)
+)  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -86,7 +87,7 @@ def test_a_shard_is_read_in_its_order(tmp_path):
     write_shard(tmp_path / "x.tar", files)
     (batch,) = val_data(str(tmp_path / "x.tar"))
     assert batch["key"] == ["00/a", "00/b", "c"]
-    assert batch["image"].shape == (3, 3, 4, 4) and batch["image"].dtype == torch.float32
+    assert batch["image"].pixels.shape == (3, 3, 4, 4) and batch["image"].pixels.dtype == torch.float32
     assert batch["text"].dtype == torch.long
     assert bytes(batch["text"][0].tolist()).decode().strip() == "été"
 
@@ -113,13 +114,6 @@ def test_samples_that_cannot_be_used_are_counted_with_examples(tmp_path):
     assert data.report() == report  # of one iteration, not of all
 
 
-def test_nothing_skipped_nothing_said(tmp_path):
-    data = train_data(write_shards(tmp_path, [4]))
-    list(data.epoch(0))
-    assert data.report().skipped == {}
-    assert data.report().sentence() == ""
-
-
 def test_training_reports_by_epoch(tmp_path):
     data = train_data(write_damaged_shards(tmp_path), train_num_samples=29, batch_size=29)  # 29 are good
     assert len(set(keys(data.epoch(0)))) == 29
@@ -131,74 +125,11 @@ def test_training_reports_by_epoch(tmp_path):
     assert data.report().skipped.items() >= in_shards.items()
 
 
-def test_the_report_is_the_readers_own(tmp_path):
-    data = val_data(write_damaged_shards(tmp_path))
-    list(data)
-    data.report().clear()
-    assert data.report().skipped
-
-
-@pytest.mark.parametrize("file_of_sample", ["image", "caption"])
-@pytest.mark.parametrize("place", ["before", "header", "data"])
-@pytest.mark.parametrize("keep", [1, 6])
-def test_a_shard_that_breaks_off_keeps_what_is_before(keep, place, file_of_sample, tmp_path):
-    pattern = write_shards(tmp_path, [7, 7])
-    truncate(tmp_path / "00000.tar", keep, file_of_sample, place)
-    data = val_data(pattern)
-    assert keys(data) == [key_of(0, n) for n in range(keep)] + [key_of(1, n) for n in range(7)]
-    assert data.report().skipped == {"broken shard": 1}
-
-
-def test_a_compressed_shard(tmp_path):
-    write_shards(tmp_path, [3])
-    (tmp_path / "x.tar.gz").write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
-    data = val_data(str(tmp_path / "x.tar.gz"), dataset_type="webdataset")
-    assert len(keys(data)) == 3
-    assert data.report().skipped == {}
-
-
 def test_a_shard_that_vanishes(tmp_path):
     data = val_data(write_shards(tmp_path, [3, 3]))
     (tmp_path / "00000.tar").unlink()
     assert keys(data) == [key_of(1, n) for n in range(3)]
     assert data.report().examples == [f"{tmp_path}/00000.tar: No such file or directory"]
-
-
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
-    pattern = write_shards(tmp_path, [40])
-    with tarfile.open(tmp_path / "00000.tar") as tar:
-        header = tar.getmembers()[10].offset
-    with open(tmp_path / "00000.tar", "r+b") as file:
-        file.seek(header)
-        file.write(b"\x07" * 512)
-    data = val_data(pattern)
-    assert keys(data) == [key_of(0, n) for n in range(5)]
-    assert data.report().skipped == {"broken shard": 1}
-
-
-def test_a_key_that_comes_twice_gives_two_samples(tmp_path):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        for number in (1, 2):
-            for extension, content in sample(number).items():
-                info = tarfile.TarInfo(f"same.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        for name in ("no_extension", ".hidden", "__meta__.jpg"):
-            tar.addfile(tarfile.TarInfo(name))
-    (batch,) = val_data(str(path))
-    assert batch["key"] == ["same", "same"]
-    captions = [bytes(text.tolist()).decode().strip() for text in batch["text"]]
-    assert captions == ["caption 1", "caption 2"]
-
-
-def test_pipes_are_opened_by_webdataset(tmp_path):
-    write_shards(tmp_path, [4, 4])
-    pipe = f"pipe:cat {tmp_path}/{{00000..00001}}.tar"
-    data = train_data(pipe, dataset_type="webdataset", train_num_samples=8)
-    assert len(set(keys(data.epoch(0)))) == 8
-    with pytest.raises(UserError, match="not on this machine.*give --train-num-samples"):
-        train_data(pipe, dataset_type="webdataset")
 
 
 # How many samples there are
@@ -211,24 +142,12 @@ def test_each_source_has_its_own_sizes(tmp_path):
     assert "3 shards, 24 samples" in data.describe() and "2 shards, 32 samples" in data.describe()
 
 
-def test_sizes_of_the_shards_that_are_used(tmp_path):
-    write_shards(tmp_path, [8, 8, 8, 16])
-    assert train_data(f"{tmp_path}/{{00002..00003}}.tar").num_samples == 24
-
-
 def test_len_counts_a_whole_folder(tmp_path):
     pattern = write_shards(tmp_path, [8] * 3, info=False)
     (tmp_path / "__len__").write_text("24\n")
     assert train_data(pattern).num_samples == 24
     with pytest.raises(UserError, match="__len__ counts 1 more shards.*give --train-num-samples"):
         train_data(f"{tmp_path}/{{00000..00001}}.tar")
-
-
-def test_sizes_come_before_len_and_the_flag_before_both(tmp_path):
-    pattern = write_shards(tmp_path, [8] * 3)
-    (tmp_path / "__len__").write_text("100")
-    assert train_data(pattern).num_samples == 24
-    assert train_data(pattern, train_num_samples=40).num_samples == 40
 
 
 def test_unknown_sizes_name_their_folders(tmp_path):
@@ -248,6 +167,8 @@ def test_unknown_sizes_name_their_folders(tmp_path):
         ("sizes.json", json.dumps({"00000.tar": 8, "00001.tar": None}), "not a table"),
         ("sizes.json", json.dumps({"00000.tar": 0, "00001.tar": 0}), "there are no samples"),
         ("__len__", "many", "does not hold a number"),
+        ("00000_stats.json", "{", "00000_stats.json does not tell the number of 'successes'.*count_shards.py"),
+        ("00000_stats.json", '{"count": 8}', "does not tell the number of 'successes'"),
     ],
 )
 def test_damaged_sizes(name, content, match, tmp_path):
@@ -274,7 +195,7 @@ def test_csv_paths_are_tried_as_given_then_beside_the_table(tmp_path, monkeypatc
     path = write_csv(tmp_path / "here", 4)
     data = train_data(path)
     beside = list(data.epoch(0))
-    assert beside[0]["image"].shape == (4, 3, 4, 4) and data.report().skipped == {}
+    assert beside[0]["image"].pixels.shape == (4, 3, 4, 4) and data.report().skipped == {}
     write_csv(tmp_path / "there", 4, broken=(0, 1, 2, 3))
     monkeypatch.chdir(tmp_path / "there")
     with pytest.raises(UserError, match="not one usable sample"):
@@ -373,15 +294,6 @@ def test_validation_on_a_table(world_size, workers, tmp_path):
     assert ranks[0].num_samples == 10
 
 
-def test_validation_again_gives_the_same(tmp_path):
-    data = val_data(write_shards(tmp_path, [5, 3]), workers=2)
-    assert_same_batches(list(data), list(data))
-
-
-def test_the_last_validation_batch_is_smaller(tmp_path):
-    assert [len(batch["key"]) for batch in val_data(write_shards(tmp_path, [9]))] == [4, 4, 1]
-
-
 def test_validation_size_may_be_unknown(tmp_path):
     pattern = write_shards(tmp_path, [3], info=False)
     assert val_data(pattern).num_samples is None
@@ -398,64 +310,35 @@ def test_no_data_is_no_data():
     assert val_data(None) is None
 
 
+REFUSED = {
+    "{t}/{{00000..00004}}.tar": r"2 of the 5 shards .* in {flag} .*/00003.tar: correct",
+    "{t}/nowhere/x.tar": r"1 of the 1 shards .*/nowhere/x.tar: correct",
+    "": "{flag} is empty",
+    "{t}/00000.tar::": "Source 2 of 2 in {flag} is empty",
+    "{t}/00000.tar:: ::{t}/00000.tar": "Source 2 of 3 in {flag} is empty",
+    "{t}/{{00000..00004.tar": "braces of .* in {flag}",
+    "folder/": "{flag} .*--dataset-type",
+    "data.parquet": "{flag} .*--dataset-type",
+    "nowhere.csv": "nowhere.csv of {flag} does not exist",
+    "{t}/empty.csv": "empty.csv of {flag} is empty",
+    "{t}/odd.csv": "odd.csv of {flag} cannot be read",
+    "{t}/comma.csv": r"no column 'filepath', only \['filepath,caption'\].*--csv-separator",
+    "{t}/column.csv": r"no column 'title', only \['filepath', 'caption'\].*--csv-caption-key",
+    "{t}/blank.csv": "Not one of the 3 rows",
+}
+
+
 @pytest.mark.parametrize("build, flag", [(train_data, "--train-data"), (val_data, "--val-data")])
-class TestRefusedBeforeAnyWork:
-    def test_missing_shards(self, build, flag, tmp_path):
-        write_shards(tmp_path, [2] * 3)
-        with pytest.raises(UserError, match=rf"2 of the 5 shards .* in {flag} .* {tmp_path}/00003.tar: correct"):
-            build(f"{tmp_path}/{{00000..00004}}.tar")
-        with pytest.raises(UserError, match=rf"1 of the 1 shards .* {tmp_path}/nowhere/x.tar: correct"):
-            build(f"{tmp_path}/nowhere/x.tar")
-
-    @pytest.mark.parametrize("pattern, which", [("{}::", "2 of 2"), ("::{}", "1 of 2"), ("{}:: ::{}", "2 of 3")])
-    def test_an_empty_source(self, build, flag, pattern, which, tmp_path):
-        shard = write_shards(tmp_path, [2])
-        with pytest.raises(UserError, match=f"Source {which} in {flag} is empty"):
-            build(pattern.replace("{}", shard))
-
-    def test_an_empty_flag(self, build, flag):
-        with pytest.raises(UserError, match=f"{flag} is empty"):
-            build("")
-
-    def test_a_first_shard_that_is_no_tar(self, build, flag, tmp_path):
-        for content, problem in [(b"", "is empty"), (b"not a tar" * 200, "is not a tar file")]:
-            pattern = write_shards(tmp_path, [2] * 3)
-            (tmp_path / "00000.tar").write_bytes(content)
-            with pytest.raises(UserError, match=f"{tmp_path}/00000.tar in {flag} {problem}"):
-                build(pattern)
-        with pytest.raises(UserError, match="is a folder"):
-            build(str(tmp_path), dataset_type="webdataset")
-
-    def test_braces_that_do_not_close(self, build, flag, tmp_path):
-        with pytest.raises(UserError, match=f"braces of .* in {flag}"):
-            build(f"{tmp_path}/{{00000..00004.tar")
-
-    @pytest.mark.parametrize("name", ["folder/", "data.parquet", "data"])
-    def test_an_unknown_kind_of_data(self, build, flag, name):
-        with pytest.raises(UserError, match=f"{flag} .*--dataset-type"):
-            build(name)
-
-    def test_a_missing_or_empty_or_odd_csv(self, build, flag, tmp_path):
-        with pytest.raises(UserError, match=f"nowhere.csv of {flag} does not exist"):
-            build(str(tmp_path / "nowhere.csv"))
-        (tmp_path / "empty.csv").touch()
-        with pytest.raises(UserError, match=f"empty.csv of {flag} is empty"):
-            build(str(tmp_path / "empty.csv"))
-        (tmp_path / "odd.csv").write_text('filepath\ttitle\na\t"b\n')
-        with pytest.raises(UserError, match=f"odd.csv of {flag} cannot be read"):
-            build(str(tmp_path / "odd.csv"))
-
-    def test_a_missing_csv_column(self, build, flag, tmp_path):
-        (tmp_path / "t.csv").write_text("filepath,caption\na.png,b\n")
-        with pytest.raises(UserError, match=r"no column 'title', only \['filepath', 'caption'\].*--csv-caption-key"):
-            build(str(tmp_path / "t.csv"), csv_separator=",")
-        with pytest.raises(UserError, match=r"no column 'filepath', only \['filepath,caption'\].*--csv-separator"):
-            build(str(tmp_path / "t.csv"))
-
-    def test_a_csv_without_captions(self, build, flag, tmp_path):
-        (tmp_path / "t.csv").write_text("filepath\ttitle\na.png\t\nb.png\t \nc.png\n")
-        with pytest.raises(UserError, match="Not one of the 3 rows"):
-            build(str(tmp_path / "t.csv"))
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_any_work(name, build, flag, tmp_path):
+    write_shards(tmp_path, [2] * 3)
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "odd.csv").write_text('filepath\ttitle\na\t"b\n')
+    (tmp_path / "comma.csv").write_text("filepath,caption\na.png,b\n")
+    (tmp_path / "column.csv").write_text("filepath\tcaption\na.png\tb\n")
+    (tmp_path / "blank.csv").write_text("filepath\ttitle\na.png\t\nb.png\t \nc.png\n")
+    with pytest.raises(UserError, match=REFUSED[name].replace("{flag}", flag)):
+        build(name.replace("{t}", str(tmp_path)).replace("{{", "{").replace("}}", "}"))
 
 
 def test_fewer_shards_than_readers(tmp_path):
@@ -469,23 +352,15 @@ def test_fewer_shards_than_readers(tmp_path):
     train_data(pattern, workers=3, world_size=2, dataset_resampled=True)
 
 
-@pytest.mark.parametrize(
-    "factors, resampled, match",
-    [
-        ("1::2", False, "needs --dataset-resampled"),
-        ("1", True, "has 1 number, but --train-data 2 sources"),
-        ("1::2::3", True, "has 3 numbers"),
-        ("1::x", True, "must be numbers"),
-        ("1::-1", True, "must be numbers"),
-        ("0::0", True, "must be numbers"),
-        ("nan::1", True, "must be numbers"),
-        ("", True, "must be numbers"),
-    ],
-)
-def test_upsampling_factors(factors, resampled, match, tmp_path):
+def test_upsampling_needs_shards_that_are_drawn(tmp_path):
     sources = f"{write_shards(tmp_path / 'a', [8])}::{write_shards(tmp_path / 'b', [8])}"
-    with pytest.raises(UserError, match=match):
-        train_data(sources, train_data_upsampling_factors=factors, dataset_resampled=resampled)
+    with pytest.raises(UserError, match="needs --dataset-resampled"):
+        train_data(sources, train_data_upsampling_factors="1::2")
+
+
+def test_synthetic_samples_need_a_number():
+    with pytest.raises(UserError, match="--train-num-samples"):
+        train_data(None, dataset_type="synthetic")
 
 
 def test_too_few_rows_for_a_batch(tmp_path):
@@ -493,12 +368,6 @@ def test_too_few_rows_for_a_batch(tmp_path):
     train_data(path)
     with pytest.raises(UserError, match="only 7 usable rows.*2 ranks.*--batch-size"):
         train_data(path, world_size=2)
-
-
-@pytest.mark.parametrize("number", [None, 0, -1])
-def test_synthetic_samples_need_a_number(number):
-    with pytest.raises(UserError, match="--train-num-samples"):
-        train_data(None, dataset_type="synthetic", train_num_samples=number)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -533,3 +402,37 @@ def test_shards_that_vanish_during_an_epoch(tmp_path):
     assert len(next(batches)["key"]) == 4  # was in the shuffle buffer
     with pytest.raises(UserError, match="No such file or directory"):
         list(batches)
+
+
+# Samples of other kinds
+
+
+class Question:
+    """Two pictures and a question, which is asked of both."""
+
+    def encode(self, sample):
+        return [picture_to_tensor(image, NoisyTransform()) for image in sample.images], sample.fields["question"]
+
+    def collate(self, encoded):
+        return {"pictures": [stack(images, NoisyTransform) for images, _ in encoded], "asked": [q for _, q in encoded]}
+
+
+def read_question(key, files):
+    if "q.txt" not in files:
+        return "no question"
+    return (files["left.jpg"], files["right.jpg"]), {"question": files["q.txt"].decode()}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_says_what_a_sample_is(workers, tmp_path):
+    files = {"left.jpg": encode(1), "right.jpg": encode(2), "q.txt": b"alike?"}
+    samples = {"a": files, "b": files | {"right.jpg": BROKEN_IMAGE}, "c": {"left.jpg": encode(1)}, "d": files}
+    args = data_args(val_data=str(write_shard(tmp_path / "x.tar", samples)), workers=workers)
+    data = build_val_data(args, Question(), rank=0, world_size=1, read=read_question)
+    (batch,) = data
+    assert batch["key"] == ["a", "d"] and batch["asked"] == ["alike?"] * 2 and batch["index"].tolist() == [0, 3]
+    assert to_device(batch, torch.device("cpu"))["pictures"][1].shape == (2, 3, 4, 4)
+    assert data.report().skipped == {"unreadable image": 1, "no question": 1}
+    write_shard(tmp_path / "x.tar", {"a": sample(1)})
+    with pytest.raises(UserError, match=r"not one usable sample \(1 x no question .*: give shards with what this task"):
+        build_val_data(args, Question(), rank=0, world_size=1, read=read_question)

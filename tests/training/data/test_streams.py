@@ -27,7 +27,7 @@ from ..data_helpers import (
     val_data,
     write_shard,
     write_shards,
-)
+)  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -148,13 +148,6 @@ def test_other_schemes_go_through_fsspec(memory):
     assert sorted(keys(val_data(f"{memory}/{{00000..00001}}.tar"))) == ALL
 
 
-def test_several_kinds_of_sources(memory, tmp_path):
-    local = write_shards(tmp_path / "local", [8], first=5)
-    data = train_data(f"{memory}/{{00000..00001}}.tar::{local}")
-    assert data.num_samples == 16
-    assert sorted(keys(data.epoch(0))) == ALL + [key_of(5, n) for n in range(8)]
-
-
 def test_fsspec_where_the_client_is_missing(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(shutil, "which", lambda name: asked.append(name))
@@ -180,53 +173,62 @@ def test_an_unknown_scheme_is_said():
 # Tried before any work
 
 
+
+# Tried before any work
+
+
+def broken_off(folder):
+    write_shards(folder, [4])
+    truncate(folder / "00000.tar", keep=0)
+    return f"{folder}/00000.tar"
+
+
+def late_damage(folder):
+    write_shard(folder / "00000.tar", {"a": {"jpg": encode(0)}, **{str(n): sample(n) for n in range(4)}})
+    truncate(folder / "00000.tar", keep=2)
+    return f"{folder}/00000.tar"
+
+
+def slow_end(folder):
+    write_shards(folder, [4])
+    return f"pipe:cat {folder}/00000.tar; sleep 60; touch {folder}/end"
+
+
+UNUSABLE = {"a": {"jpg": encode(0)}, "b": {"txt": b"x"}, "c": {"cls": b"1"}}
+FIRST_SHARDS = {
+    "has no sample": (
+        lambda folder: str(write_shard(folder / "0.tar", UNUSABLE)),
+        r"/0.tar in {flag} has not one usable sample \(1 x no caption, 2 x no image \(for example .*/0.tar: a: no "
+        r"caption; .*/0.tar: b: no image\)\): each needs an image \(jpg, jpeg, png, webp\) and a caption \(txt\) of",
+    ),
+    "is empty": (
+        lambda folder: str(write_shard(folder / "0.tar", {})),
+        r"/0.tar in {flag} has not one usable sample \(it is empty\)",
+    ),
+    "breaks off": (broken_off, r"/00000.tar in {flag} cannot be read \(unexpected end of data\): give"),
+    "fails": (
+        lambda folder: f"pipe:cat {folder}/nothing/{{0..3}}.tar 2>&-",
+        r"nothing/0.tar 2>&- in {flag} cannot be read \(its command ended with",
+    ),
+    "is a folder": (str, r"in {flag} cannot be read \(Is a directory\)"),
+    "is damaged later": (late_damage, None),
+    "has a broken picture": (
+        lambda folder: str(write_shard(folder / "0.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}})), None,
+    ),
+    "is read no further": (slow_end, None),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("build, flag", [(train_data, "--train-data"), (val_data, "--val-data")])
-class TestTheFirstShardOfEachSource:
+@pytest.mark.parametrize("case", FIRST_SHARDS)
+def test_the_first_shard_of_each_source_is_tried(case, build, flag, tmp_path):
+    make, refusal = FIRST_SHARDS[case]
+    (tmp_path / "bad").mkdir()
+    sources = f"{write_shards(tmp_path / 'good', [4, 4])}::{make(tmp_path / 'bad')}"
     flags = {"dataset_type": "webdataset", "train_num_samples": 8}
-
-    def sources(self, tmp_path, bad):
-        return f"{write_shards(tmp_path / 'good', [4, 4])}::{bad}"
-
-    def test_must_have_a_usable_sample(self, build, flag, tmp_path):
-        pattern = write_shards(tmp_path / "bad", [4, 4])
-        write_shard(tmp_path / "bad/00000.tar", {"a": {"jpg": encode(0)}, "b": {"txt": b"x"}, "c": {"cls": b"1"}})
-        with pytest.raises(UserError) as error:
-            build(self.sources(tmp_path, pattern), **self.flags)
-        assert str(error.value) == (
-            f"The first shard {tmp_path}/bad/00000.tar in {flag} has not one usable sample (1 x no caption, 2 x no "
-            f"image (for example {tmp_path}/bad/00000.tar: a: no caption; {tmp_path}/bad/00000.tar: b: no image)): "
-            "each needs an image (jpg, jpeg, png, webp) and a caption (txt) of the same name."
-        )
-
-    def test_must_not_be_empty(self, build, flag, tmp_path):
-        write_shard(tmp_path / "bad/00000.tar", {})
-        with pytest.raises(UserError, match=rf"00000.tar in {flag} has not one usable sample \(it is empty\)"):
-            build(self.sources(tmp_path, f"{tmp_path}/bad/00000.tar"), **self.flags)
-
-    def test_may_be_damaged_behind_its_first_sample(self, build, flag, tmp_path):
-        pattern = write_shards(tmp_path / "bad", [4])
-        write_shard(tmp_path / "bad/00000.tar", {"a": {"jpg": encode(0)}, **{str(n): sample(n) for n in range(4)}})
-        truncate(tmp_path / "bad/00000.tar", keep=2)
-        assert build(self.sources(tmp_path, pattern), **self.flags) is not None
-
-    def test_must_not_break_off_at_once(self, build, flag, tmp_path):
-        pattern = write_shards(tmp_path / "bad", [4])
-        truncate(tmp_path / "bad/00000.tar", keep=0)
-        with pytest.raises(UserError, match=rf"00000.tar in {flag} cannot be read \(unexpected end of data\): correct"):
-            build(self.sources(tmp_path, pattern), **self.flags)
-
-    def test_is_tried_if_it_is_a_command_too(self, build, flag, tmp_path):
-        bad = f"pipe:cat {tmp_path}/nothing/{{0..3}}.tar 2>&-"
-        with pytest.raises(UserError, match=rf"nothing/0.tar 2>&- in {flag} cannot be read \(its command ended with"):
-            build(self.sources(tmp_path, bad), **self.flags)
-
-    def test_is_not_decoded(self, build, flag, tmp_path):
-        write_shard(tmp_path / "bad/00000.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}})
-        assert build(self.sources(tmp_path, f"{tmp_path}/bad/00000.tar"), **self.flags) is not None
-
-    def test_is_not_read_beyond_its_first_sample(self, build, flag, tmp_path):
-        write_shards(tmp_path, [4])
-        end = tmp_path / "end"
-        bad = f"pipe:cat {tmp_path}/00000.tar; sleep 60; touch {end}"
-        assert build(self.sources(tmp_path, bad), **self.flags) is not None
-        assert not end.exists()
+    if refusal is None:
+        assert build(sources, **flags) is not None
+        assert not (tmp_path / "bad/end").exists()
+    else:
+        with pytest.raises(UserError, match=refusal.replace("{flag}", flag)):
+            build(sources, **flags)

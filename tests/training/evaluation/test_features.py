@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from safetensors.torch import load_file
 from torchvision.transforms.functional import to_tensor
 
 from open_clip_elip import TextFirstCLIP
+from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation import features as module
-from training.evaluation.loaded import LoadedModel
-from training.evaluation.passes import EncodeSettings
 from training.evaluation.features import extract_features, feature_encoder
-from training.data.sets.labelled import ArrayImages, LabelledImages
+from training.evaluation.passes import EncodeSettings
 
+from ...processes import spawn
 from ..tiny import tiny_clip
 
 ONE = Ranks(torch.device("cpu"))
@@ -101,29 +101,24 @@ def noise_data(count=7, broken=(), seed=0, **changes):
     return LabelledImages(Noise(count, broken, seed), labels, ["a", "b", "c"], **place)
 
 
-class Counted:
-    """A model that counts the images that its `encode_image` has seen."""
-
-    def __init__(self, clip):
-        self.visual, self.clip, self.seen = clip.visual, clip, 0
-
-    def encode_image(self, images):
-        self.seen += len(images)
-        return self.clip.encode_image(images)
-
-
 @pytest.fixture
 def extract(clip, tmp_path):
-    model = Counted(clip)
+    """`extract_features` with the projected features of a tiny model; `extract.seen` counts its pictures."""
 
-    def run(data, *, weights="0" * 16, transform="to tensor", name="tiny", ranks=ONE, model=model, **changes):
-        loaded = LoadedModel(model, None, to_tensor, transform, weights, name, None)
+    def run(data, *, weights="0" * 16, model=clip, ranks=ONE, spoil=lambda features: features, **changes):
+        def encoder(images):
+            run.seen += len(images)
+            return spoil(model.encode_image(images))
+
         settings = {"batch_size": 2, "workers": 0, "precision": "fp32", "on_broken": "skip"}
         settings |= {name: changes.pop(name) for name in settings if name in changes}
-        options = {"layer": "projected", "normalize": False, "dtype": torch.float32, "cache": tmp_path / "cache"}
-        return extract_features(loaded, data, ranks=ranks, settings=EncodeSettings(**settings), **options | changes)
+        options = {"dtype": torch.float32, "folder": tmp_path / "cache"} | changes
+        what = {"weights": weights}
+        return extract_features(
+            encoder, data, to_tensor, what, ranks=ranks, settings=EncodeSettings(**settings), **options
+        )
 
-    run.model = model
+    run.seen = 0
     return run
 
 
@@ -136,55 +131,49 @@ def test_extracts_once(extract, clip, tmp_path):
     data = noise_data()
     first = extract(data)
     torch.testing.assert_close(first.features, expected_features(clip, data))
-    assert torch.equal(first.labels, data.labels) and first.places.tolist() == list(range(7)) and first.skipped == []
-    assert extract.model.seen == 7
+    assert torch.equal(first.labels, data.labels) and first.rows.tolist() == list(range(7)) and first.skipped == []
+    assert extract.seen == 7
     again = extract(noise_data())
-    assert extract.model.seen == 7
+    assert extract.seen == 7
     assert torch.equal(again.features, first.features)
-    # For people and other programs: one safetensors file, and a JSON that says what it is.
-    stored = load_file(first.path)
-    assert torch.equal(stored["features"], first.features) and torch.equal(stored["labels"], data.labels)
+    extract(noise_data(), redo=True)
+    assert extract.seen == 14
+    # For people and other programs: one file of NumPy's, and a JSON that says what it is.
+    stored = np.load(first.path)
+    assert stored.dtype == np.float32 and np.array_equal(stored, first.features.numpy())
     described = json.loads(first.path.with_suffix(".json").read_text())
-    assert (described["data"], described["images"], described["skipped"]) == ("noise", 7, [])
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".safetensors"]
+    assert (described["data"], described["labels"], described["skipped"]) == ("noise", data.labels.tolist(), [])
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
 
 
 def test_everything_that_matters_is_in_the_key(extract):
     paths = [
         extract(noise_data()).path,
         extract(noise_data(), weights="1" * 16).path,
-        extract(noise_data(), name="other").path,
-        extract(noise_data(), transform="another").path,
-        extract(noise_data(), normalize=True).path,
-        extract(noise_data(), layer="pooled").path,
         extract(noise_data(), dtype=torch.bfloat16).path,
-        extract(noise_data(), precision="amp_bf16").path,
         extract(noise_data(seed=1)).path,
         extract(noise_data(split="val")).path,
         extract(noise_data().subset(torch.tensor([0, 1, 2, 4]))).path,
     ]
     assert len(set(paths)) == len(paths)
     assert extract(noise_data(), batch_size=5).path == paths[0]  # that only changes rounding
-    assert extract(noise_data(), transform="f at 0x7f01").path == extract(noise_data(), transform="f at 0x7f02").path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_smaller_types(extract, dtype):
-    data = noise_data()
-    stored = extract(data, dtype=dtype, normalize=True)
-    assert stored.features.dtype == dtype
-    assert torch.equal(stored.features, extract(data, normalize=True).features.to(dtype))
-    assert load_file(stored.path)["features"].dtype == dtype
+    stored = extract(noise_data(), dtype=dtype)
+    assert torch.equal(stored.features, extract(noise_data()).features.to(dtype))
+    assert stored.path.stat().st_size < 128 + 7 * 16 * 2 + 1
 
 
 def test_broken_pictures(extract, caplog):
     data = noise_data(8, broken=(0, 5))
     found = extract(data)
-    assert found.places.tolist() == [1, 2, 3, 4, 6, 7]
-    assert torch.equal(found.labels, data.labels[found.places])
+    assert found.rows.tolist() == [1, 2, 3, 4, 6, 7]
+    assert torch.equal(found.labels, data.labels) and not found.features[[0, 5]].any()
     assert found.skipped == ["noise, row 0", "noise, row 5"]
     whole = noise_data(8)
-    torch.testing.assert_close(found.features, extract(whole, weights="1" * 16).features[found.places])
+    torch.testing.assert_close(found.features[found.rows], extract(whole, weights="1" * 16).features[found.rows])
     assert extract(data).skipped == found.skipped  # from the cache
     with pytest.raises(UserError, match="noise, row 0 cannot be read; mend it, or take --on-broken skip"):
         extract(data, on_broken="stop")
@@ -193,54 +182,53 @@ def test_broken_pictures(extract, caplog):
 
 
 def test_what_breaks_off_is_not_used(extract, tmp_path):
-    data = noise_data()
-
-    class Failing(Counted):
-        def encode_image(self, images):
-            if self.seen >= 4:
-                raise RuntimeError("killed")
-            return super().encode_image(images)
+    def failing(features):
+        if extract.seen >= 4:
+            raise RuntimeError("killed")
+        return features
 
     with pytest.raises(RuntimeError, match="killed"):
-        extract(data, model=Failing(extract.model.clip))
+        extract(noise_data(), spoil=failing)
     assert list((tmp_path / "cache").iterdir()) == []
-    whole = extract(data)
+    whole = extract(noise_data())
+    description, seen = whole.path.with_suffix(".json"), extract.seen
     content = whole.path.read_bytes()
     whole.path.unlink()  # the old mapping stays readable
-    whole.path.write_bytes(content[:-8])
-    assert torch.equal(extract(data).features, whole.features) and extract.model.seen == 14
-    whole.path.with_suffix(".json").write_text("{")
-    extract(data)
-    assert extract.model.seen == 21
-    whole.path.with_suffix(".json").unlink()  # written last: without it the features may be half-written
-    extract(data)
-    extract(data)
-    assert extract.model.seen == 28
+    # Features cut off; a description cut off, of other work, or missing: it is written last.
+    damages = [
+        lambda: whole.path.write_bytes(content[:-8]),
+        lambda: description.write_text("{"),
+        lambda: description.write_text("[]"),
+        description.unlink,
+    ]
+    for damage in damages:
+        damage()
+        seen += 7
+        assert torch.equal(extract(noise_data()).features, whole.features) and extract.seen == seen
 
 
-def test_features_that_are_not_finite(extract, clip):
-    class Wrong(Counted):
-        def encode_image(self, images):
-            features = super().encode_image(images)
-            features[-1, 3] = float("inf") if self.seen > 4 else 1e5
-            return features
+def test_features_that_are_not_finite(extract):
+    def wrong(features):
+        features[-1, 3] = float("inf") if extract.seen > 4 else 1e5
+        return features
 
-    with pytest.raises(UserError, match="noise, row 5 are not finite; take --precision fp32"):
-        extract(noise_data(), model=Wrong(clip))
-    with pytest.raises(UserError, match="noise, row 1 are not finite"):  # 1e5 is too large for fp16
-        extract(noise_data(), model=Wrong(clip), dtype=torch.float16)
+    with pytest.raises(UserError, match="The features of noise, row 5 are not finite; take --precision fp32"):
+        extract(noise_data(), spoil=wrong)
+    extract.seen = 0
+    with pytest.raises(UserError, match="noise, row 1 are too large for this --feature-dtype; take float32"):
+        extract(noise_data(), spoil=wrong, dtype=torch.float16)
 
 
 def test_no_room(extract, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(UserError, match="The features need 0.0 GB in .*cache while they are written"):
+    with pytest.raises(UserError, match="The features need 0.0 GB in .*cache, but 0.0 GB are free"):
         extract(noise_data())
     monkeypatch.undo()
     assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*file"):
-        extract(noise_data(), cache=tmp_path / "file")
+        extract(noise_data(), folder=tmp_path / "file")
 
     def full(path):
         raise OSError(28, "No space left on device")
@@ -248,21 +236,8 @@ def test_no_room(extract, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "written_whole", full)
     with pytest.raises(UserError, match=r"cannot be written to .*cache \(No space left on device\); give another"):
         extract(noise_data())
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_rows_of_all_processes_are_put_in_order(tmp_path, monkeypatch):
-    """Parts of three processes, one without rows; a few rows in memory at a time."""
-    monkeypatch.setattr(module, "_ASSEMBLED_ROWS", 2)
-    features = torch.randn(9, 4)
-    places = [torch.tensor([0, 1, 4, 8]), torch.empty(0, dtype=torch.int64), torch.tensor([2, 3, 6])]
-    labels = torch.arange(9) % 2
-    path = tmp_path / "set.safetensors"
-    module._assemble(path, [features[part] for part in places], places, labels)
-    stored = load_file(path)
-    everything = torch.tensor([0, 1, 2, 3, 4, 6, 8])
-    assert torch.equal(stored["features"], features[everything])
-    assert torch.equal(stored["places"], everything) and torch.equal(stored["labels"], labels[everything])
+    monkeypatch.undo()
+    extract(noise_data())  # what is left of the failed one is no result
 
 
 def test_the_elip_model_encodes_with_all_tokens(extract, clip):
@@ -273,5 +248,24 @@ def test_the_elip_model_encodes_with_all_tokens(extract, clip):
         {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2},
     )  # fmt: skip
     plain.load_state_dict(clip.state_dict())
-    expected = expected_features(plain.eval(), data)
-    torch.testing.assert_close(extract(data, model=clip).features, expected)
+    torch.testing.assert_close(extract(data).features, expected_features(plain.eval(), data))
+
+
+def test_two_processes_fill_one_file(extract, tmp_path):
+    """One of the two has broken pictures only."""
+    data = noise_data(5, broken=(2, 3))
+    expected = extract(data).path.read_bytes()
+    spawn(rank_main, str(tmp_path / "two"))
+    (path,) = (tmp_path / "two").glob("*.npy")
+    assert path.read_bytes() == expected
+    assert path.with_suffix(".json").read_bytes() == (tmp_path / "cache" / path.name).with_suffix(".json").read_bytes()
+
+
+def rank_main(rank, folder):
+    clip, ranks = tiny_clip(dtype=torch.float32).eval(), Ranks(torch.device("cpu"), rank, rank, 2)
+    for redo in (False, True):
+        found = extract_features(
+            clip.encode_image, noise_data(5, broken=(2, 3)), to_tensor, {"weights": "0" * 16}, dtype=torch.float32,
+            folder=Path(folder), ranks=ranks, settings=EncodeSettings(2, 0, "fp32"), redo=redo,
+        )  # fmt: skip
+        assert found.rows.tolist() == [0, 1, 4]

@@ -5,21 +5,26 @@ import torch.nn.functional as F
 
 from training.evaluation.metrics import (
     best_ranks,
-    caption_retrieval_metrics,
     contrastive_loss,
-    gather_ordered,
     mean_per_class_recall,
     predictions,
     retrieval_metrics,
-    retrieval_ranks,
-    topk_accuracy,
+    topk_hits,
 )
-
-from ...processes import spawn
 
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def retrieval_ranks(query, gallery, target, chunk=1024):
+    """Each query has one right item, and that item may be the right one of several queries."""
+    queries, items = torch.arange(len(query)), torch.arange(len(gallery))
+    return best_ranks(query, gallery, (queries, target), (items, items), chunk)
+
+
+def topk_accuracy(logits, target, ks=(1, 5)):
+    return dict(zip(ks, topk_hits(logits, target, ks).sum(dim=0).tolist(), strict=True))
 
 
 def ranks_by_sorting(query, gallery, target):
@@ -28,11 +33,6 @@ def ranks_by_sorting(query, gallery, target):
 
 
 class TestRetrievalRanks:
-    def test_hand_made(self):
-        gallery = torch.eye(3)
-        query = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, -1.0, 5.0]])
-        assert retrieval_ranks(query, gallery, torch.tensor([0, 1, 2, 1])).tolist() == [0, 1, 2, 2]
-
     @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
     @pytest.mark.parametrize("queries,items", [(50, 50), (50, 20), (13, 64)])
     def test_equals_sorting(self, queries, items, chunk):
@@ -40,11 +40,6 @@ class TestRetrievalRanks:
         ranks = retrieval_ranks(query, gallery, target, chunk)
         assert ranks.dtype == torch.int64
         assert torch.equal(ranks, ranks_by_sorting(query, gallery, target))
-
-    def test_ties_count_against_the_model(self):
-        gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-        query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        assert retrieval_ranks(query, gallery, torch.tensor([0, 3, 2])).tolist() == [2, 2, 0]
 
     @pytest.mark.parametrize("items,width", [(257, 512), (33, 100), (17, 3)])
     def test_collapsed_gallery_has_the_worst_rank(self, items, width):
@@ -64,33 +59,10 @@ class TestRetrievalRanks:
         gallery = torch.tensor([[1.0, 0.0], [1.0 - 1e-5, 0.0]])
         assert retrieval_ranks(gallery[:1], gallery, torch.tensor([0])).tolist() == [0]
 
-    def test_nan_has_the_worst_rank(self):
-        query = gallery = torch.full((4, 2), torch.nan)
-        assert retrieval_ranks(query, gallery, torch.arange(4)).tolist() == [3] * 4
-
-    def test_nan_elsewhere_counts_against_the_model(self):
-        gallery = torch.tensor([[1.0, 0.0], [torch.nan, 0.0]])
-        assert retrieval_ranks(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([0])).tolist() == [1]
-
     def test_low_precision_features_are_compared_in_float32(self):
         query, gallery = unit(40, 64).bfloat16(), unit(40, 64).bfloat16()
         target = torch.arange(40)
         assert torch.equal(retrieval_ranks(query, gallery, target), ranks_by_sorting(query, gallery, target))
-
-    def test_never_holds_more_than_a_chunk_of_similarities(self):
-        largest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
-                return out
-
-        features = unit(300, 4)
-        with Watch():
-            retrieval_metrics(features, features, chunk=10)
-        assert largest == 10 * 300
 
     def test_leaves_the_precision_of_matrix_products_as_it_was(self):
         before = torch.get_float32_matmul_precision()
@@ -128,17 +100,6 @@ class TestRetrievalMetrics:
         assert [metrics[f"image_to_text_R@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
         assert metrics["image_to_text_mean_rank"] == 10.5
         assert metrics["image_to_text_median_rank"] == 10
-
-    def test_perfect_and_collapsed(self):
-        features = unit(30, 16)
-        perfect = retrieval_metrics(features, features)
-        assert perfect["image_to_text_R@1"] == perfect["text_to_image_R@1"] == 1
-        assert perfect["image_to_text_mean_rank"] == perfect["image_to_text_median_rank"] == 1
-        point = features[:1].expand(30, 16)
-        for image, text in ((point, point), (features, point), (point, features)):
-            collapsed = retrieval_metrics(image, text)
-            assert collapsed["image_to_text_R@1"] <= 1 / 30 and collapsed["text_to_image_R@1"] <= 1 / 30
-        assert retrieval_metrics(point, point)["image_to_text_R@10"] == 0
 
     def test_single_pair(self):
         metrics = retrieval_metrics(unit(1, 4), unit(1, 4))
@@ -205,14 +166,6 @@ class TestBestRanks:
         assert captions == [2] * 5
         assert (images, captions) == slow
 
-    @pytest.mark.parametrize("items,width", [(257, 512), (33, 100), (17, 3)])
-    def test_collapsed_gallery_has_the_worst_rank(self, items, width):
-        gallery = unit(width).expand(items, width)
-        labels = torch.arange(items) // 3
-        queries = torch.arange(int(labels[-1]) + 1)
-        ranks = best_ranks(unit(len(queries), width), gallery, (queries, queries), (torch.arange(items), labels))
-        assert ranks.tolist() == (items - labels.bincount()).tolist()
-
     def test_nan(self):
         nan = float("nan")
         features = torch.tensor([[1.0, 0], [0, 1], [nan, nan]])
@@ -236,13 +189,6 @@ class TestBestRanks:
             fast, slow = ranks_of(similarity, image_of, same_text, chunk=int(random.integers(1, 9)))
             assert fast == slow
 
-    @pytest.mark.parametrize("chunk", [1, 7, 40, 1024])
-    def test_one_caption_each_is_the_plain_rank(self, chunk):
-        query, gallery, each = unit(40, 8), unit(40, 8), torch.arange(40)
-        ranks = best_ranks(query, gallery, (each, each), (each, each), chunk)
-        assert ranks.dtype == torch.int64
-        assert torch.equal(ranks, retrieval_ranks(query, gallery, each, chunk))
-
     def test_never_holds_more_than_a_chunk_of_similarities(self):
         largest = 0
 
@@ -255,7 +201,7 @@ class TestBestRanks:
 
         text, image_of = unit(300, 4), torch.arange(300) // 5
         with Watch():
-            caption_retrieval_metrics(unit(60, 4), text, image_of, torch.zeros(300, dtype=torch.int64), chunk=10)
+            retrieval_metrics(unit(60, 4), text, image_of, torch.zeros(300, dtype=torch.int64), chunk=10)
         assert largest == 10 * 300
 
 
@@ -263,7 +209,7 @@ class TestCaptionRetrievalMetrics:
     def test_hand_made(self):
         similarity = torch.tensor(TestBestRanks.similarity, dtype=torch.float32)
         image_of = torch.tensor(TestBestRanks.image_of)
-        metrics = caption_retrieval_metrics(similarity, torch.eye(5), image_of)
+        metrics = retrieval_metrics(similarity, torch.eye(5), image_of)
         assert metrics == {
             "image_to_text_mean_rank": 2.0,  # ranks 0, 2, 1
             "image_to_text_median_rank": 2.0,
@@ -277,20 +223,16 @@ class TestCaptionRetrievalMetrics:
             "text_to_image_R@10": 1.0,
         }
 
-    def test_one_caption_each_is_plain_retrieval(self):
-        image, text = unit(30, 8), unit(30, 8)
-        assert caption_retrieval_metrics(image, text, torch.arange(30)) == retrieval_metrics(image, text)
-
     def test_equal_captions(self):
         image, image_of = unit(20, 8), torch.arange(20).repeat_interleave(2)
         text = image[image_of]
         text[1::2] = image[(image_of[1::2] + 1) % 20]  # the second caption of each is the first of the next
         same_text = torch.stack([torch.arange(20), (torch.arange(20) + 1) % 20], dim=1).flatten()
-        plain = caption_retrieval_metrics(image, text, image_of)
-        equal = caption_retrieval_metrics(image, text, image_of, same_text)
+        plain = retrieval_metrics(image, text, image_of)
+        equal = retrieval_metrics(image, text, image_of, same_text)
         assert (plain["image_to_text_R@1"], plain["text_to_image_R@1"]) == (0, 0.5)
         assert (equal["image_to_text_R@1"], equal["text_to_image_R@1"]) == (1, 1)
-        different = caption_retrieval_metrics(image, text, image_of, torch.arange(40))
+        different = retrieval_metrics(image, text, image_of, torch.arange(40))
         assert different == plain
 
     @pytest.mark.parametrize("k", [1, 5, 10])
@@ -299,7 +241,7 @@ class TestCaptionRetrievalMetrics:
         theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
         image, image_of = unit(37, 6), torch.arange(37).repeat_interleave(torch.randint(1, 7, (37,)))
         text = F.normalize(image[image_of] + 0.6 * torch.randn(len(image_of), 6), dim=-1)
-        ours = caption_retrieval_metrics(image, text, image_of)
+        ours = retrieval_metrics(image, text, image_of)
         scores = text @ image.T
         positive = torch.zeros_like(scores, dtype=torch.bool)
         positive[torch.arange(len(scores)), image_of] = True
@@ -333,16 +275,6 @@ class TestContrastiveLoss:
         expected = sum(SigLipLoss()(image[b], text[b], scale, bias).item() * len(image[b]) for b in batches) / 25
         assert loss == pytest.approx(expected, rel=1e-6)
 
-    def test_bias_does_not_change_the_softmax_loss(self):
-        image, text = unit(6, 8), unit(6, 8)
-        without = contrastive_loss(image, text, 5.0, batch_size=6)
-        assert contrastive_loss(image, text, 5.0, -10.0, batch_size=6) == pytest.approx(without, rel=1e-5)
-
-    def test_collapsed_is_the_logarithm_of_the_batch_size(self):
-        point = torch.ones(8, 4) / 2
-        assert contrastive_loss(point, point, 100.0, batch_size=4) == pytest.approx(torch.tensor(4.0).log().item())
-
-
 class TestClassification:
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
 
@@ -350,9 +282,6 @@ class TestClassification:
         target = torch.tensor([0, 4, 5, 1])
         assert topk_accuracy(self.logits, target) == {1: 2.0, 5: 3.0}
         assert topk_accuracy(self.logits, target, ks=(2, 6, 100)) == {2: 2.0, 6: 4.0, 100: 4.0}
-
-    def test_fewer_classes_than_k(self):
-        assert topk_accuracy(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0, 1])) == {1: 1.0, 5: 2.0}
 
     def test_equals_torch_topk(self):
         logits, target = torch.randn(100, 12), torch.randint(12, (100,))
@@ -369,37 +298,8 @@ class TestClassification:
         assert topk_accuracy(logits, torch.tensor([0, 0, 0]), ks=(1, 5)) == {1: 0.0, 5: 1.0}
         assert predictions(logits).tolist() == [-1, -1, -1]
 
-    def test_predictions(self):
-        assert predictions(self.logits).tolist() == [0, 0, 0, 1]
-
     def test_mean_per_class_recall(self):
         target = torch.tensor([0, 0, 0, 0, 1, 1, 3])
         pred = torch.tensor([0, 0, 0, 3, 1, 0, -1])  # recalls 3/4, 1/2, 0; class 2 does not occur
         assert mean_per_class_recall(pred, target, 4) == pytest.approx((0.75 + 0.5 + 0) / 3, rel=1e-12)
         assert mean_per_class_recall(target, target, 100) == 1.0
-
-
-class TestGatherOrdered:
-    def test_one_process_sorts(self):
-        rows = gather_ordered({"x": torch.tensor([[1.0], [2.0], [3.0]])}, torch.tensor([2, 0, 1]), 1)
-        assert rows["x"].tolist() == [[2.0], [3.0], [1.0]]
-
-    def test_one_process_without_rows(self):
-        assert gather_ordered({"x": torch.empty(0, 3)}, torch.empty(0, dtype=torch.int64), 1) == {}
-
-    def test_two_processes(self):
-        spawn(rank_main)
-
-
-def rank_main(rank: int) -> None:
-    """Each case: the rows that each of the two processes has, by their place in the global order."""
-    whole = {"a": torch.arange(14.0).reshape(7, 2), "b": torch.arange(7), "c": torch.arange(84).reshape(7, 3, 4)}
-    for places in ([[0, 2, 4, 6], [1, 3, 5]], [[6, 1], [5, 0, 4, 3, 2]], [list(range(7)), []], [[], list(range(7))]):
-        index = torch.tensor(places[rank], dtype=torch.int64)
-        gathered = gather_ordered({name: rows[index] for name, rows in whole.items()}, index, 2)
-        assert all(torch.equal(gathered[name], whole[name]) for name in whole), places
-    # A process without rows need not know what the rows look like.
-    index = torch.arange(7) if rank == 1 else torch.empty(0, dtype=torch.int64)
-    gathered = gather_ordered(whole if rank == 1 else {}, index, 2)
-    assert all(torch.equal(gathered[name], whole[name]) for name in whole)
-    assert gather_ordered({} if rank else {"a": torch.empty(0, 2)}, torch.empty(0, dtype=torch.int64), 2) == {}

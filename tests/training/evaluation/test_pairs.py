@@ -4,8 +4,10 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch.nn.parallel import DistributedDataParallel
 
+from training.data.pixels import Images
 from training.errors import UserError
-from training.evaluation.pairs import evaluate_pairs, evaluation_mode, unwrap
+from training.evaluation.pairs import evaluate_pairs
+from training.evaluation.passes import NotFinite, evaluation_mode, unwrap
 
 from ...processes import spawn
 
@@ -32,7 +34,7 @@ def batches(sizes, order=None):
 
 def evaluate(model, data, **kwargs):
     options = {"device": torch.device("cpu"), "precision": "fp32", "batch_size": 10, **kwargs}
-    return evaluate_pairs(model, data, **options)
+    return evaluate_pairs(model, [{**batch, "image": Images(batch["image"])} for batch in data], **options)
 
 
 def test_equals_open_clip():
@@ -96,13 +98,6 @@ def test_the_image_tower_never_sees_the_caption():
     assert all(args[0].shape[1:] == (3, 32, 32) for args, _ in seen)
 
 
-def test_captions_are_used_for_the_texts_only():
-    model = tiny_clip()
-    data = batches([10, 10, 3])
-    shuffled = [{**batch, "text": batch["text"].flip(0)} for batch in data]
-    assert evaluate(model, data)["clip_val_loss"] != evaluate(model, shuffled)["clip_val_loss"]
-
-
 def test_modes_and_gradients_are_as_before():
     model = tiny_clip()
     model.visual.eval()  # a locked tower
@@ -130,19 +125,28 @@ def test_low_precision_model():
     assert metrics["clip_val_loss"] == pytest.approx(evaluate(tiny_clip(), data)["clip_val_loss"], rel=0.02)
 
 
-def test_autocast():
-    dtypes = []
+def test_features_that_are_no_numbers_are_refused():
     model = tiny_clip()
-    model.visual.conv1.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    evaluate(model, batches([4]), precision="amp_bf16")
-    evaluate(model, batches([4]), precision="fp32")
-    assert dtypes == [torch.bfloat16, torch.float32]
+    model.text_projection.data[0, 0] = torch.nan
+    with pytest.raises(NotFinite, match="The features of the pair 0 are not finite"):
+        evaluate(model, batches([10, 10, 3]))
+    assert model.training
 
 
-def test_progress():
-    done = []
-    evaluate(tiny_clip(), batches([10, 10, 3]), progress=done.append)
-    assert done == [10, 10, 3]
+def test_out_of_memory_halves_the_batches(monkeypatch):
+    model, sizes = tiny_clip(), []
+    encode = model.encode_image
+
+    def small(image, normalize):
+        sizes.append(len(image))
+        if len(image) > 4:
+            raise RuntimeError("CUDA out of memory")
+        return encode(image, normalize=normalize)
+
+    expected = evaluate(model, batches([10, 10, 3]))
+    model.encode_image = small
+    assert evaluate(model, batches([10, 10, 3])) == pytest.approx(expected, rel=1e-5)
+    assert sizes == [10, 5, 3, 3, 3, 1, 3, 3, 3, 1, 3]
 
 
 def test_no_pairs():

@@ -3,10 +3,21 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_tensor
 
+from training.data.sets.labelled import ArrayImages, ImageFiles
 from training.distributed import Ranks
 from training.errors import UserError
-from training.evaluation.passes import EncodeSettings, Halving, ImagePass, collect, out_of_memory
-from training.data.sets.labelled import ArrayImages, ImageFiles
+from training.evaluation.passes import (
+    EncodeSettings,
+    Halving,
+    ImagePass,
+    NotFinite,
+    collect,
+    encode_texts,
+    gather_rows,
+    out_of_memory,
+)
+
+from ...processes import spawn
 
 ONE = Ranks(torch.device("cpu"))
 
@@ -19,9 +30,9 @@ def mean_colour(images):
     return images.mean(dim=(2, 3))
 
 
-def image_pass(images, function=mean_colour, ranks=ONE, rows=None, **settings):
+def image_pass(images, function=mean_colour, ranks=ONE, **settings):
     settings = EncodeSettings(**{"batch_size": 3, "workers": 0, "precision": "fp32", **settings})
-    return ImagePass(function, images, to_tensor, ranks=ranks, settings=settings, rows=rows)
+    return ImagePass(function, images, to_tensor, ranks=ranks, settings=settings)
 
 
 @pytest.mark.parametrize("batch_size,workers", [(1, 0), (3, 2), (100, 0)])
@@ -33,11 +44,24 @@ def test_outputs_in_order(batch_size, workers):
     torch.testing.assert_close(outputs, expected)
 
 
-def test_some_rows():
-    images, rows = noise(7), torch.tensor([5, 0, 6])
-    outputs, index, _ = collect(image_pass(images, rows=rows))
-    assert index.tolist() == [0, 1, 2]
-    assert torch.equal(outputs, collect(image_pass(images))[0][rows])
+def test_what_is_kept_of_the_rows():
+    kept, index, _ = collect(image_pass(noise(7)), lambda rows, places: rows[:, :1] + places[:, None])
+    assert torch.equal(kept, collect(image_pass(noise(7)))[0][:, :1] + index[:, None])
+
+
+def test_texts_in_order():
+    texts, settings = [str(i) for i in range(7)], EncodeSettings(3, 0, "fp32")
+    numbers = encode_texts(lambda x: x + 0.5, lambda some: torch.tensor([[int(x)] for x in some]), texts,
+                           ranks=ONE, settings=settings)  # fmt: skip
+    assert numbers[:, 0].tolist() == [i + 0.5 for i in range(7)]
+    with pytest.raises(NotFinite, match="The features of the text '0' are not finite; take --precision fp32"):
+        encode_texts(lambda x: 1 / x, lambda some: torch.tensor([[int(x)] for x in some]), texts,
+                     ranks=ONE, settings=settings)  # fmt: skip
+
+
+def test_features_that_are_no_numbers_are_refused():
+    with pytest.raises(NotFinite, match="The features of noise, row 0 are not finite"):
+        collect(image_pass(noise(4), lambda images: mean_colour(images) / 0))
 
 
 def test_each_process_has_whole_batches():
@@ -47,12 +71,6 @@ def test_each_process_has_whole_batches():
     assert [len(part) for part in parts] == [2, 1, 1]
     for k, (index, outputs) in enumerate(whole):
         assert torch.equal(parts[k % 3][k // 3][0], index) and torch.equal(parts[k % 3][k // 3][1], outputs)
-
-
-def test_no_gradients():
-    weight = torch.ones(3, requires_grad=True)
-    outputs, _, _ = collect(image_pass(noise(2), lambda images: mean_colour(images) * weight))
-    assert not outputs.requires_grad
 
 
 def test_broken_pictures(tmp_path, caplog):
@@ -99,14 +117,39 @@ class TestHalving:
             Halving(function)(torch.arange(10), torch.arange(10))
         assert sizes == [10]
 
-    def test_one_row_that_does_not_fit(self):
-        function, sizes = self.limited(0)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            Halving(function)(torch.arange(3), torch.arange(3))
-        assert sizes == [3, 2, 1]
-
     def test_what_torch_says(self):
         assert out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
         with pytest.raises(RuntimeError) as error:
             torch.empty(1 << 60)
         assert out_of_memory(error.value)
+
+
+class TestGathering:
+    def test_one_process_sorts(self):
+        parts = [(torch.tensor([2, 0]), torch.tensor([[1.0], [2.0]])), (torch.tensor([1]), torch.tensor([[3.0]]))]
+        places, rows = gather_rows(parts, ONE)
+        assert places.tolist() == [0, 1, 2] and rows.tolist() == [[2.0], [3.0], [1.0]]
+        assert gather_rows([], ONE)[1] is None
+
+    def test_two_processes(self):
+        spawn(rank_main)
+
+
+def rank_main(rank: int) -> None:
+    """Each case: the places of the rows that each of the two processes has."""
+    whole, ranks = torch.arange(84).reshape(7, 3, 4), Ranks(torch.device("cpu"), rank, rank, 2)
+    for shares in ([[0, 2, 4, 6], [1, 3, 5]], [[6, 1], [5, 0, 4, 3, 2]], [list(range(7)), []], [[], list(range(7))]):
+        mine = torch.tensor(shares[rank], dtype=torch.int64)
+        places, rows = gather_rows([(mine, whole[mine])] if len(mine) else [], ranks)
+        assert places.tolist() == list(range(7)) and torch.equal(rows, whole), shares
+    assert gather_rows([], ranks)[1] is None
+    # What one process finds is raised on both, as what it is.
+    for name, problem in (("wrong", NotFinite("row 3")), ("broken", UserError("row 3"))):
+        def failing(problem=problem):
+            if rank:
+                raise problem
+            yield torch.tensor([0]), torch.zeros(1, 1)
+
+        with pytest.raises(UserError, match="row 3") as caught:
+            gather_rows(failing(), ranks)
+        assert type(caught.value) is type(problem), name

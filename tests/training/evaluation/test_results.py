@@ -1,5 +1,4 @@
 import csv
-import json
 
 import pytest
 import torch
@@ -77,9 +76,3 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "results").write_text("")
     with pytest.raises(UserError, match="is a file; name a folder"):
         Results(tmp_path / "results", ONE)
-
-
-def test_plain_json(tmp_path):
-    record = Results(tmp_path, ONE).add(WHAT, {"top1": 0.25})
-    (path,) = tmp_path.glob("*.json")
-    assert json.loads(path.read_text()) == record

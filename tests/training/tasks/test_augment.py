@@ -8,10 +8,14 @@ from PIL import Image
 from timm.data.mixup import Mixup, mixup_target
 from timm.loss import SoftTargetCrossEntropy
 
-from training.tasks import augment
-from training.tasks.augment import Augmentation, Mix, cutmix, train_transform
 from training.data.randomness import seed_globals
 from training.errors import UserError
+from training.tasks import augment
+from training.tasks.augment import AugmentationOptions, Mix, cutmix, train_transform
+
+
+def mix_of(classes, **options):
+    return Mix(AugmentationOptions(**options), classes)
 
 
 def batch(size=6, classes=5, seed=0):
@@ -22,7 +26,7 @@ def batch(size=6, classes=5, seed=0):
 def test_mixup_is_timms_for_the_same_weight(monkeypatch):
     images, labels = batch()
     monkeypatch.setattr(augment, "_beta", lambda alpha: 0.3)
-    ours = Mix(5, mixup=0.8, smoothing=0.1)(images, labels)
+    ours = mix_of(5, mixup=0.8, label_smoothing=0.1)(images, labels)
     theirs = Mixup(mixup_alpha=0.8, label_smoothing=0.1, num_classes=5)
     monkeypatch.setattr(theirs, "_params_per_batch", lambda: (0.3, False))
     expected = theirs(images.clone(), labels)
@@ -32,7 +36,7 @@ def test_mixup_is_timms_for_the_same_weight(monkeypatch):
 
 def test_smoothed_targets_are_timms():
     _, labels = batch()
-    torch.testing.assert_close(Mix(5, smoothing=0.2).one_hot(labels), mixup_target(labels, 5, smoothing=0.2))
+    torch.testing.assert_close(mix_of(5, label_smoothing=0.2).one_hot(labels), mixup_target(labels, 5, smoothing=0.2))
 
 
 def test_cutmix_exchanges_a_rectangle_and_counts_it():
@@ -59,7 +63,7 @@ def test_cutmix_targets_have_the_share_of_the_area():
     labels = torch.tensor([0, 1])
     for seed in range(20):
         torch.manual_seed(seed)
-        mixed, target = Mix(2, cutmix=1.0)(images, labels)
+        mixed, target = mix_of(2, cutmix=1.0)(images, labels)
         assert target[0, 1].item() == pytest.approx(mixed[0].mean().item(), abs=1e-6)
         assert target[1, 1].item() == pytest.approx(mixed[1].mean().item(), abs=1e-6)
 
@@ -68,7 +72,7 @@ def test_cutmix_targets_have_the_share_of_the_area():
 def test_any_length_of_batch_and_targets_that_sum_to_one(size):
     images, labels = batch(size)
     before = images.clone()
-    mix = Mix(5, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    mix = mix_of(5, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
     for _ in range(10):
         mixed, target = mix(images, labels)
         assert mixed.shape == images.shape and torch.equal(images, before)
@@ -77,7 +81,7 @@ def test_any_length_of_batch_and_targets_that_sum_to_one(size):
 
 def test_the_same_random_state_gives_the_same_mix_whatever_came_before():
     images, labels = batch()
-    mix = Mix(5, mixup=0.8, cutmix=1.0)
+    mix = mix_of(5, mixup=0.8, cutmix=1.0)
     state = torch.get_rng_state()
     first = [mix(images, labels) for _ in range(4)]
     random.random(), np.random.rand()
@@ -100,29 +104,29 @@ def test_how_often_what_is_done():
             found["none" if torch.equal(mixed, images) else "cutmix" if whole else "mixup"] += 1
         return {kind: number / count for kind, number in found.items()}
 
-    assert kinds(Mix(5)) == {"none": 1, "mixup": 0, "cutmix": 0}
-    assert kinds(Mix(5, mixup=1, prob=0))["none"] == 1
-    assert kinds(Mix(5, mixup=1))["mixup"] > 0.97
-    assert kinds(Mix(5, cutmix=1))["mixup"] == 0
-    share = kinds(Mix(5, mixup=1, cutmix=1, prob=0.5, switch_prob=0.25))
+    assert kinds(mix_of(5)) == {"none": 1, "mixup": 0, "cutmix": 0}
+    assert kinds(mix_of(5, mixup=1, mixup_prob=0))["none"] == 1
+    assert kinds(mix_of(5, mixup=1))["mixup"] > 0.97
+    assert kinds(mix_of(5, cutmix=1))["mixup"] == 0
+    share = kinds(mix_of(5, mixup=1, cutmix=1, mixup_prob=0.5, mixup_switch_prob=0.25))
     assert share["none"] == pytest.approx(0.5, abs=0.1) and share["mixup"] == pytest.approx(0.375, abs=0.1)
 
 
 def test_cross_entropy_with_soft_targets_is_timms():
     images, labels = batch()
-    _, target = Mix(5, mixup=0.8, smoothing=0.1)(images, labels)
+    _, target = mix_of(5, mixup=0.8, label_smoothing=0.1)(images, labels)
     logits = torch.randn(6, 5)
     ours = torch.nn.functional.cross_entropy(logits, target)
     torch.testing.assert_close(ours, SoftTargetCrossEntropy()(logits, target))
 
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
-PLAIN = Augmentation(crop_scale=(1, 1), crop_ratio=(1, 1), hflip=0)
+PLAIN = AugmentationOptions(crop_scale=(1, 1), crop_ratio=(1, 1), hflip=0)
 
 
 def transformed(augmentation, seed=0, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), picture=PICTURE):
     seed_globals(seed)
-    return train_transform(augmentation, (16, 24), mean, std)(picture)
+    return train_transform(augmentation, {"size": (16, 24), "mean": mean, "std": std})(picture)
 
 
 def test_a_plain_transform_resizes_and_normalises():
@@ -136,10 +140,10 @@ def test_a_plain_transform_resizes_and_normalises():
 @pytest.mark.parametrize(
     "augmentation",
     [
-        Augmentation(),
-        Augmentation(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random"),
-        Augmentation(color_jitter=0.4, erasing=0.5),
-        Augmentation(auto_augment="augmix-m3-w2"),
+        AugmentationOptions(),
+        AugmentationOptions(auto_augment="rand-m9-mstd0.5-inc1", train_interpolation="random"),
+        AugmentationOptions(color_jitter=0.4, random_erasing=0.5),
+        AugmentationOptions(auto_augment="augmix-m3-w2"),
     ],
     ids=["crop", "rand", "jitter", "augmix"],
 )
@@ -150,8 +154,8 @@ def test_the_loaders_seeding_repeats_a_transform(augmentation):
 
 def test_mirror_images_and_erasing():
     plain = transformed(PLAIN)
-    assert torch.equal(transformed(Augmentation((1, 1), (1, 1), hflip=1)), plain.flip(2))
-    erased = transformed(Augmentation((1, 1), (1, 1), hflip=0, erasing=1, erasing_mode="const"))
+    assert torch.equal(transformed(AugmentationOptions([1, 1], [1, 1], hflip=1)), plain.flip(2))
+    erased = transformed(AugmentationOptions([1, 1], [1, 1], hflip=0, random_erasing=1, erasing_mode="const"))
     share = (erased != plain).any(0).float().mean().item()
     assert 0.01 < share < 0.45 and (erased[:, (erased != plain).any(0)] == 0).all()
 
@@ -159,12 +163,14 @@ def test_mirror_images_and_erasing():
 @pytest.mark.parametrize("policy", ["nonsense", "rand-x9", "rand-m9-msdt0.5"])
 def test_an_unknown_policy_is_refused(policy):
     with pytest.raises(UserError, match=f"timm knows no augmentation policy '{policy}'"):
-        transformed(Augmentation(auto_augment=policy))
+        transformed(AugmentationOptions(auto_augment=policy))
 
 
 def test_posterizing_to_no_bits_is_black_on_any_pillow():
     """`rand-m9-mstd0.5-inc1` asks for it now and then."""
-    transform = train_transform(Augmentation(auto_augment="rand-m10-inc1"), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    transform = train_transform(
+        AugmentationOptions(auto_augment="rand-m10-inc1"), {"size": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    )
     policy = next(step for step in transform.transforms if hasattr(step, "ops"))
     op = next(op for op in policy.ops if "Posterize" in op.name)
     op.prob = 1.0
@@ -172,5 +178,5 @@ def test_posterizing_to_no_bits_is_black_on_any_pillow():
     op.magnitude = 5
     assert op(PICTURE).getextrema() == ((0, 192),) * 3  # two bits
     for seed in range(60):
-        transformed(Augmentation(auto_augment="rand-m9-mstd2-inc1"), seed)
-        transformed(Augmentation(auto_augment="v0"), seed)
+        transformed(AugmentationOptions(auto_augment="rand-m9-mstd2-inc1"), seed)
+        transformed(AugmentationOptions(auto_augment="v0"), seed)

@@ -8,21 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.tasks.augment import Mix
+from training.data.sets.labelled import ArrayImages, LabelledImages
+from training.distributed import Ranks
+from training.errors import UserError
+from training.evaluation.scores import score
+from training.optim import create_optimizer, parameter_groups
+from training.tasks.augment import AugmentationOptions, Mix
 from training.tasks.classification import (
     ClassificationTask,
+    FinetuningOptions,
     add_drop_path,
     random_classifier,
     zero_shot_head,
 )
-from training.distributed import Ranks
-from training.errors import UserError
-from training.data.sets.labelled import ArrayImages, LabelledImages
-from training.evaluation.scores import score
-from training.optim import create_optimizer, parameter_groups
 from training.trainer import Trainer
 
-from ..tiny import MemoryData, run_args, tiny_clip
+from ..tiny import MemoryData, run_options, tiny_clip
 
 CLASSES = 5
 
@@ -35,24 +36,21 @@ def labelled(count=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     return {
         "image": images(count, seed),
-        "text": torch.randint(CLASSES, (count,), generator=g),
+        "label": torch.randint(CLASSES, (count,), generator=g),
         "key": [str(i) for i in range(count)],
     }
 
 
 def task(mix=None, data=(), **changes):
-    args = run_args(on_broken="skip", workers=0, **changes)
-    return ClassificationTask(args, Ranks(torch.device("cpu")), mix or Mix(CLASSES), dict(data), lambda image: image)
+    options = run_options(FinetuningOptions, workers=0, **changes)
+    mix = mix or Mix(options, CLASSES)
+    return ClassificationTask(options, Ranks(torch.device("cpu")), mix, dict(data), lambda image: image)
 
 
 def trainer(model, batches, mix=None, **changes):
-    args = run_args(batch_size=len(batches[0]["text"]), **changes)
-    made = Trainer(
-        args, Ranks(torch.device("cpu")), model, model, task(mix), MemoryData(batches), create_optimizer(model, args),
-        None, {},
-    )  # fmt: skip
-    made.to_device = lambda batch: batch  # keeps double precision
-    return made
+    options = run_options(FinetuningOptions, batch_size=len(batches[0]["label"]), **changes)
+    optimizer = create_optimizer(model, options)
+    return Trainer(options, Ranks(torch.device("cpu")), model, model, task(mix), MemoryData(batches), optimizer)
 
 
 def gradients(model):
@@ -79,7 +77,7 @@ def test_a_random_head_is_on_the_features_before_the_projection():
 
 def test_a_random_head_begins_at_chance():
     model = random_classifier(tiny_clip(), CLASSES).train()
-    loss = task().losses(task().features(model, labelled()))["loss"]
+    loss = task().losses(model, labelled(), None)["loss"]
     assert loss.item() == pytest.approx(math.log(CLASSES), abs=1e-3)
 
 
@@ -141,7 +139,7 @@ def test_without_the_flag_no_token_is_removed():
     clip = tiny_clip().eval()
     expected = clip.visual(images())
     model = zero_shot_head(clip, CLASSES).train()
-    assert model.rrt() == 0
+    assert model.tower.rrt() == 0
     torch.testing.assert_close(model.visual(images()), expected)
 
 
@@ -154,7 +152,7 @@ def test_vision_guided_reduction_is_elip_without_a_caption():
         everything = clip.visual(x)
     assert any(k is not None for k in kept)
     model = zero_shot_head(clip, CLASSES, torch.randn(16, CLASSES, dtype=torch.float64), reduce=True)
-    assert model.rrt() == pytest.approx(clip.rrt()) and model.rrt() > 0.1
+    assert model.tower.rrt() == pytest.approx(clip.tower.rrt()) and model.tower.rrt() > 0.1
     for mode in (True, False):  # in evaluation too
         model.train(mode)
         torch.testing.assert_close(model.encode(x), features)
@@ -255,7 +253,7 @@ def test_accumulation_is_one_large_batch():
 def test_accumulation_gives_both_passes_the_same_mix_and_the_same_dropped_branches():
     whole = labelled(8)
     parts = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
-    mix = Mix(CLASSES, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    mix = Mix(AugmentationOptions(mixup=0.8, cutmix=1.0, label_smoothing=0.1), CLASSES)
     model = random_classifier(tiny_clip(), CLASSES)
     add_drop_path(model.visual, 0.3)
     model.head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
@@ -264,7 +262,7 @@ def test_accumulation_gives_both_passes_the_same_mix_and_the_same_dropped_branch
     torch.manual_seed(5)
     both = []
     for part in parts:  # what a plain pass over the window gives
-        mixed, target = mix(part["image"], part["text"])
+        mixed, target = mix(part["image"], part["label"])
         both.append((model(mixed), target))
     logits, targets = (torch.cat(values) for values in zip(*both, strict=True))
     F.cross_entropy(logits, targets.double()).backward()

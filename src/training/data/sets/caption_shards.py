@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from ..shards import IMAGE_KEYS
 from ...errors import UserError
+from .folders import picture_of
 from .labelled import TarImages
 from .tar_samples import Member, read_samples
 
@@ -19,19 +19,11 @@ log = logging.getLogger(__name__)
 TxtRule = Literal["lines", "whole"]
 
 
-class _Sample(NamedTuple):
-    name: str  # of the picture's member
-    offset: int
-    size: int
-    captions: list[str] | None  # of the JSON
-    txt: str | None
-
-
 def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tuple[TarImages, list[list[str]]]:
     """The pictures of uncompressed tar files, and the captions of each as they are there; it may have none.
 
-    A sample is the members that have the name up to the first dot in common, within one file: a picture (.jpg, .jpeg,
-    .png, .webp), and a .json with "captions" or "caption" (a text or a list of texts) or else a .txt.
+    A sample is the members that have the name up to the first dot in common, within one file: a picture, and a .json
+    with "captions" or "caption" (a text or a list of texts) or else a .txt.
 
     txt: what a .txt is: one caption ("whole"), as img2dataset writes it and the trainer reads it, or one caption a line
         ("lines"), as CLIP_benchmark's converter writes it (with a backslash and an n for a line break in a caption).
@@ -45,24 +37,35 @@ def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tup
             while it is not known what they are.
     """
     rule = txt or ("lines" if _says_retrieval(tars[0].parent) else None)
-    names, places, captions = [], [], []
+    names, places, captions, damaged = [], [], [], []
     for number, tar in enumerate(tars):
-        for sample in _samples(tar):
-            names.append(sample.name)
-            places.append((number, sample.offset, sample.size))
-            if sample.captions is None and sample.txt is not None:
-                captions.append(_from_txt(sample.txt, rule, f"{tar}: the .txt of {sample.name}"))
-            else:
-                captions.append(sample.captions or [])
+        samples, whole = read_samples(tar, {"json", "txt"})
+        if not whole:
+            if samples and not _is_complete(samples[last := next(reversed(samples))], tar):
+                del samples[last]
+            log.warning(f"{tar} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
+        for key, members in samples.items():
+            picture = picture_of(members)
+            texts = {m.extension: m.content.decode("utf-8", errors="replace") for m in members if m.content is not None}
+            damaged += [f"{tar}: {key}"] * any("\ufffd" in text for text in texts.values())
+            found = _from_json(texts["json"], tar, key) if "json" in texts else None
+            if picture is None and (found or "txt" in texts):
+                there = ", .".join(member.extension for member in members)
+                raise UserError(f"{tar}: {key} has a caption and no picture, but .{there}.")
+            if picture is not None:
+                if found is None and "txt" in texts:
+                    found = _from_txt(texts["txt"], rule, f"{tar}: the .txt of {picture.name}")
+                names.append(picture.name)
+                places.append((number, picture.offset, picture.size))
+                captions.append(found or [])
+    if damaged:
+        log.warning(f"{len(damaged)} samples have captions that are not UTF-8, the first of them {damaged[0]}.")
     return TarImages(tars, names, np.asarray(places, dtype=np.int64)), captions
 
 
 def _says_retrieval(folder: Path) -> bool:
-    for place in (folder, folder.parent):
-        file = place / "dataset_type.txt"
-        if file.is_file():
-            return file.read_text(encoding="utf-8", errors="replace").strip().lower() == "retrieval"
-    return False
+    file = next((file for place in (folder, folder.parent) if (file := place / "dataset_type.txt").is_file()), None)
+    return file is not None and file.read_text(encoding="utf-8", errors="replace").strip().lower() == "retrieval"
 
 
 def _from_txt(txt: str, rule: TxtRule | None, where: str) -> list[str]:
@@ -77,31 +80,9 @@ def _from_txt(txt: str, rule: TxtRule | None, where: str) -> list[str]:
     return [txt]
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
-    samples, whole = read_samples(path, {"json", "txt"})
-    if not whole:
-        last = next(reversed(samples), None)
-        if last is not None and not _is_complete(samples[last], path):
-            del samples[last]
-        log.warning(f"{path} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
-    for key, members in samples.items():
-        picture = _picture(members)
-        texts = {m.extension: m.content.decode("utf-8", errors="replace") for m in members if m.content is not None}
-        captions = _from_json(texts["json"], path, key) if "json" in texts else None
-        if picture is not None:
-            yield _Sample(picture.name, picture.offset, picture.size, captions, texts.get("txt"))
-        elif captions or "txt" in texts:
-            raise UserError(f"{path}: {key} has a caption and no picture ({', '.join(IMAGE_KEYS)}).")
-
-
-def _picture(members: Sequence[Member]) -> Member | None:
-    return next((member for member in members if member.extension in IMAGE_KEYS), None)
-
-
 def _is_complete(members: Sequence[Member], path: Path) -> bool:
     """Whether a sample at the end of a file that breaks off has a caption and all of its picture."""
-    picture = _picture(members)
-    captioned = any(member.content is not None for member in members)
+    picture, captioned = picture_of(members), any(member.content is not None for member in members)
     return captioned and picture is not None and picture.offset + picture.size <= path.stat().st_size
 
 

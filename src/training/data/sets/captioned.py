@@ -1,4 +1,4 @@
-"""Image sets with several captions an image, listed but not decoded: COCO, Flickr30K and whatever has their form."""
+"""Image sets with several captions an image, listed but not decoded: COCO, Flickr and whatever has their form."""
 from __future__ import annotations
 
 import hashlib
@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..shards import check_present, expand_shards
 from ...errors import UserError
-from .annotations import Entry, described, find_annotations, read_annotations, read_table, splits_of
+from ..shards import check_present, expand_shards
+from .annotations import AnnotationFile, Entry, described, find_annotations, read_annotations, read_table, splits_of
 from .caption_shards import TxtRule, read_caption_shards
 from .folders import list_shards
 from .labelled import ImageFiles, Images
@@ -24,8 +24,8 @@ from .labelled import ImageFiles, Images
 log = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "test"
-# Folders of pictures beside a data set's captions, as the archives of COCO and Flickr30K unpack and people name them.
-IMAGE_FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images")
+# Folders of pictures beside a data set's captions, as the archives of COCO and Flickr unpack and people name them.
+IMAGE_FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
 
 
 class NoSuchSplit(UserError):
@@ -102,7 +102,7 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
     """The captioned images that `spec` names, as `PATH` or `NAME=PATH`.
 
     PATH is the folder of a data set (with `dataset_NAME.json`, `NAME_test.json`, `captions_val2017.json` or their like
-    in it or in `annotations`), one such JSON file under any name, a CSV file with a row for each caption, a folder of
+    in it or in `annotations`), one such file under any name, a CSV file with a row for each caption, a folder of
     webdataset shards (or of one such folder a split), or shards as `PATH/{0000..0004}.tar`. The order of images and
     captions is that of the files.
 
@@ -121,20 +121,11 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
     if path.suffix.lower() in (".csv", ".tsv"):
         columns = (options.csv_separator, options.csv_image_column, options.csv_caption_column)
         entries, empty = read_table(path, *columns)
-        return _from_entries(name, entries, _undivided(path, options), [path.parent, Path()], path, options, empty)
-    if path.suffix.lower() not in (".json", ".txt"):
+        return _from_entries(name, entries, _undivided(path, options), [*_near(path), Path()], path, options, empty)
+    if path.suffix.lower() not in (".json", ".jsonl", ".txt", ".token"):
         there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"
         raise UserError(f"{path} {there}; give a data set's folder, its JSON file of captions, a CSV file, or shards.")
-    entries = read_annotations(path)
-    there = splits_of(entries)
-    if there:
-        wanted = _wanted(there, path, options)
-        entries, split = [entry for split in wanted for entry in entries if entry.split == split], "+".join(wanted)
-    else:
-        split = _undivided(path, options)
-    # The file may be beside the pictures or in `annotations`.
-    roots = [folder / images for folder in (path.parent, path.parent.parent) for images in IMAGE_FOLDERS]
-    return _from_entries(name, entries, split, roots, path, options)
+    return _from_file(name, path, options)
 
 
 def _parse(spec: str) -> tuple[str, Path]:
@@ -143,6 +134,10 @@ def _parse(spec: str) -> tuple[str, Path]:
     if match is None or Path(spec).exists():
         return "", Path(spec)
     return match[1], Path(match[2])
+
+
+def _near(file: Path) -> list[Path]:
+    return [file.parent, file.parent.parent]
 
 
 def _from_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
@@ -155,24 +150,30 @@ def _from_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedI
     if not files:
         return _from_shard_folder(name, folder, options)
 
-    entries: list[Entry] = []
-    there = {}
-    whole = next((file.path for file in files if file.split is None), None)
-    if whole is not None:
-        entries = read_annotations(whole)
-        there = dict.fromkeys(splits_of(entries), whole)
+    there: dict[str, list[Entry] | AnnotationFile] = {}
     for file in files:
         if file.split is not None:
-            there.setdefault(file.split, file.path)
+            there.setdefault(file.split, file)
+        elif file is files[0]:  # holds all splits
+            entries = read_annotations(file.path)
+            there = {split: [entry for entry in entries if entry.split == split] for split in splits_of(entries)}
+    if not there:
+        return _from_file(name or names[0], files[0].path, options)
     wanted = _wanted(list(there), folder, options)
-    chosen = []
-    for split in wanted:
-        if there[split] == whole:
-            chosen += [entry for entry in entries if entry.split == split]
-        else:
-            chosen += read_annotations(there[split])
-    roots = [folder / images for images in IMAGE_FOLDERS]
-    return _from_entries(name or names[0], chosen, "+".join(wanted), roots, folder, options)
+    chosen, near = [], [place for file in files for place in _near(file.path)]
+    for found in (there[split] for split in wanted):
+        chosen += read_annotations(found.path) if isinstance(found, AnnotationFile) else found
+    return _from_entries(name or names[0], chosen, "+".join(wanted), near, folder, options)
+
+
+def _from_file(name: str, path: Path, options: CaptionOptions) -> CaptionedImages:
+    entries = read_annotations(path)
+    there = splits_of(entries)
+    if not there:
+        return _from_entries(name, entries, _undivided(path, options), _near(path), path, options)
+    wanted = _wanted(there, path, options)
+    chosen = [entry for split in wanted for entry in entries if entry.split == split]
+    return _from_entries(name, chosen, "+".join(wanted), _near(path), path, options)
 
 
 def _from_shard_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
@@ -233,14 +234,16 @@ def _from_entries(
     name: str,
     entries: Sequence[Entry],
     split: str,
-    roots: Sequence[Path],
+    folders: Sequence[Path],
     source: Path,
     options: CaptionOptions,
     empty: int = 0,
 ) -> CaptionedImages:
+    """`folders`: where the pictures may be, or a folder with them."""
     kept, captions, image_of, left_out = _assemble(entries, source, options.per_image, empty)
-    images = _locate(kept, [options.images] if options.images else roots, source)
-    return CaptionedImages(images, captions, image_of, name, split, left_out)
+    inside = [folder / inner for folder in dict.fromkeys(folders) for inner in IMAGE_FOLDERS]
+    roots = [options.images] if options.images else inside
+    return CaptionedImages(_locate(kept, roots, source), captions, image_of, name, split, left_out)
 
 
 def _assemble(
@@ -278,10 +281,15 @@ def _locate(names: Sequence[str], roots: Sequence[Path], source: Path) -> ImageF
         UserError: some are nowhere. It tells of the folder where most of them are.
     """
     listing = cache(_listing)
+
+    def is_there(root: Path, path: str) -> bool:
+        folder, name = os.path.split(os.path.join(root, path))
+        return name in listing(folder)
+
     best: tuple[int, Path, str] | None = None
     for root in roots:
-        for way in _WAYS:
-            paths = [next((path for path in way(name) if _is_there(root, path, listing)), None) for name in names]
+        for way in zip(*map(_ways, names), strict=True):
+            paths = [next((path for path in candidates if is_there(root, path)), None) for candidates in way]
             missing = paths.count(None)
             if len(set(paths) - {None}) < len(paths) - missing:
                 continue  # several pictures in one: what this way leaves out of the names is needed
@@ -296,11 +304,6 @@ def _locate(names: Sequence[str], roots: Sequence[Path], source: Path) -> ImageF
     )
 
 
-def _is_there(root: Path, path: str, listing: Callable[[str], frozenset[str]]) -> bool:
-    folder, name = os.path.split(os.path.join(root, path))
-    return name in listing(folder)
-
-
 def _listing(folder: str) -> frozenset[str]:
     """Names in a folder, all at once: asking for each file takes long on a network's disk."""
     try:
@@ -309,30 +312,15 @@ def _listing(folder: str) -> frozenset[str]:
         return frozenset()
 
 
-def _as_it_is(name: str) -> Iterator[str]:
-    yield name
-
-
-def _last_folder(name: str) -> Iterator[str]:
-    """The lists of others have their own paths before `val2014/COCO_val2014_000000391895.jpg`."""
-    yield "/".join(name.split("/")[-2:])
-
-
-def _file_name(name: str) -> Iterator[str]:
-    yield name.split("/")[-1]
-
-
-def _coco_folder(name: str) -> Iterator[str]:
-    match = re.fullmatch(r"COCO_(\w+)_\d+\.jpg", name.split("/")[-1])
-    if match:
-        yield f"{match[1]}/{match[0]}"
-
-
-def _coco_2017(name: str) -> Iterator[str]:
-    """COCO's release of 2017 has the pictures of 2014 under shorter names, in other folders."""
-    match = re.fullmatch(r"COCO_(?:train|val)2014_(\d{12}\.jpg)", name.split("/")[-1])
-    if match:
-        yield from (f"val2017/{match[1]}", f"train2017/{match[1]}")
-
-
-_WAYS: tuple[Callable[[str], Iterator[str]], ...] = (_as_it_is, _last_folder, _file_name, _coco_folder, _coco_2017)
+def _ways(name: str) -> tuple[Sequence[str], ...]:
+    """Where the picture of this name may be below a folder, in each of the ways to look for it."""
+    *_, last = parts = name.split("/")
+    coco = re.fullmatch(r"COCO_((?:train|val|test)\d+)_(\d+\.jpg)", last)
+    return (
+        [name],
+        ["/".join(parts[-2:])],  # the lists of others have their own paths before `val2014/COCO_val2014_000391895.jpg`
+        [last],
+        [f"{coco[1]}/{last}"] if coco else [],
+        # COCO's release of 2017 has the pictures of 2014 under shorter names, in other folders.
+        [f"{split}2017/{coco[2]}" for split in ("val", "train")] if coco else [],
+    )

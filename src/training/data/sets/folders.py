@@ -1,4 +1,4 @@
-"""Listing labelled images as they lie on disk: class folders and shards, their splits, files with names and templates.
+"""Listing labelled images as they lie on disk: splits, class folders and shards.
 
 Nothing is decoded. The order is the same wherever the files are listed; hidden files and folders (`._x.JPEG`,
 `.ipynb_checkpoints`) do not count.
@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .labelled import DEFAULT_TEMPLATES, ImageFiles, LabelledImages, TarImages
+from .labelled import ImageFiles, Images, TarImages, picture_endings
 from .tar_samples import Member, read_samples
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
+SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")  # where a sample has several pictures, the first of these
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -51,7 +49,7 @@ def find_splits(folder: Path, undivided: str = "test") -> dict[str, Place]:
     """
     names, shards = list_folders(folder), list_shards(folder)
     if not names and not shards:
-        raise UserError(f"{folder} holds neither class folders nor .tar shards.")
+        raise nothing_in(folder)
     if not names or not all(name.lower() in SPLIT_WORDS for name in names):
         return _splits_of_shards(folder, shards, undivided) if shards else {own_split(folder, undivided): Place(folder)}
     splits: dict[str, Place] = {}
@@ -81,6 +79,10 @@ def choose_split(splits: dict[str, Place], split: str, folder: Path) -> tuple[st
 def own_split(folder: Path, default: str) -> str:
     """The split that a folder is called after, such as "val" for `imagenet/val`."""
     return SPLIT_WORDS.get(os.path.basename(os.path.abspath(folder)).lower(), default)
+
+
+def nothing_in(folder: Path) -> UserError:
+    return UserError(f"{folder} holds neither class folders nor .tar shards.")
 
 
 def _splits_of_shards(folder: Path, shards: list[Path], undivided: str) -> dict[str, Place]:
@@ -116,9 +118,11 @@ def list_folders(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def list_pictures(folder: Path, below: str = "") -> list[str]:
-    """Pictures at any depth in `folder`/`below`: paths relative to `folder`, sorted. Links are followed."""
-    found, waiting = [], [below]
+def list_pictures(folder: Path, below: str = "") -> tuple[list[str], list[str]]:
+    """Pictures at any depth in `folder`/`below`, and files that are none by their ending: sorted paths relative to
+    `folder`. Links are followed."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    waiting = [below]
     while waiting:
         inside = waiting.pop()
         with os.scandir(os.path.join(folder, inside)) as entries:
@@ -128,28 +132,42 @@ def list_pictures(folder: Path, below: str = "") -> list[str]:
                 path = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.is_dir():
                     waiting.append(path)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    found.append(path)
-    return sorted(found)
+                else:
+                    found[_ending(path) in picture_endings()].append(path)
+    return sorted(found[True]), sorted(found[False])
 
 
 def list_class_pictures(folder: Path, classes: Sequence[str]) -> tuple[ImageFiles, Tensor]:
     """The pictures in the folders `classes` of `folder`, and the place of each one's folder in `classes`, (N,) int64.
 
+    What is left out because of its ending is told in a warning.
+
     Raises:
         UserError: there is not one.
     """
-    paths, counts = [], []
+    paths, counts, others = [], [], []
     for name in classes:
-        pictures = list_pictures(folder, name)
+        pictures, rest = list_pictures(folder, name)
         paths += pictures
+        others += rest
         counts.append(len(pictures))
+    kinds = some(sorted({_ending(path) or "no ending" for path in others}))
+    files = f"{len(others)} file(s) whose endings ({kinds}) are not those of pictures, the first of them "
+    left_out = files + others[0] if others else ""
     if not paths:
-        raise UserError(f"The class folders in {folder} hold no images.")
+        raise UserError(f"The class folders in {folder} hold no images{f', only {left_out}' if others else ''}.")
+    if others:
+        logging.warning(f"{folder}: left out {left_out}.")
     return ImageFiles(folder, paths), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
-def check_folders(folder: Path, found: Sequence[str], wanted: Sequence[str], title: str) -> None:
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def check_folders(
+    folder: Path | str, found: Sequence[str], wanted: Sequence[str], title: str, remedy: str = ""
+) -> None:
     """The class folders are exactly those of the data set `title`.
 
     Raises:
@@ -159,14 +177,15 @@ def check_folders(folder: Path, found: Sequence[str], wanted: Sequence[str], tit
     missing = [name for name in wanted if name not in there]
     unknown = [name for name in found if name not in known]
     if missing or unknown:
-        differences = [f"missing {_some(missing)}"] * bool(missing) + [f"unknown: {_some(unknown)}"] * bool(unknown)
+        differences = [f"missing {some(missing)}"] * bool(missing) + [f"unknown: {some(unknown)}"] * bool(unknown)
         raise UserError(
             f"{len(wanted) - len(missing)} of the {len(wanted)} class folders of {title} are in {folder}; "
-            f"{'; '.join(differences)}: it must hold all of them and no others."
+            f"{'; '.join(differences)}: it must hold all of them and no others{remedy}."
         )
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -179,154 +198,56 @@ def list_shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
-def list_shard_pictures(shards: Sequence[Path], classes: int, names_from: str) -> tuple[TarImages, Tensor]:
-    """The pictures of samples with `cls` (the number of the class) and a jpg, jpeg, png or webp; (N,) int64 classes.
+def list_shard_pictures(shards: Sequence[Path]) -> tuple[TarImages, Tensor]:
+    """The pictures of samples with `cls` (the number of the class) and a picture; (N,) int64 classes.
 
     Reads headers and labels only. What is readable of a shard that is cut off or damaged counts; a warning says so.
 
-    Args:
-        classes: how many there are, according to `names_from`.
-
     Raises:
-        UserError: a shard is no tar file, a sample is incomplete, a class is out of range, or there is no sample.
+        UserError: a shard is no tar file, a sample is incomplete, or there is no sample.
     """
-    names: list[str] = []
-    places: list[tuple[int, int, int]] = []
-    labels: list[int] = []
+    names, places, labels = [], [], []
     for number, shard in enumerate(shards):
-        for member, label in _shard_samples(shard):
-            if not 0 <= label < classes:
-                raise UserError(
-                    f"{shard} has a sample of class {label}, "
-                    f"but {names_from} names {classes} classes, 0 to {classes - 1}."
-                )
-            names.append(member.name)
-            places.append((number, member.offset, member.size))
-            labels.append(label)
+        samples, whole = read_samples(shard, {"cls"})
+        if not whole:
+            logging.warning(f"{shard} is cut off or damaged after {len(samples)} samples; the rest is not evaluated.")
+        for i, (key, members) in enumerate(samples.items(), start=1):
+            picture, label = picture_of(members), next((m for m in members if m.extension == "cls"), None)
+            if picture is not None and label is not None:
+                names.append(picture.name)
+                places.append((number, picture.offset, picture.size))
+                labels.append(_number(label, shard))
+            elif whole or i < len(samples):
+                there = ", .".join(member.extension for member in members)
+                raise UserError(f"{shard}: the sample {key} needs a .cls file and an image, but has .{there}.")
     if not labels:
         raise UserError(f"The {len(shards)} shards in {shards[0].parent} hold no sample with 'cls' and an image.")
     return TarImages(shards, names, np.array(places, dtype=np.int64)), torch.tensor(labels)
 
 
-def _shard_samples(shard: Path) -> list[tuple[Member, int]]:
-    """(picture, class) of each sample."""
-    samples, whole = read_samples(shard, {"cls"})
-    if not whole:
-        logging.warning(f"{shard} is cut off or damaged after {len(samples)} samples; the rest of it is not evaluated.")
-    found = []
-    for i, (key, members) in enumerate(samples.items(), start=1):
-        by_extension = {member.extension: member for member in members}
-        image = next((by_extension[extension] for extension in SHARD_IMAGES if extension in by_extension), None)
-        if image is not None and "cls" in by_extension:
-            found.append((image, _label(by_extension["cls"], shard)))
-        elif whole or i < len(samples):
-            kinds = ", .".join(SHARD_IMAGES)
-            raise UserError(f"{shard}: the sample {key} needs a .cls file and an image (.{kinds}).")
-    return found
+def picture_of(members: Sequence[Member]) -> Member | None:
+    """A sample's picture: of the first of `SHARD_IMAGES` that it has, else of any kind that can be decoded."""
+    kinds = {member.extension: member for member in reversed(members) if f".{member.extension}" in picture_endings()}
+    return next((kinds[kind] for kind in (*SHARD_IMAGES, *kinds) if kind in kinds), None)
 
 
-def _label(member: Member, shard: Path) -> int:
+def _number(member: Member, shard: Path) -> int:
     try:
         return int(member.content)
     except ValueError:
+        shown = f"{member.content[:40]!r}"
+        raise UserError(f"{shard}: {member.name} must hold a class number, but holds {shown}.") from None
+
+
+def check_numbers(images: Images, labels: Tensor, classes: int, names_from: str) -> None:
+    """Every label is the number of one of so many classes.
+
+    Raises:
+        UserError: one is not; the sentence names the picture.
+    """
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()[:, 0].tolist()
+    if wrong:
         raise UserError(
-            f"{shard}: {member.name} must hold a class number, but holds {member.content[:40]!r}."
-        ) from None
-
-
-# ------------------------------------------------------------------------------------- data with files of class names
-
-
-def load_named(folder: Path, split: str = "test") -> LabelledImages:
-    """Class folders or shards of any data set, with its class names in `classnames.txt`.
-
-    - one folder a class, and `classnames.txt`: a name a line for the folders in sorted order (by number if all folders
-      are numbers, else by text), or lines `folder<TAB>name`;
-    - `*.tar` with samples of `cls` (class number) and a jpg, jpeg, png or webp, and `classnames.txt`;
-    - both optionally divided as in `find_splits`.
-
-    `templates.txt`, if there, has one prompt a line with {} for the name. Both files may be in the folder of the split,
-    or else in `folder`.
-
-    Raises:
-        UserError: it is anything else, or classes and names do not match.
-    """
-    splits = find_splits(folder)
-    found, place = choose_split(splits, split, folder)
-    names_file = _beside(place.folder, folder, "classnames.txt")
-    if names_file is None:
-        raise UserError(f"{folder} has no classnames.txt; write one with the name of one class a line.")
-    lines = read_lines(names_file)
-    templates_file = _beside(place.folder, folder, "templates.txt")
-    templates = DEFAULT_TEMPLATES if templates_file is None else read_templates(templates_file)
-    if place.shards:
-        images, labels = list_shard_pictures(place.shards, len(lines), names_file.name)
-        return LabelledImages(images, labels, lines, templates, split=found)
-    classes = list_folders(place.folder)
-    if not classes:
-        raise UserError(f"{place.folder} holds neither class folders nor .tar shards.")
-    names = _folder_names(place.folder, classes, lines, names_file)
-    for other in splits.values():  # names by place in the list would silently differ between splits
-        others = list_folders(other.folder)
-        if others and not other.shards:
-            check_folders(other.folder, others, classes, f"the {found} split of {folder}")
-    images, labels = list_class_pictures(place.folder, classes)
-    return LabelledImages(images, labels, names, templates, split=found)
-
-
-def read_lines(path: Path) -> list[str]:
-    """Stripped lines; blank ones are allowed at the end only, since a line's place says which class it is.
-
-    Raises:
-        UserError: there is nothing in it, a blank line in between, or it is not UTF-8.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    if lines == [""]:
-        raise UserError(f"{path} is empty; write one entry a line.")
-    if "" in lines:
-        raise UserError(f"{path} has nothing on line {lines.index('') + 1}; write one entry a line.")
-    return lines
-
-
-def read_templates(path: Path) -> list[str]:
-    """Prompts with {} for the class name, one a line.
-
-    Raises:
-        UserError: one has no {}, or more than that in braces.
-    """
-    templates = read_lines(path)
-    for template in templates:
-        try:
-            works = template.format("a") != template.format("b")
-        except (IndexError, KeyError, ValueError, AttributeError):
-            works = False
-        if not works:
-            raise UserError(f"{path}: the template {template!r} must have {{}} where the class name goes.")
-    return templates
-
-
-def packaged_lines(name: str) -> list[str]:
-    """The entries of a file in `names/` of this package: its lines, without those that start with #."""
-    text = resources.files(__package__).joinpath("names", name).read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
-
-
-def _beside(folder: Path, root: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, root / name) if path.is_file()), None)
-
-
-def _folder_names(folder: Path, classes: list[str], lines: list[str], path: Path) -> list[str]:
-    """The name of each class folder, from the lines of classnames.txt."""
-    if any("\t" in line for line in lines):
-        names = {name.strip(): title.strip() for name, _, title in (line.partition("\t") for line in lines)}
-        missing = next((name for name in classes if not names.get(name)), None)
-        if missing is not None:
-            raise UserError(f"{path} has no line 'folder<TAB>name' for the class folder {missing}.")
-        check_folders(folder, classes, list(names), path.name)
-        lines = [names[name] for name in classes]
-    if len(lines) != len(classes):
-        raise UserError(f"{folder} has {len(classes)} class folders, but its {path.name} names {len(lines)}.")
-    return lines
+            f"{images.name(wrong[0])} is of class {labels[wrong[0]]}, but {names_from} names {classes} classes, "
+            f"0 to {classes - 1}."
+        )

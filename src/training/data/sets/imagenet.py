@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from ...errors import UserError
 from .folders import (
+    SPLIT_WORDS,
     Place,
     check_folders,
+    check_numbers,
     choose_split,
     find_splits,
     list_class_pictures,
@@ -27,92 +30,37 @@ from .folders import (
     list_pictures,
     list_shard_pictures,
     list_shards,
+    nothing_in,
     own_split,
 )
-from .labelled import ImageFiles, Images, LabelledImages
+from .labelled import ImageFiles, LabelledImages
+from .registry import data_set
 
 # Where a split is below the folder that is given: plain, Kaggle's and ILSVRC's, and what the archives are called.
 SPLIT_FOLDERS = {
     "train": ("train", "training", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "ILSVRC2012_img_train"),
     "val": ("val", "validation", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_img_val"),
 }
-# The folders of the published archives, and those that the package imagenetv2_pytorch makes of them.
-V2_FOLDERS = {
-    "imagenet-v2": ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"),
-    "imagenet-v2-threshold-0.7": ("imagenetv2-threshold0.7-format-val", "ImageNetV2-threshold-0.7"),
-    "imagenet-v2-top-images": ("imagenetv2-top-images-format-val", "ImageNetV2-top-images"),
-}
-# Title for people, and the folders of the published archives.
-SYNSET_SETS = {
-    "imagenet-r": ("ImageNet-R", ("imagenet-r",)),
-    "imagenet-a": ("ImageNet-A", ("imagenet-a",)),
-    "imagenet-sketch": ("ImageNet-Sketch", ("sketch", "imagenet-sketch")),
-}
+# Title for people, number of images, and the folders of the published archives (and of the package imagenetv2_pytorch).
+TEST_SETS = {
+    "imagenet-v2": (
+        "ImageNet-V2", 10_000, ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
+    ),
+    "imagenet-v2-threshold-0.7": (
+        "ImageNet-V2", 10_000, ("imagenetv2-threshold0.7-format-val", "ImageNetV2-threshold-0.7")
+    ),
+    "imagenet-v2-top-images": (
+        "ImageNet-V2", 10_000, ("imagenetv2-top-images-format-val", "ImageNetV2-top-images")
+    ),
+    "imagenet-r": ("ImageNet-R", 30_000, ("imagenet-r",)),
+    "imagenet-a": ("ImageNet-A", 7_500, ("imagenet-a",)),
+    "imagenet-sketch": ("ImageNet-Sketch", 50_889, ("sketch", "imagenet-sketch")),
+}  # fmt: skip
 KAGGLE_LABELS = "LOC_val_solution.csv"
 DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "ILSVRC/devkit/data")
 SYNSET = re.compile(r"n\d{8}")
 VAL_PICTURE = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
-
-
-def load_imagenet(folder: Path, split: str = "test") -> LabelledImages:
-    """ImageNet (ILSVRC 2012); "test" is the validation set, whose classes are public.
-
-    `folder` has the splits in it (see `SPLIT_FOLDERS`), or is one itself. A split is class folders called after
-    synsets, or shards with `cls` from 0 to 999; the validation set may also be the flat `ILSVRC2012_val_00000001.JPEG`
-    and so on with Kaggle's `LOC_val_solution.csv` or the development kit's ground truth and `meta.mat`.
-
-    Raises:
-        UserError: the split is not there, or its classes are not ImageNet's.
-    """
-    splits = _splits(folder)
-    found, place = choose_split(splits, "val" if split == "test" and split not in splits else split, folder)
-    if place.shards:
-        images, labels = list_shard_pictures(place.shards, len(imagenet_synsets()), "ImageNet")
-    elif list_folders(place.folder):
-        images, labels = _synset_pictures(place.folder, imagenet_synsets(), "ImageNet")
-    elif found == "train":
-        raise UserError(f"{place.folder} holds neither class folders nor .tar shards.")
-    else:
-        images, labels = _flat_pictures(place.folder, folder)
-    return _imagenet(images, labels, range(len(imagenet_synsets())), found)
-
-
-def load_imagenet_v2(folder: Path, name: str = "imagenet-v2") -> LabelledImages:
-    """ImageNet-V2 (Recht et al. 2019): class folders named 0 to 999, in `folder` or in the folder of its archive.
-
-    Args:
-        name: "imagenet-v2" (the matched-frequency images) or one of the other two in `V2_FOLDERS`.
-
-    Raises:
-        UserError: the class folders are others, or those of another variant.
-    """
-    folder = _inner(folder, V2_FOLDERS[name])
-    others = {inner: other for other, inners in V2_FOLDERS.items() if other != name for inner in inners}
-    other = next((inner for inner in others if folder.absolute().name == inner or (folder / inner).is_dir()), None)
-    if other is not None:
-        raise UserError(f"{folder} holds {other}; say {others[other]}={folder} for it.")
-    classes = list_folders(folder)
-    check_folders(folder, classes, [str(i) for i in range(len(imagenet_synsets()))], "ImageNet-V2")
-    return _imagenet(*list_class_pictures(folder, classes), range(len(classes)), "test")
-
-
-def load_synset_set(folder: Path, name: str) -> LabelledImages:
-    """ImageNet-R (Hendrycks et al. 2021a), -A (2021b) or -Sketch (Wang et al. 2019): class folders named by synset.
-
-    Their classes are 200, 200 and 1000 of ImageNet's, in ImageNet's order.
-
-    Args:
-        folder: that of the class folders, or the one that the archive was unpacked in.
-
-    Raises:
-        UserError: the class folders are not exactly those of the data set.
-    """
-    title, inner = SYNSET_SETS[name]
-    folder = _inner(folder, inner)
-    synsets = imagenet_synsets() if name == "imagenet-sketch" else subset_synsets(name)
-    numbers = {synset: i for i, synset in enumerate(imagenet_synsets())}
-    return _imagenet(*_synset_pictures(folder, synsets, title), [numbers[synset] for synset in synsets], "test")
 
 
 @cache
@@ -136,15 +84,113 @@ def subset_synsets(name: str) -> tuple[str, ...]:
     return tuple(sorted(path.read_text(encoding="utf-8").split()))
 
 
-def is_imagenet_layout(folder: Path) -> bool:
-    """Whether `folder` can only be ImageNet's: class folders called after synsets, or the flat validation set."""
+def as_imagenet(data: LabelledImages, classes: Sequence[int]) -> LabelledImages:
+    """`data` with ImageNet's names and prompts. `classes`: the numbers of its classes among the 1000."""
+    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
+    whole = list(classes) == list(range(len(IMAGENET_CLASSNAMES)))
+    names = IMAGENET_CLASSNAMES if whole else [IMAGENET_CLASSNAMES[i] for i in classes]
+    templates = OPENAI_IMAGENET_TEMPLATES
+    return replace(data, classnames=names, templates=templates, imagenet_classes=[[i] for i in classes])
+
+
+def holds_imagenet(folder: Path) -> bool:
+    """Whether `folder` can only be ImageNet's: class folders called after synsets, or the flat validation set.
+
+    Some of the 1000 classes alone are other data.
+    """
+    if (folder / "wnids.txt").is_file():
+        return False  # Tiny-ImageNet
     for place in _splits(folder).values():
         classes = list_folders(place.folder)
         if classes and not place.shards and all(SYNSET.fullmatch(name) for name in classes):
-            return True
-        if not classes and any(VAL_PICTURE.match(path) for path in list_pictures(place.folder)[:1]):
+            plain = place.folder == folder or place.folder.name.lower() in SPLIT_WORDS  # `any_data` finds them as well
+            return not (plain and set(classes) < set(imagenet_synsets()))
+        if not classes and any(VAL_PICTURE.match(path) for path in list_pictures(place.folder)[0][:1]):
             return True
     return False
+
+
+@data_set(
+    "imagenet", {"train": 1_281_167, "val": 50_000}, found_in=holds_imagenet, aliases=("imagenet-1k", "ilsvrc2012")
+)
+def load_imagenet(folder: Path, split: str = "val") -> LabelledImages:
+    """ImageNet (ILSVRC 2012), whose validation set has public classes.
+
+    `folder` has the splits in it (see `SPLIT_FOLDERS`), or is one itself. A split is class folders called after
+    synsets, or shards with `cls` from 0 to 999; the validation set may also be the flat `ILSVRC2012_val_00000001.JPEG`
+    and so on with Kaggle's `LOC_val_solution.csv` or the development kit's ground truth and `meta.mat`.
+
+    Raises:
+        UserError: the split is not there, or its classes are not ImageNet's.
+    """
+    splits = _splits(folder)
+    if not splits:
+        raise nothing_in(folder)
+    found, place = choose_split(splits, split, folder)
+    synsets = imagenet_synsets()
+    if place.shards:
+        images, labels = list_shard_pictures(place.shards)
+        check_numbers(images, labels, len(synsets), "ImageNet")
+    elif there := list_folders(place.folder):
+        remedy = f"; for the classes that are there, say folder={folder}"
+        check_folders(place.folder, there, synsets, "ImageNet", remedy)
+        images, labels = list_class_pictures(place.folder, synsets)
+    elif found == "train":
+        raise nothing_in(place.folder)
+    else:
+        images, labels = _flat_pictures(place.folder, folder)
+    return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets), range(len(synsets)))
+
+
+def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImages:
+    """ImageNet-V2 (Recht et al. 2019), -R (Hendrycks et al. 2021a), -A (2021b) or -Sketch (Wang et al. 2019).
+
+    V2's class folders are named 0 to 999, those of the others by synset: 200, 200 and all of ImageNet's.
+
+    Args:
+        name: a key of `TEST_SETS`; "imagenet-v2" has the matched-frequency images.
+        folder: that of the class folders, or the one that the archive was unpacked in.
+
+    Raises:
+        UserError: the class folders are not exactly those of the data set, or those of another variant of V2.
+    """
+    title, _, inner = TEST_SETS[name]
+    folder = _inner(folder, inner)
+    for other, (title_of_other, _, places) in TEST_SETS.items():
+        wrong = next((place for place in places if folder.absolute().name == place or (folder / place).is_dir()), None)
+        if wrong is not None and other != name and title_of_other == title:
+            raise UserError(f"{folder} holds {wrong}; say {other}={folder} for it.")
+    classes = _classes_of(name)
+    check_folders(folder, list_folders(folder), classes, title)
+    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
+    data = LabelledImages(*list_class_pictures(folder, classes), (), folders=classes)
+    return as_imagenet(data, [numbers.get(inside, place) for place, inside in enumerate(classes)])
+
+
+def _classes_of(name: str) -> Sequence[str]:
+    """The class folders of one of `TEST_SETS`."""
+    if name.startswith("imagenet-v2"):
+        return [str(number) for number in range(len(imagenet_synsets()))]
+    return imagenet_synsets() if name == "imagenet-sketch" else subset_synsets(name)
+
+
+def holds_test_set(name: str, folder: Path) -> bool:
+    """Whether `folder` has the archive's folder or is it; or the classes, where they are nobody else's."""
+    title, _, places = TEST_SETS[name]
+    if title == "ImageNet-V2" and any(folder.absolute().name in known[2] for known in TEST_SETS.values()):
+        return folder.absolute().name in places
+    classes = list_folders(_inner(folder, places))
+    if title == "ImageNet-V2" and _inner(folder, places) != folder:
+        return True
+    own = name != "imagenet-sketch" and name == title.lower() and bool(classes)
+    return own and len(classes) == len(_classes_of(name)) and classes == list(_classes_of(name))
+
+
+for _name, (_, _size, _) in TEST_SETS.items():
+    _aliases = ("imagenet-v2-matched-frequency",) * (_name == "imagenet-v2")
+    _register = data_set(_name, {"test": _size}, found_in=partial(holds_test_set, _name), aliases=_aliases)
+    _register(partial(load_test_set, _name))
 
 
 def _splits(folder: Path) -> dict[str, Place]:
@@ -158,9 +204,8 @@ def _splits(folder: Path) -> dict[str, Place]:
         return splits
     if not _has_synsets(folder) and list_shards(folder):
         return find_splits(folder, "val")
-    if not list_folders(folder) and not list_pictures(folder):
-        raise UserError(f"{folder} holds neither class folders nor .tar shards.")
-    return {own_split(folder, "val"): Place(folder)}
+    there = list_folders(folder) or list_pictures(folder)[0]
+    return {own_split(folder, "val"): Place(folder)} if there else {}
 
 
 def _has_synsets(folder: Path) -> bool:
@@ -171,49 +216,26 @@ def _inner(folder: Path, names: Sequence[str]) -> Path:
     return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
-def _imagenet(images: Images, labels: Tensor, classes: Sequence[int], split: str) -> LabelledImages:
-    """`classes`: the numbers of the data's classes among ImageNet's 1000."""
-    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-
-    all_of_them = len(classes) == len(IMAGENET_CLASSNAMES)
-    return LabelledImages(
-        images,
-        labels,
-        IMAGENET_CLASSNAMES if all_of_them else [IMAGENET_CLASSNAMES[i] for i in classes],
-        OPENAI_IMAGENET_TEMPLATES,
-        split=split,
-        imagenet_classes=[[i] for i in classes],
-    )
-
-
-def _synset_pictures(folder: Path, synsets: Sequence[str], title: str) -> tuple[ImageFiles, Tensor]:
-    check_folders(folder, list_folders(folder), synsets, title)
-    return list_class_pictures(folder, synsets)
-
-
 # -------------------------------------------------------------------------------------------- the flat validation set
 
 
 def _flat_pictures(folder: Path, root: Path) -> tuple[ImageFiles, Tensor]:
     """Pictures without class folders; the labels are near them, or near `root`, or in a folder above."""
-    paths = list_pictures(folder)
+    paths = list_pictures(folder)[0]
     if not paths:
-        raise UserError(f"{folder} holds neither class folders nor .tar shards.")
-    matches = [VAL_PICTURE.match(path) for path in paths]
-    if None in matches:
-        wrong = paths[matches.index(None)]
+        raise nothing_in(folder)
+    matches = {path: VAL_PICTURE.match(path) for path in paths}
+    if wrong := next((path for path, match in matches.items() if match is None), None):
         raise UserError(f"{folder} has no class folders, and {wrong} is not named like ILSVRC2012_val_00000001.JPEG.")
-    # Labels go by the number in the name: counting files would shift them all where one is missing.
-    numbers = [int(match[1]) for match in matches if match]
     labels_file, labels = _validation_labels(folder, root)
-    missing = next((i for i, number in enumerate(numbers) if number not in labels), None)
-    if missing is not None:
-        raise UserError(f"{labels_file} has no class for {paths[missing]}; use the whole file.")
-    classes = {synset: i for i, synset in enumerate(imagenet_synsets())}
-    unknown = next((synset for synset in labels.values() if synset not in classes), None)
-    if unknown is not None:
+    # Labels go by the number in the name: counting files would shift them all where one is missing.
+    synsets = {path: labels.get(int(match[1])) for path, match in matches.items()}
+    if missing := next((path for path, synset in synsets.items() if synset is None), None):
+        raise UserError(f"{labels_file} has no class for {missing}; use the whole file.")
+    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
+    if unknown := next((synset for synset in synsets.values() if synset not in numbers), None):
         raise UserError(f"{labels_file} names the class {unknown!r}, which is not one of ImageNet's 1000 synsets.")
-    return ImageFiles(folder, paths), torch.tensor([classes[labels[number]] for number in numbers])
+    return ImageFiles(folder, paths), torch.tensor([numbers[synset] for synset in synsets.values()])
 
 
 def _validation_labels(folder: Path, root: Path) -> tuple[Path, dict[int, str]]:
@@ -247,11 +269,11 @@ def _read_devkit(path: Path) -> dict[int, str]:
         raise UserError(f"There is no {meta}, which says what the numbers in {path.name} stand for; get the whole kit.")
     try:
         from scipy.io import loadmat
-    except ImportError:
-        raise UserError(f"Reading {meta} needs scipy; install it, or put {KAGGLE_LABELS} next to it.") from None
-    try:
+
         table = loadmat(meta, squeeze_me=True)["synsets"].reshape(-1)
         synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
+    except ImportError:
+        raise UserError(f"Reading {meta} needs scipy; install it, or put {KAGGLE_LABELS} next to it.") from None
     except Exception as error:  # a damaged file raises almost anything
         raise UserError(f"{meta} is not the meta.mat of ILSVRC 2012 ({error}); get it anew.") from None
     try:

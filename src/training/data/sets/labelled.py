@@ -1,10 +1,13 @@
 """Images with classes, listed but not decoded: files, members of tar files, or pixels in memory."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +18,21 @@ from torch import Tensor
 
 from ..images import load_rgb
 
+with contextlib.suppress(ImportError):  # optional: reads HEIC; here, since every worker process imports this module
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+# Pillow knows these endings, but needs another program or library for what is in the files, or they are no pictures.
+_UNDECODED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+
+
+@cache
+def picture_endings() -> frozenset[str]:
+    """The endings of files that can be decoded here, such as ".jpg", in lower case: those of Pillow and its plugins."""
+    kinds = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _UNDECODED)
 
 
 class Images(Protocol):
@@ -31,8 +48,20 @@ class Images(Protocol):
         """Where picture `i` is, for people: a path, a tar file and its member, a file and its row."""
         ...
 
-    def fingerprint(self) -> str:
-        """Changes when pictures are added, removed or renamed. Cheap: of names and places, or of pixels in memory."""
+    def content(self, i: int) -> bytes:
+        """What picture `i` is decoded from."""
+        ...
+
+    def fingerprint(self, times: bool = True) -> str:
+        """A hash of which pictures there are, and of what is in them as far as that shows without reading them.
+
+        Pixels in memory: all of them. Files: their names below the folder, their sizes, and when they were last changed
+        (in ns). Members of tar files: names, places and sizes, and each tar file's name, size and time. So a picture
+        that was replaced by one of the same size, and its time set back, goes unnoticed; and a copy whose times are
+        new counts as other pictures.
+
+        times: False leaves the times out, for what must stay the same where the data are copied.
+        """
         ...
 
     def subset(self, rows: Tensor) -> Images:
@@ -46,26 +75,35 @@ class ImageFiles:
     Args:
         root: folder that holds all of them.
         paths: relative to `root`.
+        border: pixels to cut off on each side.
     """
 
-    def __init__(self, root: str | Path, paths: Sequence[str]):
-        self.root = Path(root)
+    def __init__(self, root: str | Path, paths: Sequence[str], border: int = 0):
+        self.root, self.border = Path(root), border
         self.paths = np.asarray(paths, dtype=np.str_)  # an array: a list of a million strings is copied by each worker
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, i: int) -> Image.Image:
-        return load_rgb(self.name(i))
+        image, border = load_rgb(self.name(i)), self.border
+        if min(image.size) <= 2 * border:
+            raise ValueError(f"{self.name(i)} is only {image.width} x {image.height} pixels")
+        return image.crop((border, border, image.width - border, image.height - border)) if border else image
 
     def name(self, i: int) -> str:
         return os.path.join(self.root, str(self.paths[i]))
 
-    def fingerprint(self) -> str:
-        return _digest("\n".join(self.paths.tolist()).encode(errors="surrogateescape"))
+    def content(self, i: int) -> bytes:
+        return Path(self.name(i)).read_bytes()
+
+    def fingerprint(self, times: bool = True) -> str:
+        sizes = _sizes_and_times([self.name(i) for i in range(len(self))], times)
+        names = "\n".join([*self.paths.tolist(), str(self.border)])
+        return _digest(names.encode(errors="surrogateescape"), sizes.tobytes())
 
     def subset(self, rows: Tensor) -> ImageFiles:
-        return ImageFiles(self.root, self.paths[rows.numpy()])
+        return ImageFiles(self.root, self.paths[rows.numpy()], self.border)
 
 
 class TarImages:
@@ -85,17 +123,20 @@ class TarImages:
         return len(self.names)
 
     def load(self, i: int) -> Image.Image:
-        tar, offset, size = self.places[i].tolist()
-        with self.tars[tar].open("rb") as file:
-            file.seek(offset)
-            return load_rgb(file.read(size))
+        return load_rgb(self.content(i))
 
     def name(self, i: int) -> str:
         return f"{self.tars[self.places[i, 0]]}: {self.names[i]}"
 
-    def fingerprint(self) -> str:
-        names = "\n".join([*(tar.name for tar in self.tars), *self.names.tolist()])
-        return _digest(names.encode(errors="surrogateescape"), np.ascontiguousarray(self.places).tobytes())
+    def content(self, i: int) -> bytes:
+        tar, offset, size = self.places[i].tolist()
+        with self.tars[tar].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def fingerprint(self, times: bool = True) -> str:
+        names = "\n".join([*(tar.name for tar in self.tars), *self.names.tolist()]).encode(errors="surrogateescape")
+        return _digest(names, np.ascontiguousarray(self.places).tobytes(), _sizes_and_times(self.tars, times).tobytes())
 
     def subset(self, rows: Tensor) -> TarImages:
         return TarImages(self.tars, self.names[rows.numpy()], self.places[rows.numpy()])
@@ -121,8 +162,11 @@ class ArrayImages:
     def name(self, i: int) -> str:
         return f"{self.origin}, row {i}"
 
-    def fingerprint(self) -> str:
-        return _digest(str(self.pixels.shape).encode(), np.ascontiguousarray(self.pixels).tobytes())
+    def content(self, i: int) -> bytes:
+        return self.pixels[i].tobytes()
+
+    def fingerprint(self, times: bool = True) -> str:
+        return _digest(str(self.pixels.shape).encode(), np.ascontiguousarray(self.pixels))
 
     def subset(self, rows: Tensor) -> ArrayImages:
         return ArrayImages(self.pixels[rows.numpy()], self.origin)
@@ -140,6 +184,7 @@ class LabelledImages:
         name, split: what it is called in results, such as "imagenet-r" and "test".
         imagenet_classes: if the classes are some of ImageNet's: for each class here, its numbers among the 1000 (more
             than one where the class covers several of ImageNet's), so that a classifier for ImageNet can be evaluated.
+        folders: where each class is a folder (or a synset), what these are called; in the order of the classes.
     """
 
     images: Images
@@ -149,6 +194,7 @@ class LabelledImages:
     name: str = ""
     split: str = "test"
     imagenet_classes: Sequence[Sequence[int]] | None = None
+    folders: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -157,14 +203,48 @@ class LabelledImages:
         """The samples of these numbers, in this order; the classes stay."""
         return replace(self, images=self.images.subset(rows), labels=self.labels[rows])
 
-    def fingerprint(self) -> str:
-        """A short hash of which pictures there are, in which order, and of their classes (not of the class names)."""
-        return _digest(self.images.fingerprint().encode(), self.labels.to(torch.int64).numpy().tobytes())
+    def fingerprint(self, times: bool = True) -> str:
+        """A short hash of the pictures (see `Images`), in this order, and of their classes (not of the class names)."""
+        return _digest(self.images.fingerprint(times).encode(), self.labels.to(torch.int64).numpy().tobytes())
+
+    def same_pictures(self, other: LabelledImages) -> bool:
+        """Whether `other` has the same pictures, byte by byte, with the same labels in the same order.
+
+        Reads no further than to the first difference.
+        """
+        if len(self) != len(other) or not torch.equal(self.labels, other.labels):
+            return False
+        pairs = ((_content(self.images, i), _content(other.images, i)) for i in range(len(self)))
+        return self.fingerprint() == other.fingerprint() or all(ours == theirs for ours, theirs in pairs)
 
 
-def _digest(*parts: bytes) -> str:
+def _content(images: Images, i: int) -> bytes | None:
+    with contextlib.suppress(OSError):  # a link to nowhere, say: a broken picture
+        return images.content(i)
+
+
+def _sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
+    """(N, 2) int64 bytes and time of change in ns; zeros for `times` False and for files that cannot be read."""
+
+    def look(part: Sequence[str | Path]) -> list[tuple[int, int]]:
+        found = []
+        for path in part:
+            try:
+                status = os.stat(path)
+                found.append((status.st_size, status.st_mtime_ns if times else 0))
+            except OSError:
+                found.append((0, 0))
+        return found
+
+    # Threads: over a network, each answer takes long.
+    with ThreadPoolExecutor(16) as pool:
+        parts = pool.map(look, [paths[i : i + 1000] for i in range(0, len(paths), 1000)])
+    return np.array([row for part in parts for row in part], dtype=np.int64).reshape(-1, 2)
+
+
+def _digest(*parts: bytes | np.ndarray) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:16]

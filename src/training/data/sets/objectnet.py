@@ -6,16 +6,13 @@ Its authors allow evaluation only: no model may be trained or tuned on it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor
-
 from ...errors import UserError
-from .imagenet import imagenet_synsets
 from .folders import check_folders, list_class_pictures, list_folders
-from .labelled import Images, LabelledImages
+from .imagenet import imagenet_synsets
+from .labelled import ImageFiles, LabelledImages
+from .registry import data_set
 
 ARCHIVE = "objectnet-1.0"
 FOLDER_LABELS = "folder_to_objectnet_label.json"
@@ -25,33 +22,13 @@ LINES = "imagenet_to_label_2012_v2"
 BORDER = 2  # the published images have a red border of one pixel; the authors' own loader cuts two off
 
 
-@dataclass(frozen=True)
-class WithoutBorder:
-    """`images` without `border` pixels on each side."""
-
-    images: Images
-    border: int
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, i: int) -> Image.Image:
-        image = self.images.load(i)
-        if min(image.size) <= 2 * self.border:
-            raise ValueError(f"{self.name(i)} is only {image.width} x {image.height} pixels")
-        return image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
-
-    def name(self, i: int) -> str:
-        return self.images.name(i)
-
-    def fingerprint(self) -> str:
-        return f"{self.images.fingerprint()}-border{self.border}"
-
-    def subset(self, rows: Tensor) -> WithoutBorder:
-        return WithoutBorder(self.images.subset(rows), self.border)
+def holds_objectnet(folder: Path) -> bool:
+    """Whether `folder` has ObjectNet's mappings."""
+    return any((place / "mappings" / IMAGENET_LABELS).is_file() for place in (folder, folder / ARCHIVE))
 
 
-def load_objectnet(folder: Path) -> LabelledImages:
+@data_set("objectnet", {"test": 18_574}, found_in=holds_objectnet)  # of the classes that ImageNet has too
+def load_objectnet(folder: Path, split: str = "test") -> LabelledImages:
     """ObjectNet 1.0 as its archive unpacks: `images` with a folder a class, and `mappings`.
 
     Classes are in the order of their folders' names; `imagenet_classes` comes from the mappings, several for some.
@@ -61,25 +38,20 @@ def load_objectnet(folder: Path) -> LabelledImages:
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    if (folder / ARCHIVE).is_dir():
-        folder = folder / ARCHIVE
+    folder = folder / ARCHIVE if (folder / ARCHIVE).is_dir() else folder
     labels, groups = read_mappings(folder / "mappings")
     pictures = folder / "images"
     check_folders(pictures, list_folders(pictures), list(labels), "ObjectNet")
     classes = sorted(name for name, label in labels.items() if label in groups)
     images, numbers = list_class_pictures(pictures, classes)
     return LabelledImages(
-        WithoutBorder(images, BORDER),
+        ImageFiles(pictures, images.paths, BORDER),
         numbers,
         [labels[name].lower() for name in classes],
         OPENAI_IMAGENET_TEMPLATES,
         imagenet_classes=[groups[labels[name]] for name in classes],
+        folders=classes,
     )
-
-
-def is_objectnet(folder: Path) -> bool:
-    """Whether `folder` has ObjectNet's mappings."""
-    return any((place / "mappings" / IMAGENET_LABELS).is_file() for place in (folder, folder / ARCHIVE))
 
 
 def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
@@ -91,13 +63,9 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     Raises:
         UserError: a file is missing or not of this form.
     """
-    labels = _mapping(folder / FOLDER_LABELS, str)
-    overlap = _mapping(folder / IMAGENET_LABELS, str)
+    labels, overlap = _mapping(folder / FOLDER_LABELS, str), _mapping(folder / IMAGENET_LABELS, str)
     lines_of_classes = _mapping(folder / CLASS_LINES, int)
-    try:
-        lines = [line.strip() for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / LINES} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
+    lines = [line.strip() for line in _read(folder / LINES).splitlines()]
     if set(lines_of_classes) != {str(i) for i in range(len(imagenet_synsets()))}:
         raise UserError(f"{folder / CLASS_LINES} must have a line number for each of ImageNet's classes 0 to 999.")
     if not all(0 <= line < len(lines) for line in lines_of_classes.values()):
@@ -111,19 +79,26 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
             raise UserError(f"{folder / FOLDER_LABELS} has no folder for {label!r}, which {IMAGENET_LABELS} names.")
         groups[label] = []
         for name in (name.strip() for name in names.split(";")):
-            if len(classes.get(name, ())) != 1:
+            if len(found := classes.get(name, [])) != 1:
                 raise UserError(
                     f"{folder / IMAGENET_LABELS} names {name!r}, which must be the label of exactly one of ImageNet's "
-                    f"classes in {LINES}, but is that of {len(classes.get(name, ()))}."
+                    f"classes in {LINES}, but is that of {len(found)}."
                 )
-            groups[label] += classes[name]
+            groups[label] += found
     return labels, groups
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
 
 
 def _mapping(path: Path, kind: type) -> dict:
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        mapping = json.loads(_read(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
     if not (isinstance(mapping, dict) and mapping and all(type(value) is kind for value in mapping.values())):
         raise UserError(f"{path} must be a JSON object of {'numbers' if kind is int else 'texts'}; get it anew.")

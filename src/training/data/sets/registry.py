@@ -2,6 +2,9 @@
 
 `load_data("imagenet=/data/imagenet")` is the validation set, `load_data("cifar10=/data", split="train")` what is for
 training, and `load_data("/data/pets")` whatever is there, such as class folders or shards with `classnames.txt`.
+
+A data set is a function that reads one split of a folder, with `@data_set(name, ...)`; its file is imported in
+`__init__.py`.
 """
 
 from __future__ import annotations
@@ -10,55 +13,77 @@ import difflib
 import logging
 import os
 import re
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.error import URLError
+
+import torch
 
 from ...errors import UserError
-from .imagenet import (
-    SYNSET_SETS,
-    V2_FOLDERS,
-    is_imagenet_layout,
-    load_imagenet,
-    load_imagenet_v2,
-    load_synset_set,
-    subset_synsets,
-)
-from .folders import SPLIT_WORDS, SPLITS, find_splits, list_folders, list_shards, load_named
-from .objectnet import is_objectnet, load_objectnet
+from .classnames import named
+from .folders import SPLITS, list_folders, some
 from .labelled import LabelledImages
-from .arrays import CIFAR_FILES, MNIST_FOLDERS, MNIST_PREFIXES, find_cifar, find_mnist, load_cifar, load_mnist
 
-# The published numbers of images, by split. ObjectNet's are those of the classes that ImageNet has too.
-SIZES: dict[str, dict[str, int]] = {
-    "imagenet": {"train": 1_281_167, "val": 50_000},
-    "imagenet-v2": {"test": 10_000},
-    "imagenet-v2-threshold-0.7": {"test": 10_000},
-    "imagenet-v2-top-images": {"test": 10_000},
-    "imagenet-r": {"test": 30_000},
-    "imagenet-a": {"test": 7_500},
-    "imagenet-sketch": {"test": 50_889},
-    "objectnet": {"test": 18_574},
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "cifar100": {"train": 50_000, "test": 10_000},
-    "mnist": {"train": 60_000, "test": 10_000},
-    "fashion-mnist": {"train": 60_000, "test": 10_000},
-}
-ANY_DATA = ("folder", "webdataset")  # named after the folder they are in
-ALIASES = {
-    "imagenet1k": "imagenet",
-    "ilsvrc2012": "imagenet",
-    "imagenetv2matchedfrequency": "imagenet-v2",
-    "imagefolder": "folder",
-    "wds": "webdataset",
-}
+Reader = Callable[..., LabelledImages]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set; see `data_set`."""
+
+    name: str
+    read: Reader
+    splits: Mapping[str, int | None]
+    found_in: Callable[[Path], bool]
+    aliases: Sequence[str]
+    takes_names: bool
+    torchvision: str | None
+
+
+SETS: dict[str, DataSet] = {}
+
+
+class NotThere(UserError):
+    """The data set's files are not in the folder; they can be fetched if the data set says how."""
+
+
+def data_set(
+    name: str,
+    splits: Mapping[str, int | None] | None = None,
+    *,
+    found_in: Callable[[Path], bool] = lambda folder: False,
+    aliases: Sequence[str] = (),
+    takes_names: bool = False,
+    torchvision: str | None = None,
+) -> Callable[[Reader], Reader]:
+    """Registers the function that reads a data set: (folder, split) -> `LabelledImages`.
+
+    Args:
+        splits: those that it has, with their published numbers of images (None: any); without it, the function says
+            what it does not have. Where there is no "test", people report on "val", and that is read.
+        found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
+        aliases: other names.
+        takes_names: the function has a third argument, a file of class names to read instead of the data's own, or
+            None. For any other data set the names are replaced afterwards.
+        torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
+    """
+
+    def register(read: Reader) -> Reader:
+        SETS[name] = DataSet(name, read, splits or {}, found_in, aliases, takes_names, torchvision)
+        return read
+
+    return register
 
 
 def list_datasets() -> tuple[str, ...]:
     """The names that `load_data` knows."""
-    return (*SIZES, *ANY_DATA)
+    return tuple(SETS)
 
 
-def load_data(spec: str, *, split: str = "test", download: bool = False) -> LabelledImages:
+def load_data(
+    spec: str, *, split: str = "test", download: bool = False, classnames: Path | None = None
+) -> LabelledImages:
     """The images of one split, listed but not decoded, with class names and prompt templates.
 
     Args:
@@ -67,6 +92,7 @@ def load_data(spec: str, *, split: str = "test", download: bool = False) -> Labe
         split: "train", "val" or "test"; "test" is what people report on, for ImageNet the validation set. The split
             that was taken is in the result.
         download: fetch CIFAR, MNIST or Fashion-MNIST if it is not there.
+        classnames: a file of class names, as `classnames.txt`, to take instead of the data's own.
 
     Raises:
         UserError: the data are not there, incomplete or of other classes.
@@ -74,16 +100,53 @@ def load_data(spec: str, *, split: str = "test", download: bool = False) -> Labe
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     name, folder = parse_spec(spec)
+    if classnames is not None and not classnames.is_file():
+        raise UserError(f"There is no file {classnames}; check --classnames.")
     try:
-        name = name or tell_name(folder)
-        data = _load(name, folder, split, download)
+        known = SETS[name or tell_name(folder)]
+        data = _read(known, folder, split, classnames, download)
+        data = replace(data, name=data.name or known.name)
+        if classnames is not None and not known.takes_names:
+            data = named(data, classnames)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error}); check its files and permissions.") from None
-    data = replace(data, name=_called(folder) if name in ANY_DATA else name)
-    expected = SIZES.get(name, {}).get(data.split, len(data))
+    expected = known.splits.get(data.split) or len(data)
     if len(data) != expected:
-        logging.warning(f"{folder} holds {len(data):,} images of {name} ({data.split}), which has {expected:,}.")
+        logging.warning(f"{folder} holds {len(data):,} images of {known.name} ({data.split}), which has {expected:,}.")
+    counts = torch.bincount(data.labels, minlength=len(data.classnames)).tolist()
+    if empty := [title for title, count in zip(data.classnames, counts, strict=True) if not count]:
+        logging.warning(f"{folder} has no picture of {len(empty)} of its {len(counts)} classes: {some(empty)}.")
     return data
+
+
+def _read(known: DataSet, folder: Path, split: str, classnames: Path | None, download: bool) -> LabelledImages:
+    if split == "test" and "val" in known.splits and "test" not in known.splits:
+        split = "val"
+    if known.splits and split not in known.splits:
+        there = " and ".join(known.splits)
+        raise UserError(f"{known.name} has no {split} split, only {there}; take one that it has.")
+    arguments = (folder, split, classnames) if known.takes_names else (folder, split)
+    try:
+        return known.read(*arguments)
+    except NotThere:
+        if not (download and known.torchvision):
+            raise
+    _download(known, folder)
+    return known.read(*arguments)
+
+
+def _download(known: DataSet, folder: Path) -> None:
+    """Fetched once by whichever process on this machine comes first; the others find it done."""
+    from filelock import FileLock
+    from torchvision import datasets
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{known.name}.lock"):
+            getattr(datasets, known.torchvision)(str(folder), download=True)
+    except (OSError, RuntimeError, URLError) as error:
+        message = f"{known.name} cannot be downloaded to {folder} ({error}); put its files there yourself."
+        raise UserError(message) from None
 
 
 def parse_spec(spec: str) -> tuple[str | None, Path]:
@@ -107,73 +170,28 @@ def parse_spec(spec: str) -> tuple[str | None, Path]:
 
 
 def tell_name(folder: Path) -> str:
-    """Which data set `folder` holds, from what is there.
+    """Which data set `folder` holds, from what is there: "folder" unless it is another for sure.
 
     Raises:
-        UserError: it is not clear; the sentence says what to add.
+        UserError: it may be several.
     """
-    inside = list_folders(folder)
-    splits = [folder / name for name in inside if name.lower() in SPLIT_WORDS]
-    if any((place / "classnames.txt").is_file() for place in (folder, *splits)):
+    list_folders(folder)
+    if SETS["folder"].found_in(folder):  # own class names make it other data than the pictures say
         return "folder"
-    for name in CIFAR_FILES:
-        if find_cifar(folder, name):
-            return name
-    mnist = [name for name in MNIST_FOLDERS if any(find_mnist(folder, name, split) for split in MNIST_PREFIXES)]
-    if len(mnist) == 1:
-        return mnist[0]
-    if mnist and (name := _known(folder.absolute().name)) in mnist:
-        return str(name)
-    if mnist:
-        raise UserError(f"{folder} may hold MNIST or Fashion-MNIST; say mnist={folder} or fashion-mnist={folder}.")
-    if is_objectnet(folder):
-        return "objectnet"
-    for name, places in V2_FOLDERS.items():
-        if folder.absolute().name in places or any(place in inside for place in places):
-            return name
-    if inside == [str(i) for i in range(1000)]:
-        return "imagenet-v2"
-    if is_imagenet_layout(folder):
-        subsets = (name for name in SYNSET_SETS if name != "imagenet-sketch" and tuple(inside) == subset_synsets(name))
-        return next(subsets, "imagenet")
-    if shards := list_shards(folder) or [shard for place in splits for shard in list_shards(place)]:
-        raise UserError(
-            f"{folder} has no classnames.txt; write one with the name of one class a line, or say imagenet={folder} "
-            f"if that is what {shards[0].name} holds."
-        )
-    if not inside:
-        raise UserError(f"{folder} holds neither class folders nor .tar shards.")
-    raise UserError(f"{folder} has no classnames.txt; write one with the name of one class a line.")
-
-
-def _load(name: str, folder: Path, split: str, download: bool) -> LabelledImages:
-    there = SIZES.get(name, {})
-    if there and split not in there and not (name == "imagenet" and split == "test"):
-        raise UserError(f"{name} has no {split} split, only {' and '.join(there)}; take one that it has.")
-    if name == "imagenet":
-        return load_imagenet(folder, split)
-    if name in V2_FOLDERS:
-        return load_imagenet_v2(folder, name)
-    if name in SYNSET_SETS:
-        return load_synset_set(folder, name)
-    if name == "objectnet":
-        return load_objectnet(folder)
-    if name in CIFAR_FILES:
-        return load_cifar(folder, name, split, download)
-    if name in MNIST_FOLDERS:
-        return load_mnist(folder, name, split, download)
-    if name == "webdataset" and not any(place.shards for place in find_splits(folder).values()):
-        raise UserError(f"{folder} holds no .tar shards.")
-    return load_named(folder, split)
+    found = [name for name, known in SETS.items() if known.found_in(folder)]
+    called = _known(folder.absolute().name)
+    if len(found) > 1 and called not in found:
+        either = " or ".join(f"{name}={folder}" for name in found)
+        raise UserError(f"{folder} may hold {' or '.join(found)}; say {either}.")
+    return str(called) if len(found) > 1 else next(iter(found), "folder")
 
 
 def _known(name: str) -> str | None:
     """The data set's name in our spelling, or None."""
-    plain = re.sub("[^a-z0-9]", "", name.lower())
-    return ALIASES.get(plain) or {re.sub("[^a-z0-9]", "", known): known for known in list_datasets()}.get(plain)
 
+    def plain(name: str) -> str:
+        return re.sub("[^a-z0-9]", "", name.lower())
 
-def _called(folder: Path) -> str:
-    """What data in `folder` are called: after it, or after the folder above if it is called train, val or test."""
-    path = Path(os.path.abspath(folder))
-    return path.parent.name if path.name.lower() in SPLIT_WORDS else path.name
+    return {plain(spelling): known.name for known in SETS.values() for spelling in (known.name, *known.aliases)}.get(
+        plain(name)
+    )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from training.errors import UserError
 from training.data.sets.captioned import CaptionOptions, load_captions
+from training.errors import UserError
 
 from .layout_files import write_shard
 

@@ -7,11 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from training.errors import UserError
+from training.data.sets.classnames import packaged_lines
+from training.data.sets.folders import find_splits, list_pictures
 from training.data.sets.registry import load_data
-from training.data.sets.folders import find_splits, list_pictures, load_named, packaged_lines
+from training.errors import UserError
 
 from .layout_files import contents, encoded, make_folders, write_folder, write_shard
+
+
+def load_named(folder, split="test", **options):
+    return load_data(f"folder={folder}", split=split, **options)
 
 
 def message_of(function, *args, **kwargs) -> str:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from training.errors import UserError
-from training.data.sets.registry import list_datasets, load_data, parse_spec
+from training.data.sets.classnames import packaged_lines
 from training.data.sets.imagenet import imagenet_synsets, subset_synsets
-from training.data.sets.folders import packaged_lines
+from training.data.sets.registry import list_datasets, load_data, parse_spec
+from training.errors import UserError
 from training.evaluation.scores import is_imagenet
 
 from .layout_files import (

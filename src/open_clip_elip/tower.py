@@ -1,0 +1,146 @@
+"""OpenCLIP's ViT driven layer by layer, reduced or not, with the exact shortcuts of `blocks.py`: for every model."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import is_traced, is_untouched, run_block, run_block_at, run_in_place
+from .reduction import TokenReduction
+
+
+class ImageTower:
+    """Runs an image tower. No module: a model has one as an attribute, and its state dict keeps the plain model's keys.
+
+    What was changed about the tower, or hangs on it, runs as in OpenCLIP: a block with a hook by its own forward, a
+    tower or a stack of blocks with one whole. Hooks on `visual` see the image and what was asked for: tokens, pooled
+    features, or features.
+
+    Args:
+        visual: the model's tower. Any that is not OpenCLIP's own ViT answers `features` only, by its own forward.
+        reduction: how tokens are removed; None: not at all.
+
+    Attributes:
+        shortcuts: leave out what changes no number beyond rounding; the model's captions too are cut only then.
+        reduces: False trains with all tokens, as the last stretch of a run may (`--full-tokens-last`).
+        vision_guided: reduce tokens without a caption too, scored by the image alone (ELIP: lam = 1; Sec. 4.4.5).
+            Faster, at some loss of quality; off unless it is asked for.
+    """
+
+    shortcuts: bool = True
+    reduces: bool = True
+    vision_guided: bool = False
+
+    def __init__(self, visual: nn.Module, reduction: TokenReduction | None = None):
+        self.visual, self.reduction = visual, reduction
+
+    def tokens(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
+        """All tokens after the last layer, (B, L, D), `[CLS]` first, L the reduced length: in every mode, always.
+
+        Args:
+            image: (B, 3, H, W).
+            guidance: (B, D) text vector at the tower's width.
+            reduce: remove tokens. None: if there is guidance, or with `vision_guided`.
+
+        Raises:
+            ValueError: a tower of another kind, or a change to it that the reduction cannot work with.
+        """
+        return self._run(image, lambda visual, image: self._layers(image, guidance, reduce))
+
+    def pooled(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
+        """Features before the projection, (B, width), of which the last layer may compute no more than is pooled.
+
+        Arguments and errors as `tokens`.
+        """
+        return self._run(image, lambda visual, image: self._pool(image, guidance, reduce))
+
+    def features(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
+        """Features, (B, output_dim); arguments and errors as `tokens`."""
+        if not (self._is_reduced(guidance, reduce) or self._takes_shortcuts()):
+            return self.visual(image)
+
+        def project(visual: nn.Module, image: Tensor) -> Tensor:
+            pooled = self._pool(image, guidance, reduce)
+            return pooled if visual.proj is None else pooled @ visual.proj
+
+        return self._run(image, project)
+
+    def num_patches(self) -> int:
+        """Patch tokens that enter the first layer in training (M): the grid, less what patch dropout removes."""
+        rows, columns = self.visual.grid_size
+        dropout = getattr(self.visual.patch_dropout, "prob", 0.0)
+        return max(1, int(rows * columns * (1 - dropout))) if dropout else rows * columns
+
+    def token_counts(self) -> list[int]:
+        """Sequence length in each layer in training, `[CLS]` included."""
+        patches = self.num_patches()
+        if self.reduction is None or not self.reduces:
+            return [1 + patches] * len(self.visual.transformer.resblocks)
+        return self.reduction.token_counts(patches)
+
+    def rrt(self) -> float:
+        """Ratio of removed tokens in training (see `TokenReduction.rrt`)."""
+        return 0.0 if self.reduction is None or not self.reduces else self.reduction.rrt(self.num_patches())
+
+    def _is_reduced(self, guidance: Tensor | None, reduce: bool | None) -> bool:
+        if reduce is None:
+            reduce = self.reduces and (guidance is not None or self.vision_guided)
+        return reduce and self.reduction is not None
+
+    def _takes_shortcuts(self) -> bool:
+        """Whether the layers of all tokens may be driven from here."""
+        visual = self.visual
+        return self.shortcuts and not is_traced() and is_untouched(visual) and is_untouched(visual.transformer)
+
+    def _run(self, image: Tensor, function: Callable) -> Tensor:
+        if not isinstance(self.visual, VisionTransformer):
+            raise ValueError(f"Only OpenCLIP's own ViT has tokens here; this tower is a {type(self.visual).__name__}.")
+        return run_in_place(self.visual, image, function)
+
+    def _pool(self, image: Tensor, guidance: Tensor | None, reduce: bool | None) -> Tensor:
+        visual = self.visual
+        last = visual.transformer.resblocks[-1]
+        only_cls = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
+        cut = only_cls and self._takes_shortcuts() and is_untouched(visual.ln_post) and is_untouched(last)
+        return visual._pool(self._layers(image, guidance, reduce, last if cut else None))[0]
+
+    def _layers(
+        self, image: Tensor, guidance: Tensor | None, reduce: bool | None, cut: nn.Module | None = None
+    ) -> Tensor:
+        """As `tokens`; `cut`: the last block if it is to return `[CLS]` alone, (B, 1, D)."""
+        x, run = self.visual._embeds(image), functools.partial(self._layer, cut=cut)
+        if self._is_reduced(guidance, reduce):
+            captioned = guidance is not None and self.reduction.uses_text
+            if not (captioned or reduce or self.visual.training or self.reduction.works_alone):
+                raise ValueError(f"{type(self.reduction).__name__} reduces tokens in training only.")
+
+            def reduced(transformer: nn.Module, x: Tensor) -> Tensor:
+                return self.reduction(transformer.resblocks, x, guidance, run=run, only_cls=cut is not None)
+
+            return run_in_place(self.visual.transformer, x, reduced)
+        if not self._takes_shortcuts():
+            return self.visual.transformer(x)
+        for block in self.visual.transformer.resblocks:
+            x = run(block, x)
+        return x
+
+    def _layer(
+        self, block: nn.Module, x: Tensor, *more: Tensor, function: Callable | None = None, cut: nn.Module | None = None
+    ):
+        """One layer, checkpointed if the tower is; `function(block, x, *more)` stands in for the block's forward."""
+        if function is not None:
+            function = functools.partial(_in_place, function=function)
+        elif self.shortcuts and not is_traced() and is_untouched(block):
+            function = run_block_at if block is cut else run_block
+        run, recomputed = function or block, self.visual.transformer.grad_checkpointing and torch.is_grad_enabled()
+        if function is None:  # as OpenCLIP's transformer calls it
+            return checkpoint(run, x, None, None, None, use_reentrant=False) if recomputed else run(x, attn_mask=None)
+        return checkpoint(run, block, x, *more, use_reentrant=False) if recomputed else run(block, x, *more)
+
+
+def _in_place(block: nn.Module, x: Tensor, *more: Tensor, function: Callable):
+    return run_in_place(block, x, lambda block, x: function(block, x, *more))

@@ -1,0 +1,99 @@
+"""MNIST and Fashion-MNIST: idx files."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...errors import UserError
+from .classnames import packaged_lines
+from .labelled import ArrayImages, LabelledImages
+from .registry import NotThere, data_set
+
+PREFIXES = {"train": "train", "test": "t10k"}
+FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's
+
+
+def load_mnist(name: str, folder: Path, split: str = "test") -> LabelledImages:
+    """MNIST or Fashion-MNIST: two idx files a split, gzipped or not.
+
+    They are in `folder`, in `raw` or where torchvision puts them (`MNIST/raw`, `FashionMNIST/raw`), and are called
+    `t10k-images-idx3-ubyte`, `t10k-images.idx3-ubyte` or the same with `.gz`; `train-...` for training.
+
+    Raises:
+        NotThere: a file is missing.
+        UserError: a file is damaged.
+    """
+    files = _find(name, folder, split)
+    if files is None:
+        prefix = PREFIXES[split]
+        raise NotThere(
+            f"{folder} has no {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte, also not in raw or "
+            f"{FOLDERS[name]}/raw or with .gz; put them there or add --download."
+        )
+    pixels, labels = read_idx(files[0], 3), read_idx(files[1], 1)
+    classes = packaged_lines(f"{name}-classes.txt")
+    if len(pixels) != len(labels):
+        raise UserError(f"{files[0]} has {len(pixels)} images, but {files[1]} has {len(labels)} labels.")
+    if not len(labels) or labels.max() >= len(classes):
+        raise UserError(f"{files[1]} must hold labels from 0 to {len(classes) - 1}, and at least one.")
+    images, labels = ArrayImages(pixels, str(files[0])), torch.from_numpy(labels.astype(np.int64))
+    return LabelledImages(images, labels, classes, packaged_lines(f"{name}-templates.txt"), split=split)
+
+
+def _find(name: str, folder: Path, split: str) -> tuple[Path, Path] | None:
+    """The files with images and with labels."""
+    for place in (folder, folder / "raw", folder / FOLDERS[name] / "raw"):
+        files = []
+        for kind in ("images{}idx3", "labels{}idx1"):
+            ways = [f"{PREFIXES[split]}-{kind.format(dot)}-ubyte{end}" for end in ("", ".gz") for dot in "-."]
+            files += [place / way for way in ways if (place / way).is_file()][:1]
+        if len(files) == 2:
+            return files[0], files[1]
+    return None
+
+
+for _name, _torchvision in FOLDERS.items():
+    data_set(
+        _name,
+        {"train": 60_000, "test": 10_000},
+        found_in=lambda folder, name=_name: any(_find(name, folder, split) for split in PREFIXES),
+        torchvision=_torchvision,
+    )(partial(load_mnist, _name))
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array with that many dimensions in an idx file, gzipped or not.
+
+    The format (LeCun's page on MNIST): two zero bytes, 8 for bytes, the number of dimensions, each size as a big-endian
+    32-bit number, the values.
+
+    Raises:
+        UserError: it is no such file, or has more or fewer values than its sizes say.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); get it anew.") from None
+    magic, start = bytes((0, 0, 8, dimensions)), 4 + 4 * dimensions
+    if len(content) < start or content[:4] != magic:
+        found = content[:4].hex() or "nothing"
+        raise UserError(
+            f"{path} is not an idx file of bytes with {dimensions} dimension{'s' * (dimensions > 1)}: it starts with "
+            f"{found} instead of {magic.hex()}; get it anew."
+        )
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
+    if len(content) - start != math.prod(shape):
+        sizes = " x ".join(map(str, shape))
+        raise UserError(
+            f"{path} is cut off or damaged: its sizes are {sizes}, but it holds {len(content) - start} values; get it "
+            "anew."
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,50 @@
+"""Options of every evaluation command: model, data, how to run, where results go."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UserError
+from ..options.data import IMAGE_DECODE
+from ..options.parser import COUNT, POSITIVE_COUNT, SWITCH, Section, forbid, one_of, option
+from ..options.run import PRECISION
+
+
+@dataclass
+class EvaluationOptions(Section, title="model, data and results"):
+    model: str | None = option(
+        None, "A name that OpenCLIP knows (ELIP too), local-dir:FOLDER or hf-hub:REPOSITORY. Without it: the one that "
+        "a checkpoint of this trainer names.", metavar="NAME")
+    pretrained: str | None = option(
+        None, "Checkpoint of this trainer or of OpenCLIP, or a tag that OpenCLIP knows.", metavar="FILE|TAG", path=True)
+    ema: bool = option(False, "Take the averaged weights of a checkpoint of this trainer.")
+    data: list[str] = option([], "Data sets (docs/evaluation_data.md).", metavar="[NAME=]PATH", nargs="+", path=True)
+    download: bool = option(False, "Fetch data sets that torchvision can fetch (CIFAR, MNIST).")
+    batch_size: int = option(64, "Images a process and step.", POSITIVE_COUNT)
+    workers: int = option(4, "Decoding processes a process.", COUNT)
+    device: str | None = option(None, "cpu, cuda or mps. Without it: cuda, or cpu where there is none.", metavar="NAME")
+    precision: str | None = option(None, "As in training. Without it: amp_bf16 with CUDA, else fp32.", PRECISION)
+    vision_guided_reduction: bool = option(
+        False, "Reduce the image tokens of an ELIP model as the image alone would have it: faster, not exact.")
+    torchcompile: bool = option(False, "Compile the image tower with torch.compile.", spellings=("--compile",))
+    image_decode: str = option("plain", "As in training.", IMAGE_DECODE)
+    on_broken: str = option("skip", "Leave images that cannot be read out, or stop.", one_of("skip", "stop"))
+    results: str = option("results", "Where results go; none: nowhere.", metavar="DIR", path=True)
+    redo: bool = option(False, "Do finished work again.")
+    progress: bool | None = option(None, "Show progress bars. Without it: on a terminal only.", SWITCH)
+
+    def __post_init__(self) -> None:
+        cuda = torch.cuda.is_available()
+        self.device = self.device or ("cuda" if cuda else "cpu")
+        self.precision = self.precision or ("amp_bf16" if cuda else "fp32")
+
+    def check(self) -> None:
+        forbid(not self.data, "--data is missing: name the data, as in --data imagenet=/data/imagenet.")
+        forbid(not self.results, "--results is empty; name a folder, or none.")
+        try:
+            cuda = torch.device(self.device).type == "cuda"
+        except RuntimeError:
+            raise UserError(f"There is no device {self.device!r}; use cpu, cuda or mps.") from None
+        missing = cuda and not torch.cuda.is_available()
+        forbid(missing, f"--device {self.device} is not available; use --device cpu.")

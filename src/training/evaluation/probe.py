@@ -1,0 +1,280 @@
+"""A linear probe: its data, its features, the sweep and the last fit, and what it scores on its test sets."""
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.sets.labelled import Images, LabelledImages
+from ..data.sets.registry import load_data
+from ..distributed import Ranks
+from ..errors import UserError
+from .feature_rows import FeatureRows, Part
+from .features import DTYPES, FeatureSet, extract_features, feature_encoder
+from .logistic import LinearClassifier, SolverSettings, all_logits, fit, held_out_score
+from .passes import EncodeSettings
+from .results import Results, described, described_model, digest_of, keep, read_kept
+from .scores import check_classes, score
+from .sweep import Trial, stratified_sample, sweep
+
+SWEEP = "sweep"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a probe is trained and evaluated on. val: for the sweep, if the data have one that is not the test set."""
+
+    train: LabelledImages
+    val: LabelledImages | None
+    tests: Sequence[LabelledImages]
+
+
+def load_jobs(options: Any) -> list[Splits]:
+    """The splits of each `--data`, and the sets of `--also` with the one whose classes they have.
+
+    Raises:
+        UserError: no training split, or classes that do not fit.
+    """
+    jobs = [load_splits(options, spec) for spec in options.data]
+    for spec in options.also:
+        data, problem = load_data(spec, download=options.download), None
+        for i, splits in enumerate(jobs):
+            try:
+                check_classes(splits.train, data)
+            except UserError as error:
+                problem = problem or error
+            else:
+                jobs[i] = replace(splits, tests=[*splits.tests, data])
+                break
+        else:
+            raise problem
+    return jobs
+
+
+def load_splits(options: Any, spec: str) -> Splits:
+    """The splits of one `--data`.
+
+    Raises:
+        UserError: no training split, one class, or classes that differ between the splits.
+    """
+    train, test = (load_data(spec, split=split, download=options.download) for split in ("train", "test"))
+    if len(train.classnames) < 2:
+        raise UserError(f"{spec} has one class, {train.classnames[0]!r}; a linear probe needs two.")
+    if same_pictures(train, test):
+        raise UserError(f"{spec}: the training and the test split are the same pictures; give data that have both.")
+    val = None
+    if test.split != "val":
+        try:
+            val = load_data(spec, split="val", download=options.download)
+        except UserError as error:
+            logging.info(f"no validation split: {str(error).partition(';')[0]}")
+    if val is not None and same_pictures(val, test):
+        val = None
+    for data in (test, val):
+        if data is not None:
+            check_classes(train, data)
+    if options.max_train_samples is not None and options.max_train_samples < len(train):
+        train = train.subset(stratified_sample(train.labels, options.max_train_samples, options.seed))
+    check_all_classes(train, train.labels, options.max_train_samples)
+    return Splits(train, val, [test])
+
+
+def same_pictures(a: LabelledImages, b: LabelledImages, samples: int = 16) -> bool:
+    """Whether two sets have equal labels and, wherever they are looked at (`samples` places), equal pixels."""
+    places = torch.linspace(0, len(a) - 1, min(len(a), samples)).long().tolist()
+    return torch.equal(a.labels, b.labels) and all(_pixels(a.images, i) == _pixels(b.images, i) for i in places)
+
+
+def _pixels(images: Images, i: int) -> tuple[Any, ...] | None:
+    try:
+        image = images.load(i)
+    except Exception:  # broken, see `ImagePass`
+        return None
+    return image.size, image.tobytes()
+
+
+def check_all_classes(data: LabelledImages, labels: Tensor, max_train_samples: int | None) -> None:
+    """Every class occurs in `labels`.
+
+    Raises:
+        UserError: one does not.
+    """
+    missing = (torch.bincount(labels, minlength=len(data.classnames)) == 0).nonzero()[:, 0].tolist()
+    if missing:
+        remedy = "add some" if max_train_samples is None else "add some, or raise --max-train-samples"
+        raise UserError(
+            f"{len(missing)} of the {len(data.classnames)} classes of {data.name} have no readable training image "
+            f"(the first is {data.classnames[missing[0]]!r}); {remedy}."
+        )
+
+
+class Probe:
+    """One probe: its training data, its test sets, and where things are kept. All methods are collective.
+
+    Args:
+        options: those of `training.linear_probe`.
+        loaded: the `LoadedModel`.
+        ranks: see `sweep.patient`.
+    """
+
+    def __init__(self, options: Any, loaded: Any, splits: Splits, results: Results, ranks: Ranks):
+        self.options, self.loaded, self.splits, self.results, self.ranks = options, loaded, splits, results, ranks
+        self.num_classes = len(splits.train.classnames)
+        self.device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device  # MPS has no float64
+        self.settings = SolverSettings(options.max_iterations, options.tolerance)
+        held_out = options.regularisation == SWEEP and not splits.val
+        self.training = {
+            **{name: getattr(options, name) for name in ("layer", "normalize", "standardize", "feature_dtype")},
+            "regularisation": options.regularisation,
+            "train": splits.train.name,
+            "train_fingerprint": splits.train.fingerprint(),
+            "train_classes": _classes(splits.train),
+            "val_fingerprint": splits.val.fingerprint() if splits.val else None,
+            "held_out": options.held_out if held_out else None,
+            "seed": options.seed if held_out else None,
+            **asdict(self.settings),
+        }
+
+    def run(self) -> list[dict]:
+        """The records of all test sets. What is finished is not done again."""
+        tests = self.splits.tests
+        works = [
+            described("linear_probe", self.options, self.loaded, test, classes=_classes(test), **self.training)
+            for test in tests
+        ]
+        records = [self.results.find(work) for work in works]
+        if all(records):
+            return records
+        classifier, found = self.classifier()
+        for i, test in enumerate(tests):
+            if records[i] is None:
+                features = self.features(test)
+                rows = FeatureRows([_part(features)], self.num_classes, self.device)
+                metrics = None
+                with self.ranks.agree():
+                    if self.ranks.is_main:
+                        metrics = score(all_logits(classifier, rows), test, features.rows)
+                metrics = self.ranks.broadcast(metrics)
+                records[i] = self.results.add(works[i], metrics, {**found, "skipped": list(features.skipped)})
+        return records
+
+    def features(self, data: LabelledImages) -> FeatureSet:
+        options = self.options
+        with self.ranks.agree():
+            encoder = feature_encoder(self.loaded.model, options.layer, options.normalize, options.compile)
+        what = described_model(options, self.loaded) | {"layer": options.layer, "normalize": options.normalize}
+        return extract_features(
+            encoder, data, self.loaded.preprocess, what, dtype=DTYPES[options.feature_dtype],
+            folder=Path(options.cache), redo=options.redo, ranks=self.ranks,
+            settings=EncodeSettings.of(options, f"{data.name} ({data.split})"),
+        )  # fmt: skip
+
+    def classifier(self) -> tuple[LinearClassifier, dict]:
+        """The trained probe and what is worth knowing about it, the same on every process; kept beside the features.
+
+        Raises:
+            UserError: its weights are not finite.
+        """
+        options = self.options
+        what = [described_model(options, self.loaded), options.on_broken, self.training]
+        path = Path(options.cache, f"probe-{digest_of(what)}.pt")
+        saved = read_kept(path, self.ranks, options.redo)
+        if saved is None:
+            saved = self._train()
+            keep(saved, path, self.ranks, "--cache")
+        found = saved["found"]
+        if not found["converged"]:
+            logging.warning(f"L-BFGS had not converged after {found['iterations']} iterations; raise --max-iterations.")
+        return LinearClassifier(saved["weight"].to(self.device), saved["bias"].to(self.device)), found
+
+    def _train(self) -> dict:
+        sets = [self.features(data) for data in (self.splits.train, self.splits.val) if data is not None]
+        check_all_classes(self.splits.train, sets[0].labels[sets[0].rows], self.options.max_train_samples)
+        parts = [_part(features) for features in sets]
+        if self._fits(parts):
+            parts = [part._replace(features=part.features.to(self.device, copy=True)) for part in parts]
+        regularisation, trials = self.options.regularisation, []
+        if regularisation == SWEEP:
+            best, trials = self._sweep(parts)
+            regularisation = best.regularisation
+        saved = None
+        if self.ranks.is_main:  # it would be the same on all processes
+            rows = self._rows(parts)
+            classifier = fit(rows, regularisation, self.settings)
+            saved = {
+                "weight": classifier.weight.cpu(),
+                "bias": classifier.bias.cpu(),
+                "found": {
+                    "regularisation": regularisation,
+                    "iterations": classifier.iterations,
+                    "converged": classifier.converged,
+                    "num_train_samples": len(rows),
+                    "train_skipped": [name for features in sets for name in features.skipped],
+                    "trials": [
+                        {**asdict(trial), "loss": trial.loss if math.isfinite(trial.loss) else None} for trial in trials
+                    ],
+                },
+            }
+        saved = self.ranks.broadcast(saved)
+        if not (saved["weight"].isfinite().all() and saved["bias"].isfinite().all()):
+            raise UserError(f"The fit with regularisation {regularisation} diverged; take another one.")
+        return saved
+
+    def _sweep(self, parts: list[Part]) -> tuple[Trial, list[Trial]]:
+        """The best regularisation for rows that are not trained on: the val split, or some of the training rows."""
+        kept, held_out = parts[:1], parts[1:]
+        if not held_out:
+            part = parts[0]
+            count = max(1, round(self.options.held_out * len(part.rows)))
+            held = stratified_sample(part.labels[part.rows], count, self.options.seed, leave=1)
+            if not len(held):
+                raise UserError(
+                    f"{self.splits.train.name} has one training image a class, none to hold out for the sweep; give "
+                    "--regularisation a value."
+                )
+            rest = torch.ones(len(part.rows), dtype=torch.bool)
+            rest[held] = False
+            kept, held_out = [part._replace(rows=part.rows[rest])], [part._replace(rows=part.rows[held])]
+        train, test = self._rows(kept), FeatureRows(held_out, self.num_classes, self.device)
+        logging.info(f"sweep: {len(train):,} samples to train on, {len(test):,} held out")
+
+        def attempt(regularisation: float) -> Trial:
+            classifier = fit(train, regularisation, self.settings)
+            return Trial(regularisation, *held_out_score(classifier, test), classifier.iterations)
+
+        best, trials = sweep(attempt, self.ranks)
+        logging.info(f"chosen: {best.regularisation:.4g}, with {best.top1:.2%} held out")
+        return best, trials
+
+    def _rows(self, parts: list[Part]) -> FeatureRows:
+        rows = FeatureRows(parts, self.num_classes, self.device)
+        return rows.standardized() if self.options.standardize else rows
+
+    def _fits(self, parts: list[Part]) -> bool:
+        """Whether the training features are kept on the device; else they are read from their file, again and again."""
+        size, given = sum(part.features.nbytes for part in parts), self.options.feature_memory
+        if given is not None:
+            room = given * 1e9
+        elif self.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.device)[0] / 2
+        else:
+            room = 0  # the system keeps in memory what it can of a file
+        where = f"kept on {self.device}" if size <= room else "read from disk in each iteration"
+        logging.info(f"{size / 1e9:.2f} GB of training features are {where}")
+        return size <= room
+
+
+def _part(features: FeatureSet) -> Part:
+    return Part(features.features, features.labels, features.rows)
+
+
+def _classes(data: LabelledImages) -> str:
+    """A hash of the names of the classes, and of which of ImageNet's they are."""
+    groups = data.imagenet_classes
+    return digest_of([list(data.classnames), None if groups is None else [list(group) for group in groups]])

@@ -1,0 +1,183 @@
+"""What the log tells of a run: rates, waits, costs, and its summary."""
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .distributed import Ranks
+from .files import expendable
+from .log import peak_memory_gb
+from .tasks.base import Cost
+
+# Dense peaks in 10**12 operations a second, from the makers' data sheets: float16 and bfloat16 on tensor cores with
+# float32 accumulation, TF32, float32. None: the device has no units for it. The first name that fits is taken.
+_PEAKS: tuple[tuple[str, float, float | None, float | None, float], ...] = (
+    # name, float16, bfloat16, TF32, float32
+    ("B200", 2250, 2250, 1125, 75),
+    ("H200 NVL", 835, 835, 417, 60),
+    ("H200", 989, 989, 494, 67),
+    ("H100 NVL", 835, 835, 417, 60),
+    ("H100 PCIe", 756, 756, 378, 51),
+    ("H100", 989, 989, 494, 67),
+    ("A100", 312, 312, 156, 19.5),
+    ("L40S", 362, 362, 183, 91.6),
+    ("L4", 121, 121, 60, 30.3),
+    ("RTX 4090", 165.2, 165.2, 82.6, 82.6),
+    ("RTX 3090", 71.2, 71.2, 35.6, 35.6),
+    ("RTX A6000", 154.8, 154.8, 77.4, 38.7),
+    ("RTX A5000", 111.2, 111.2, 55.6, 27.8),
+    ("V100S", 130, None, None, 16.4),
+    ("V100-PCIE", 112, None, None, 14),
+    ("V100", 125, None, None, 15.7),
+    ("T4", 65, None, None, 8.1),
+)
+
+
+class Figures:
+    """Counts between two rows of the log, and over the run since this process began.
+
+    Attributes:
+        steps, waited: optimizer steps, and seconds without data, since the last row.
+        evaluations: metrics with `epoch`, in their order.
+    """
+
+    def __init__(self, ranks: Ranks, precision: str):
+        self.ranks, self.peak = ranks, peak_flops(ranks.device, precision)
+        self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}
+        self.sums: dict[str, float] = {}  # the task's columns, times samples
+        self.losses: list[float] = []  # the first and the last
+        self.cost: Cost | None = None
+        self.evaluations: list[dict[str, float]] = []
+        self.start()
+
+    def start(self) -> None:
+        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
+
+    def row(
+        self,
+        where: Mapping[str, int],
+        losses: Mapping[str, float],
+        lr: float,
+        global_batch: int,
+        columns: Mapping[str, float],
+        cost: Cost | None,
+    ) -> dict[str, float]:
+        """The next row of train.csv; what has been counted begins anew.
+
+        Args:
+            where: step, epoch and samples.
+            columns: the task's own.
+        """
+        steps, seconds, waited = self.steps, time.perf_counter() - self.since, self.waited
+        self.start()
+        samples = steps * global_batch
+        rate = samples / seconds
+        for name, value in (("seconds", seconds), ("waited", waited), ("samples", samples)):
+            self.totals[name] += value
+        for name, value in columns.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+        self.losses, self.cost = [*self.losses[:1], losses["loss"]], cost
+        row = {
+            **where,
+            **losses,
+            "lr": lr,
+            "samples_per_second": rate,
+            "samples_per_second_per_gpu": rate / self.ranks.world_size,
+            "data_time": waited / steps,
+            "batch_time": seconds / steps,
+            **columns,
+            "peak_memory_gb": peak_memory_gb(self.ranks.device),
+        }
+        if cost is not None:
+            row["gflops_per_sample"] = cost.operations / 1e9
+            row["tokens_per_second"] = cost.tokens * rate
+            row["tflops_per_second"] = cost.operations * rate / 1e12
+            if self.peak is not None:
+                row["mfu"] = cost.operations * rate / (self.peak * self.ranks.world_size)
+        return row
+
+    def line(self, row: Mapping[str, float], losses: Mapping[str, float], seconds_left: float) -> str:
+        """A row for people."""
+        extra = {k: v for k, v in losses.items() if k != "loss"} if len(losses) > 2 else {}
+        names = [*extra, *self.sums]
+        parts = [
+            f"loss {losses['loss']:.4f}",
+            *(f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names),
+            f"{row['samples_per_second']:.4g} samples/s, data wait {row['data_time'] / row['batch_time']:.0%}",
+            f"lr {row['lr']:.3g}",
+        ]
+        if "tflops_per_second" in row:
+            parts.append(f"{row['tflops_per_second']:.3g} TFLOP/s" + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""))
+        return " | ".join([*parts, f"peak memory {row['peak_memory_gb']:.2f} GB", f"{_clock(seconds_left)} left"])
+
+    def summarise(self, folder: Path | None) -> None:
+        """Logs what the run (or what was left of it after a resume) came to, and writes `summary.txt`. Collective."""
+        seconds, samples = self.totals["seconds"], self.totals["samples"]
+        rate = samples / seconds if seconds > 0 else 0.0
+        waited = f", data wait {self.totals['waited'] / seconds:.1%}" if seconds > 0 else ""
+        lines = [f"trained    {samples:,} samples in {_clock(seconds)}, {rate:.4g} samples/s{waited}"]
+        if self.cost is not None:
+            peak = None if self.peak is None else self.peak * self.ranks.world_size
+            used = f", {self.cost.operations * rate / peak:.1%} of the peak" if peak else ""
+            lines.append(
+                f"compute    {self.cost.operations * rate / 1e12:.4g} TFLOP/s{used}, {self.cost.tokens * rate:.4g} "
+                f"tokens/s, {self.cost.operations / 1e9:.4g} GFLOP a sample"
+            )
+        lines.append(f"memory     {max(self.ranks.gather(peak_memory_gb(self.ranks.device))):.2f} GB at the peak")
+        if self.sums:
+            means = (f"{name.replace('_', ' ')} {total / samples:.4g}" for name, total in self.sums.items())
+            lines.append(f"on average {', '.join(means)}")
+        if self.losses:
+            lines.append(f"loss       {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} at last")
+        lines += _best_and_last(self.evaluations)
+        if folder is not None:
+            lines.append(f"run        {folder}")
+        text = "\n".join(lines)
+        logging.info("Summary\n" + text)
+        if self.ranks.is_main and folder is not None:
+            with expendable(folder / "summary.txt"):
+                (folder / "summary.txt").write_text(text + "\n")
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items() if k != "step")
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Dense peak of one device in operations a second for a `--precision`; None where it is not known."""
+    return peak_of(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def peak_of(name: str, precision: str) -> float | None:
+    if re.search("MIG|Laptop", name):  # a part of the device, or another one of the same name
+        return None
+    for known, float16, bfloat16, tf32, float32 in _PEAKS:
+        if re.search(rf"\b{known}\b", name, re.IGNORECASE):
+            peak = float16
+            if "bf" in precision:
+                peak = bfloat16
+            elif precision == "fp32":
+                peak = float32 if tf32 is None or torch.get_float32_matmul_precision() == "highest" else tf32
+            return None if peak is None else peak * 1e12
+    return None
+
+
+def _best_and_last(evaluations: Sequence[Mapping[str, float]]) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(k for metrics in evaluations for k in metrics if k not in ("epoch", "step")):
+        rows = [m for m in evaluations if isinstance(m.get(name), float)]
+        if rows:
+            lower = any(part in name for part in ("loss", "rank"))
+            best = (min if lower else max)(rows, key=lambda m: m[name])
+            lines.append(f"{name}: best {best[name]:.4f} (epoch {best['epoch']}), last {rows[-1][name]:.4f}")
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,213 @@
+"""Options of a training run, whatever is trained: length, optimisation, precision, processes, checkpoints, logging."""
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+from ..durations import Duration
+from ..errors import UserError
+from .data import LoadingOptions
+from .parser import (
+    COUNT,
+    FRACTION_ABOVE_0,
+    FRACTION_BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_COUNT,
+    SWITCH,
+    Kind,
+    Section,
+    forbid,
+    one_of,
+    option,
+)  # fmt: skip
+
+PRECISION = one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
+
+
+def _duration(text: str) -> int | str:
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        Duration.parse(text, "steps")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a length like 500, 2ep, 1e6samples or 5%, not {text!r}") from error
+    return text
+
+
+def _optimizer(text: str) -> str:
+    if text.lower() != "adamw" and not re.fullmatch("timm/.+", text.lower()):
+        raise argparse.ArgumentTypeError(f"must be adamw, or timm/NAME for an optimizer of timm, not {text!r}")
+    return text
+
+
+def _reporters(text: str) -> str:
+    names = [name.strip() for name in text.split(",")] if text.strip() else []
+    for name in names:
+        if name not in ("wandb", "tensorboard", "csv", "all"):
+            raise argparse.ArgumentTypeError(f"must name wandb, tensorboard, csv or all, not {name!r}")
+    return ",".join(names)
+
+
+DURATION = Kind(_duration, "N|NUNIT")
+
+
+@dataclass
+class OptimizationOptions(Section, title="optimisation"):
+    epochs: int = option(32, "Epochs in all.", COUNT)
+    duration: int | str | None = option(
+        None, "Length of the run instead of --epochs: optimizer steps, or with a unit: 2.5ep, 1e7samples.", DURATION)
+    batch_size: int | None = option(
+        None, "Samples of a batch, for each training process. Without it and --global-batch: 64.", POSITIVE_COUNT)
+    global_batch: int | None = option(
+        None, "Samples of one optimizer step over all processes, instead of --batch-size.", POSITIVE_COUNT)
+    accum_freq: int = option(1, "Batches that make one optimizer step.", POSITIVE_COUNT)
+    opt: str = option("adamw", "Optimizer: adamw, or any of timm's as timm/NAME.", Kind(_optimizer, "NAME"))
+    lr: float | None = option(None, "Highest learning rate. Without it: 5e-4 (timm's have no default).", POSITIVE)
+    beta1: float | None = option(None, "Adam's first beta. Without it: 0.9.", FRACTION_BELOW_1)
+    beta2: float | None = option(None, "Adam's second beta. Without it: 0.98 for ViTs, else 0.999.", FRACTION_BELOW_1)
+    eps: float | None = option(None, "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", NOT_NEGATIVE)
+    wd: float = option(0.2, "Weight decay; never applied to biases, norms and the temperature.", NOT_NEGATIVE)
+    momentum: float | None = option(None, "Momentum, for timm optimizers that have one.", NOT_NEGATIVE)
+    grad_clip_norm: float | None = option(None, "Clip the gradient to this norm. Without it: no clipping.", POSITIVE)
+    warmup: int | str = option(
+        10000, "How long the learning rate rises from 0: optimizer steps, or with a unit: 2ep, 1e6samples, "
+        "5%.", DURATION)
+    lr_scheduler: str = option(
+        "cosine", "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end.",
+        one_of("cosine", "const", "const-cooldown"))
+    epochs_cooldown: int | None = option(None, "Length of the cooldown, the last N of --epochs.", COUNT)
+    layer_decay: float | None = option(
+        None, "Multiply the learning rate by this for each layer below the last.", FRACTION_ABOVE_0)
+    ema_decay: float | None = option(None, "Also keep an average of the weights with this decay.", FRACTION_BELOW_1)
+    nonfinite: str = option(
+        "stop", "What to do after a step whose loss or gradient is not finite (it is never applied): stop, or skip it.",
+        one_of("stop", "skip"))
+    lr_cooldown_end: float = option(0.0, "Learning rate at the end of the cooldown.", NOT_NEGATIVE)
+    lr_cooldown_power: float = option(1.0, "Power of the cooldown's polynomial; 1 is linear.", NOT_NEGATIVE)
+    skip_scheduler: bool = option(False, "Keep the learning rate at --lr throughout.")
+
+    @property
+    def trains(self) -> bool:
+        """The run is to train, not only to evaluate."""
+        return True
+
+    def adam_defaults(self) -> dict[str, float]:
+        """The hyper-parameters of the CLIP paper, which has other ones for ViTs."""
+        vit = "vit" in (getattr(self, "model", None) or "").lower()
+        return {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if vit else 0.999, "eps": 1e-6 if vit else 1e-8}
+
+    def __post_init__(self) -> None:
+        if self.batch_size is None and self.global_batch is None:
+            self.batch_size = 64
+        for name, value in {} if self._timm else self.adam_defaults().items():  # timm's optimizers bring their own
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def divide_global_batch(self, world_size: int) -> None:
+        """Sets the batch size of one process where only the global batch was given."""
+        if self.batch_size is not None:
+            return
+        parts = world_size * self.accum_freq
+        self.batch_size, rest = divmod(self.global_batch, parts)
+        if rest or not self.batch_size:
+            raise UserError(
+                f"The global batch of {self.global_batch} cannot be divided by {world_size} process(es) x --accum-freq "
+                f"{self.accum_freq} = {parts}: change one of them, or give --batch-size."
+            )
+
+    @property
+    def _timm(self) -> bool:
+        return self.opt.lower().startswith("timm/")
+
+    def check(self) -> None:
+        if self.lr_scheduler == "const-cooldown":
+            length = "the number of epochs at the end to cool down in"
+            forbid(self.epochs_cooldown is None, f"--lr-scheduler const-cooldown needs --epochs-cooldown, {length}.")
+            problem = f"--epochs-cooldown {self.epochs_cooldown} is more than --epochs {self.epochs}: lower it."
+            forbid(self.epochs_cooldown > self.epochs, problem)
+        if self._timm:
+            one_beta = (self.beta1 is None) != (self.beta2 is None)
+            forbid(one_beta, f"--opt {self.opt} needs both --beta1 and --beta2, or neither.")
+            missing = self.trains and self.lr is None and not self.skip_scheduler
+            forbid(missing, f"--opt {self.opt} has no default learning rate to schedule: give --lr.")
+        whole = "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %."
+        forbid(str(self.duration).endswith("%"), whole)
+
+
+@dataclass
+class SpeedOptions(Section, title="precision, speed and memory"):
+    precision: str = option(
+        "amp", "Number format. amp: mixed float16 with loss scaling; amp_bf16: mixed bfloat16; bf16 and fp16: weights "
+        "in that format but for norms; pure_*: all weights; fp32.", PRECISION)
+    device: str = option(
+        "cuda", "Where to train: cuda, cpu, ... Where there is no CUDA, cuda means cpu.", metavar="NAME")
+    grad_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    torchcompile: bool = option(False, "Compile the model with torch.compile.")
+    shortcuts: bool = option(
+        True, "Leave out what changes no number: captions are cut behind their end, and of the last layers only the "
+        "row that is pooled is computed. --no-shortcuts runs the towers as OpenCLIP does.")
+    gone = {
+        "use_bnb_linear": "is not supported: use --precision amp_bf16 to save time and memory instead",
+        **dict.fromkeys(("torchscript", "trace"), "is not supported: use --torchcompile instead"),
+    }
+
+
+@dataclass
+class DistributedOptions(Section, title="several processes (started by torchrun)"):
+    dist_url: str | None = option(None, "Address at which the processes meet. Without it: torchrun's.", metavar="URL")
+    dist_backend: str | None = option(None, "nccl, gloo, hccl, ... Without it: what fits the device.", metavar="NAME")
+    no_set_device_rank: bool = option(
+        False, "Do not choose the device by local rank, where each process sees one device only.")
+    use_bn_sync: bool = option(False, "Compute BatchNorm statistics over all processes.")
+    fsdp: bool = option(
+        False, "Split weights, gradients and optimizer states over the processes (FSDP2), for large towers.")
+    ddp_static_graph: bool = option(False, "Tell DistributedDataParallel that the graph never changes.")
+    gone = {"horovod": "is not supported: start several processes with torchrun instead"}
+
+
+@dataclass
+class CheckpointOptions(Section, title="run folder and checkpoints"):
+    logs: str = option("./logs/", "Folder of all runs; 'none' keeps nothing.", metavar="DIR", path=True)
+    name: str | None = option(
+        None, "Name of the run's folder in --logs. Without it: from the time and the main options.", metavar="NAME")
+    resume: str | None = option(
+        None, "Continue from this checkpoint, or from the newest of --name (latest).", metavar="FILE|latest", path=True)
+    save_frequency: int = option(1, "Save every N epochs and after the last; 0: only after the last.", COUNT)
+    save_every_n_steps: int | None = option(
+        None, "Also save in the middle of an epoch, every N optimizer steps.", POSITIVE_COUNT)
+    save_every_n_minutes: float | None = option(None, "Also save in the middle of an epoch, every N minutes.", POSITIVE)
+    keep_last: int | None = option(
+        None, "Keep the newest N checkpoints and the best. Without it: every epoch's, and the two newest in the middle "
+        "of an epoch.", POSITIVE_COUNT)
+    allow_elastic: bool = option(
+        False, "Let --resume go on with another number of processes or another batch size, by samples seen.")
+    save_most_recent: bool = option(False, "Also save every epoch to epoch_latest.pt.")
+    delete_previous_checkpoint: bool = option(False, "Delete the checkpoint before, once a new one is saved.")
+    remote_sync: str | None = option(
+        None, "Copy the run folder to this URL (s3://..., or any that fsspec knows) as it grows.",
+        metavar="URL", path=True)
+    remote_sync_frequency: int = option(300, "Seconds between two copies.", POSITIVE_COUNT)
+    remote_sync_protocol: str = option("s3", "Program that copies.", one_of("s3", "fsspec"))
+    copy_codebase: bool = option(False, "Keep a copy of the code in the run folder.")
+
+
+@dataclass
+class LoggingOptions(Section, title="logging"):
+    log_every_n_steps: int = option(100, "Optimizer steps between two lines of the log.", POSITIVE_COUNT)
+    report_to: str = option(
+        "", "Where metrics are written besides the console: wandb, tensorboard, csv (joined with commas), or all.",
+        Kind(_reporters, "NAMES"), joined=",")
+    progress: bool | None = option(None, "Show a progress bar. Without it: on a terminal only.", SWITCH)
+    wandb_project_name: str = option("open-clip", "Project in wandb.", metavar="NAME")
+    wandb_notes: str = option("", "Notes on the run in wandb.")
+    log_local: bool = option(False, "Write a log file on every machine, not only on the first.")
+    debug: bool = option(False, "Log more.")
+
+
+@dataclass
+class TrainingOptions(
+    LoadingOptions, OptimizationOptions, SpeedOptions, DistributedOptions, CheckpointOptions, LoggingOptions
+):
+    """All that the trainer itself needs."""

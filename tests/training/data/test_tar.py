@@ -1,0 +1,124 @@
+"""Tar files of samples: what is in them by three ways of reading, which agree, and where they break off."""
+
+import gzip
+import io
+import tarfile
+
+import pytest
+
+from training.data.report import DataReport
+from training.data.shards import read_shard
+from training.data.sizes import count_shard
+from training.data.tar import walk
+from training.errors import UserError
+
+from ..data_helpers import (
+    encode,
+    key_of,
+    keys,
+    sample,
+    truncate,
+    val_data,
+    write_damaged_shards,
+    write_shard,
+    write_shards,
+)
+
+
+def read(path) -> tuple[list[str], dict[str, int]]:
+    """Keys of the usable samples and what was skipped: as a file and as a stream. Counting must find as many."""
+    found = []
+    for url in (str(path), f"pipe:cat {path}"):
+        report = DataReport()
+        found.append(([sample.key for sample in read_shard(url, report)], report.skipped))
+    assert found[0] == found[1]
+    count = count_shard(str(path))
+    broken = {"broken shard": 1} if count.broken else {}
+    assert (count.samples, count.skipped | broken) == (len(found[0][0]), report.skipped)
+    return found[0]
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"") -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("file_of_sample", ["image", "caption"])
+@pytest.mark.parametrize("place", ["before", "header", "data"])
+@pytest.mark.parametrize("keep", [0, 1, 6])
+def test_a_shard_that_breaks_off_keeps_what_is_before(keep, place, file_of_sample, tmp_path):
+    write_shards(tmp_path, [7])
+    truncate(tmp_path / "00000.tar", keep, file_of_sample, place)
+    assert read(tmp_path / "00000.tar") == ([key_of(0, n) for n in range(keep)], {"broken shard": 1})
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    write_shards(tmp_path, [40])
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        header = tar.getmembers()[10].offset
+    for damage in (b"\x07" * 512, bytes(1024)):
+        with open(tmp_path / "00000.tar", "r+b") as file:
+            file.seek(header)
+            file.write(damage)
+        assert read(tmp_path / "00000.tar") == ([key_of(0, n) for n in range(5)], {"broken shard": 1})
+
+
+def test_a_compressed_shard(tmp_path):
+    write_shards(tmp_path, [3])
+    content = gzip.compress((tmp_path / "00000.tar").read_bytes())
+    (tmp_path / "x.tar.gz").write_bytes(content)
+    assert read(tmp_path / "x.tar.gz") == ([key_of(0, n) for n in range(3)], {})
+    assert len(keys(val_data(str(tmp_path / "x.tar.gz"), dataset_type="webdataset"))) == 3
+    (tmp_path / "x.tar.gz").write_bytes(content[:-200])
+    assert read(tmp_path / "x.tar.gz")[1] == {"broken shard": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, encode(0)])
+def test_what_is_no_tar_holds_nothing(content, tmp_path):
+    (tmp_path / "x.tar").write_bytes(content)
+    assert read(tmp_path / "x.tar") == ([], {"broken shard": 1})
+    with pytest.raises(UserError, match=f"{tmp_path}/x.tar in --val-data cannot be read .*: give webdataset shards"):
+        val_data(str(tmp_path / "x.tar"))
+    with pytest.raises(FileNotFoundError):
+        count_shard(str(tmp_path / "y.tar"))
+
+
+def test_names_make_samples(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in (1, 2):  # a key may come again
+            for extension, content in sample(number).items():
+                add(tar, f"same.{extension}", content)
+        for name in ("no_extension", ".hidden", "__meta__/x.jpg", "b.png", "b.txt"):
+            add(tar, name)
+    assert read(tmp_path / "x.tar") == (["same", "same"], {"empty caption": 1})
+    (batch,) = val_data(str(tmp_path / "x.tar"))
+    assert [bytes(text.tolist()).decode().strip() for text in batch["text"]] == ["caption 1", "caption 2"]
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "long.tar", "w", format=form) as tar:
+            for extension, content in sample(1).items():
+                add(tar, f"{'folder' * 30}/{'é' * 120}.{extension}", content)
+        assert read(tmp_path / "long.tar") == ([f"{'folder' * 30}/{'é' * 120}"], {})
+
+
+def test_only_what_is_wanted_is_read(tmp_path):
+    content = sample(1)
+    write_shard(tmp_path / "x.tar", {"a/b": {"seg.PNG": b"12", **content}})
+    failures = []
+    ((key, members),) = walk(str(tmp_path / "x.tar"), failures, {"txt"})
+    assert key == "a/b" and list(members) == ["seg.png", "jpg", "txt"] and not failures
+    assert members["txt"].content == content["txt"] and members["jpg"].content is None
+    _, _, offset, size, _ = members["jpg"]
+    assert (tmp_path / "x.tar").read_bytes()[offset : offset + size] == content["jpg"]
+
+
+def test_decoding_leaves_out_what_cannot_be_decoded(tmp_path):
+    write_damaged_shards(tmp_path)
+    for shard in (0, 3, 4, 5):
+        read(tmp_path / f"{shard:05d}.tar")
+    # That a caption is blank is not in the headers.
+    assert count_shard(str(tmp_path / "00001.tar")).samples == 5
+    count = count_shard(str(tmp_path / "00001.tar"), decode=True)
+    assert (count.samples, count.broken) == (3, None)
+    assert count.skipped == {"unreadable image": 1, "no caption": 1, "empty caption": 1, "no image": 1}
+    assert count_shard(str(tmp_path / "00003.tar"), decode=True).samples == 4

@@ -39,7 +39,7 @@ def tiny(kind: str) -> torch.nn.Module:
 def batch(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | TextParts]:
     ids = captions.caption_ids(model, LENGTHS)
     image = torch.randn(len(LENGTHS), 3, *model.visual.image_size)
-    return image, cut_text(ids, model) if getattr(model, "shortcuts", False) else ids
+    return image, cut_text(ids, model)
 
 
 def columns(text: torch.Tensor | TextParts) -> list[int]:
@@ -96,10 +96,10 @@ def test_a_name_with_options():
     model = spec.build(device="meta")
     assert model.reduction.config.keep_ratio == (1, 0.9, 0.5, 0.4)
     assert model.reduction.config.lam == 0.5
-    assert ModelSpec.parse("ViT-B-16:method=elip,depths=12,keep_ratio=.5").build(device="meta").rrt() > 0.4
+    assert ModelSpec.parse("ViT-B-16:method=elip,depths=12,keep_ratio=.5").build(device="meta").tower.rrt() > 0.4
     assert type(ModelSpec.parse(f"{TINY}:method=none").build(device="meta")) is open_clip.CLIP
-    assert ModelSpec.parse("ViT-S-16:shortcuts=true").build(device="meta").shortcuts
-    assert not ModelSpec.parse(f"{TINY}:shortcuts=false").build(device="meta").shortcuts
+    assert ModelSpec.parse("ViT-S-16:shortcuts=true").build(device="meta").tower.shortcuts
+    assert not ModelSpec.parse(f"{TINY}:shortcuts=false").build(device="meta").tower.shortcuts
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_counts_as_table_json_and_markdown(tmp_path, capsys):
     found = json.loads(paths[0].read_text())
     plain, ours, shallow = found["models"]
     assert plain["tokens_per_layer"] == [65] * 6
-    assert ours["tokens_per_layer"] == open_clip.create_model(TINY).token_counts()
+    assert ours["tokens_per_layer"] == open_clip.create_model(TINY).tower.token_counts()
     assert plain["rrt"] == 0 < ours["rrt"] == shallow["rrt"]
     assert plain["vision_parameters"] == ours["vision_parameters"]
     sizes = sum(p.numel() for p in ModelSpec.parse(TINY).build(device="meta").parameters())

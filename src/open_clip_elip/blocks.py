@@ -30,12 +30,8 @@ _PARTS = {
     **dict.fromkeys(_TOWERS),
 }  # fmt: skip
 _ATTRIBUTES = {kind: frozenset(dir(kind)) for kind in _PARTS}
-_METHODS = {
-    (kind, name): getattr(kind, name)
-    for kind in _PARTS
-    for name in ("forward", "attention", "_embeds", "_pool", "_global_pool")
-    if hasattr(kind, name)
-}
+_NAMES = ("forward", "attention", "_embeds", "_pool", "_global_pool")
+_METHODS = {(kind, name): getattr(kind, name) for kind in _PARTS for name in _NAMES if hasattr(kind, name)}
 
 
 @torch.compiler.assume_constant_result  # what it says while a model is compiled holds for the graph
@@ -56,10 +52,9 @@ def _is_untouched(module: nn.Module) -> bool:
     if kind is nn.MultiheadAttention and not _is_standard(module):
         return False
     parts, children = _PARTS[kind], module._modules
-    return parts is None or (
-        parts.keys() == children.keys()
-        and all(type(child) in parts[name] and _is_untouched(child) for name, child in children.items())
-    )
+    if parts is None or parts.keys() != children.keys():
+        return parts is None
+    return all(type(child) in parts[name] and _is_untouched(child) for name, child in children.items())
 
 
 def _is_standard(attn: nn.MultiheadAttention) -> bool:
@@ -69,9 +64,8 @@ def _is_standard(attn: nn.MultiheadAttention) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether any hook runs when the module is called, or when gradients pass it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    m = module
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def is_sharded(block: nn.Module) -> bool:

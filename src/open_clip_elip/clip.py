@@ -46,15 +46,10 @@ class Shortcuts(nn.Module):
         return self._tower
 
     def encode_text(self, text: Tensor | TextParts, normalize: bool = False) -> Tensor:
-        """
-        Args:
-            text: (B, T) token ids, or what `cut_text` makes of them. Token ids are cut here, except where that would
-                make a training step wait for a GPU, or be in a compiled graph. Nothing is cut while a graph is traced
-                or exported, which is to fit other captions too.
-            normalize: return features of unit length.
+        """(B, T) token ids, or what `cut_text` makes of them, to (B, embed_dim), of unit length with `normalize`.
 
-        Returns:
-            (B, embed_dim).
+        Token ids are cut here, except where that would make a training step wait for a GPU, or be in a compiled graph.
+        Nothing is cut while a graph is traced or exported, which is to fit other captions too.
         """
         if isinstance(text, TextParts):
             text = text if can_cut(self) else text.whole(self.context_length)
@@ -72,15 +67,11 @@ class Shortcuts(nn.Module):
     def encode_image(
         self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None, reduce: bool | None = None
     ) -> Tensor:
-        """
+        """(B, 3, H, W) to (B, embed_dim), of unit length with `normalize`.
+
         Args:
-            image: (B, 3, H, W).
-            normalize: return features of unit length.
             guidance: (B, vision width) from `guidance_from_text`.
             reduce: remove tokens. None: if there is guidance, or with `tower.vision_guided`.
-
-        Returns:
-            (B, embed_dim).
         """
         if guidance is not None:
             _check_pairs(image, guidance)
@@ -202,9 +193,8 @@ def make_reduction(visual: nn.Module, token_reduction: dict) -> TokenReduction:
 
 
 def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> nn.Module:
-    """The text-first version of an OpenCLIP model, sharing its weights (same tensors; the given model stays as it is).
-
-    The towers are shared as modules too: `train()`, `eval()` and gradient checkpointing on one show in the other.
+    """The text-first version of an OpenCLIP model, which stays as it is; they share weights and the towers' modules, so
+    that `train()`, `eval()` and gradient checkpointing on one show in the other.
 
     Args:
         model: an `open_clip.CLIP` or `open_clip.CustomTextCLIP` with a ViT, plain or already text-first.
@@ -219,11 +209,7 @@ def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> n
 
 
 def with_shortcuts(model: nn.Module) -> nn.Module:
-    """A plain OpenCLIP model with the exact shortcuts, sharing its weights; a text-first model has them already.
-
-    Raises:
-        ValueError: another kind of model.
-    """
+    """A plain OpenCLIP model, else a ValueError, with the exact shortcuts, sharing its weights; ours as they are."""
     plain = _plain_class(model)
     return _twin(model, SHORTCUT[plain]) if type(model) is plain else model
 

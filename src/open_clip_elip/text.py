@@ -62,10 +62,9 @@ def can_cut(model: nn.Module) -> bool:
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
     if not causal or _pool_type(tower) not in ("argmax", "eos") or not tower.transformer.batch_first:
         return False
-    projection = [tower.text_projection] if isinstance(tower.text_projection, nn.Module) else []
-    return all(map(is_untouched, (tower.token_embedding, tower.transformer, tower.ln_final, *projection))) and all(
-        is_untouched(block) or is_sharded(block) for block in tower.transformer.resblocks
-    )
+    parts = [tower.token_embedding, tower.transformer, tower.ln_final, tower.text_projection]
+    parts = [part for part in parts if isinstance(part, nn.Module)] + [*tower.transformer.resblocks]
+    return all(is_untouched(part) or is_sharded(part) for part in parts)
 
 
 def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multiple: int = 1) -> TextParts | Tensor:

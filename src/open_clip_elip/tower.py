@@ -93,8 +93,9 @@ class ImageTower:
 
     def _takes_shortcuts(self) -> bool:
         """Whether the layers of all tokens may be driven from here."""
-        visual = self.visual
-        return self.shortcuts and not is_traced() and is_untouched(visual) and is_untouched(visual.transformer)
+        if not self.shortcuts or is_traced() or not is_untouched(self.visual):
+            return False
+        return is_untouched(self.visual.transformer) and self.visual.transformer.batch_first
 
     def _run(self, image: Tensor, function: Callable) -> Tensor:
         if not isinstance(self.visual, VisionTransformer):
@@ -108,10 +109,8 @@ class ImageTower:
         cut = only_cls and self._takes_shortcuts() and is_untouched(visual.ln_post) and is_untouched(last)
         return visual._pool(self._layers(image, guidance, reduce, last if cut else None))[0]
 
-    def _layers(
-        self, image: Tensor, guidance: Tensor | None, reduce: bool | None, cut: nn.Module | None = None
-    ) -> Tensor:
-        """As `tokens`; `cut`: the last block if it is to return `[CLS]` alone, (B, 1, D)."""
+    def _layers(self, image: Tensor, guidance: Tensor | None, reduce: bool | None, cut: nn.Module | None = None):
+        """As `tokens`, (B, L, D); `cut`: the last block if it is to return `[CLS]` alone, (B, 1, D)."""
         x, run = self.visual._embeds(image), functools.partial(self._layer, cut=cut)
         if self._is_reduced(guidance, reduce):
             captioned = guidance is not None and self.reduction.uses_text

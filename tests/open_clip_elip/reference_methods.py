@@ -13,8 +13,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from . import reference
-
 
 def attend(block: nn.Module, sequence: Tensor, sizes: Sequence[int] | None = None):
     """The first half of a block, head by head. sequence: (T, D).
@@ -125,71 +123,3 @@ def random_drop(blocks: Sequence[nn.Module], x: Tensor, kept: list[list[int]]) -
     for block in blocks:
         x = block(x)
     return x
-
-
-def adaptive_limits(keeps: Sequence[int], num_patches: int, spread: float) -> list[tuple[int, int, int]]:
-    """(mean, fewest, most) of each stage."""
-    limits = []
-    for stage, mean in enumerate(keeps):
-        room = math.floor(Fraction(str(spread)) * mean)
-        smaller = [keep for keep in keeps[stage:] if keep < mean]
-        limits.append((mean, max(mean - room, smaller[0] if smaller else 1), min(mean + room, num_patches - 1)))
-    return limits
-
-
-def adaptive_choice(scores: Sequence[Sequence[float]], mean: int, low: int, high: int) -> list[list[int]]:
-    """Which positions each image keeps: those with the least attention mass above them, in the batch."""
-    kept, candidates = [[] for _ in scores], []
-    for image, values in enumerate(scores):
-        best_first = sorted(range(len(values)), key=lambda position: -values[position])
-        exact = [Fraction(value) for value in values]  # behind a sharp attention all else would round to 1
-        for rank, position in enumerate(best_first):
-            above = sum(exact[p] for p in best_first[:rank]) / sum(exact)
-            if rank < low:
-                kept[image].append(position)
-            elif rank < high and rank < len(values) - 1:  # the last is left to be merged
-                candidates.append((above, rank, image, position))
-    for _, _, image, position in sorted(candidates)[: mean * len(scores) - sum(map(len, kept))]:
-        kept[image].append(position)
-    return [sorted(positions) for positions in kept]
-
-
-def adaptive(
-    blocks: Sequence[nn.Module],
-    x: Tensor,
-    guidance: Tensor | None,
-    *,
-    depths: Sequence[int],
-    keep_ratio: Sequence[float],
-    spread: float = 0.25,
-    lam: float = 0.6,
-    text_scale: str = "match",
-    scoring_depth: int | None = None,
-):
-    """ELIP with a number of tokens for each image. -> (`[CLS]` after the last layer (B, 1, D), kept by stage)."""
-    blocks, patches = list(blocks), x.shape[1] - 1
-    keeps = [max(1, int(ratio * patches)) for ratio in keep_ratio]
-    sequences, counts, tokens, first = list(x), [], patches, 0
-    for depth, (mean, low, high) in zip(depths, adaptive_limits(keeps, patches, spread), strict=True):
-        layers = blocks[first : first + depth]
-        if tokens > mean:
-            scores = []
-            for image, sequence in enumerate(sequences):
-                text = None if guidance is None else guidance[image : image + 1]
-                scored = reference.score_stage(layers, sequence[None], text, lam, text_scale, scoring_depth)
-                scores.append(scored[0].tolist())
-            kept = adaptive_choice(scores, mean, low, high)
-            sequences = [merge_others(*one) for one in zip(sequences, scores, kept, strict=True)]
-            counts.append([len(positions) for positions in kept])
-            tokens = mean + 1
-        for block in layers:
-            sequences = [block(sequence[None])[0] for sequence in sequences]
-        first += depth
-    return torch.stack([sequence[:1] for sequence in sequences]), counts
-
-
-def merge_others(sequence: Tensor, scores: list[float], kept: list[int]) -> Tensor:
-    others = [position for position in range(len(scores)) if position not in kept]
-    total = math.fsum(scores[position] for position in others)
-    merged = sum(scores[position] / total * sequence[1 + position] for position in others)
-    return torch.stack([sequence[0]] + [sequence[1 + position] for position in kept] + [merged])

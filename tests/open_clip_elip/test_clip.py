@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import open_clip_elip
 from open_clip_elip import TextFirstCLIP, TextFirstCustomTextCLIP, with_token_reduction, without_token_reduction
 
 from . import reference
@@ -115,13 +114,6 @@ def test_keeping_everything_is_plain_openclip(custom_text, what_to_keep):
     assert model.tower.rrt() == 0
 
 
-def test_reduction_does_change_the_features(custom_text):
-    plain = plain_model(custom_text)
-    image, text = pairs()
-    difference = text_first(plain)(image, text)["image_features"] - plain(image, text)["image_features"]
-    assert difference.abs().max() > 1e-3
-
-
 def test_evaluation_never_sees_the_caption(custom_text):
     plain = plain_model(custom_text).eval()
     model = text_first(plain).eval()
@@ -147,19 +139,6 @@ def test_one_tower_alone(custom_text, training):
     torch.testing.assert_close(only_image["image_features"], plain(image=image)["image_features"], rtol=0, atol=0)
     torch.testing.assert_close(only_text["text_features"], plain(text=text)["text_features"], rtol=0, atol=0)
     torch.testing.assert_close(model.get_logits(image, text), plain.get_logits(image, text), rtol=0, atol=0)
-
-
-def test_vision_guided(custom_text):
-    """Without a caption the image picks its tokens: as with a caption where lam is 1."""
-    model = text_first(plain_model(custom_text)).eval()
-    image, text = pairs()
-    alone = with_token_reduction(model, **{**REDUCTION, "lam": 1.0})
-    _, guidance = alone.encode_text_and_guidance(text)
-    expected = alone.encode_image(image, guidance=guidance)
-    assert not torch.allclose(model.encode_image(image), expected)
-    model.tower.vision_guided = True
-    torch.testing.assert_close(model.encode_image(image), expected)
-    torch.testing.assert_close(model(image=image)["image_features"], torch.nn.functional.normalize(expected, dim=-1))
 
 
 @pytest.mark.parametrize("output_dict", [True, False])
@@ -196,14 +175,6 @@ def test_guidance_is_the_text_feature_through_the_transposed_projection(custom_t
     assert not guidance.requires_grad
 
 
-def test_another_caption_gives_other_image_features_in_training(custom_text):
-    model = text_first(plain_model(custom_text), lam=0.0)
-    image, text = pairs(6)
-    features = model(image, text)["image_features"]
-    other = model(image, text.flip(0))["image_features"]
-    assert (features - other).abs().amax(-1).max() > 1e-4
-
-
 def test_no_gradient_reaches_the_text_tower_through_the_image(custom_text):
     model = text_first(plain_model(custom_text), lam=0.3)
     image, text = pairs()
@@ -213,12 +184,6 @@ def test_no_gradient_reaches_the_text_tower_through_the_image(custom_text):
             assert parameter.grad is not None and parameter.grad.any(), name
         else:
             assert parameter.grad is None or not parameter.grad.any(), name
-
-
-def test_every_parameter_gets_a_gradient_in_training(custom_text):
-    model = text_first(plain_model(custom_text))
-    _, grads = backward(model, *pairs())
-    assert [name for name, grad in grads.items() if grad is None] == []
 
 
 def test_gradient_checkpointing_changes_no_number_but_recomputes(custom_text):
@@ -240,47 +205,18 @@ def test_gradient_checkpointing_changes_no_number_but_recomputes(custom_text):
     assert len(runs) == 1
 
 
-def test_checkpointing_also_with_the_image_tower_locked(custom_text):
-    model = text_first(plain_model(custom_text))
-    model.lock_image_tower()
-    image, text = pairs()
-    loss, grads = backward(model, image, text)
-    model.set_grad_checkpointing()
-    checkpointed_loss, checkpointed = backward(model, image, text)
-    torch.testing.assert_close(checkpointed_loss, loss, rtol=0, atol=1e-12)
-    assert_same_gradients(checkpointed, grads, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("unlocked", [0, 1, 2, 4])
-def test_lock_image_tower(custom_text, unlocked):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("tower", "unlocked"), [("image", 0), ("image", 1), ("image", 4), ("text", 0), ("text", 1)])
+def test_a_locked_tower_gets_no_gradient_and_changes_no_other(custom_text, tower, unlocked, checkpointing):
     model = text_first(plain_model(custom_text))
     image, text = pairs()
     loss, everything = backward(model, image, text)
-    model.lock_image_tower(unlocked_groups=unlocked)
+    model.lock_image_tower(unlocked) if tower == "image" else model.lock_text_tower(unlocked)
+    model.set_grad_checkpointing(checkpointing)
     locked_loss, grads = backward(model, image, text)
     torch.testing.assert_close(locked_loss, loss, **EXACT)
-    expected = {
-        name: None if name.startswith("visual.") and not model.get_parameter(name).requires_grad else grad
-        for name, grad in everything.items()
-    }
-    assert sum(grad is not None for name, grad in expected.items() if name.startswith("visual.")) >= unlocked
-    assert any(grad is None for grad in expected.values())
-    assert_same_gradients(grads, expected, **EXACT)
-
-
-@pytest.mark.parametrize("unlocked", [0, 1])
-def test_lock_text_tower(custom_text, unlocked):
-    model = text_first(plain_model(custom_text))
-    image, text = pairs()
-    loss, everything = backward(model, image, text)
-    model.lock_text_tower(unlocked_layers=unlocked)
-    locked_loss, grads = backward(model, image, text)
-    torch.testing.assert_close(locked_loss, loss, **EXACT)
-    expected = {
-        name: grad if model.get_parameter(name).requires_grad else None for name, grad in everything.items()
-    }
-    assert any(grad is None for grad in expected.values())
-    assert all(expected[name] is not None for name in expected if name.startswith("visual."))
+    expected = {n: grad if model.get_parameter(n).requires_grad else None for n, grad in everything.items()}
+    assert any(grad is None for grad in expected.values()) and any(grad is not None for grad in expected.values())
     assert_same_gradients(grads, expected, **EXACT)
 
 
@@ -305,27 +241,6 @@ def test_the_two_versions_share_their_weights(custom_text):
     assert hasattr(model, "reduction") and not hasattr(again, "reduction")
 
 
-def test_the_plain_model_is_left_as_it_was(custom_text):
-    plain = plain_model(custom_text)
-    image, text = pairs()
-    expected = plain(image, text)
-    text_first(plain)(image, text)
-    assert type(plain) is (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)
-    torch.testing.assert_close(plain(image, text), expected, rtol=0, atol=0)
-
-
-def test_state_dicts_load_both_ways(custom_text):
-    plain, other = plain_model(custom_text), plain_model(custom_text)
-    model = text_first(other)
-    model.tower.shortcuts = False
-    model.load_state_dict(plain.state_dict(), strict=True)
-    image, text = pairs()
-    torch.testing.assert_close(model.eval()(image, text), plain.eval()(image, text), rtol=0, atol=0)
-    fresh = plain_model(custom_text).eval()
-    fresh.load_state_dict(model.state_dict(), strict=True)
-    torch.testing.assert_close(fresh(image, text), plain(image, text), rtol=0, atol=0)
-
-
 def test_a_deep_copy_is_independent(custom_text):
     model = text_first(plain_model(custom_text))
     twin = copy.deepcopy(model)
@@ -335,32 +250,6 @@ def test_a_deep_copy_is_independent(custom_text):
     with torch.no_grad():
         twin.visual.proj.zero_()
     torch.testing.assert_close(model(image, text), expected, rtol=0, atol=0)
-
-
-def test_rrt_and_token_counts_are_those_of_the_tower():
-    model = text_first(plain_model())
-    model.tower.shortcuts = False  # they shorten the last layer to one row
-    lengths = []
-    for block in model.visual.transformer.resblocks:
-        block.ln_2.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    model(*pairs())
-    assert model.tower.token_counts() == lengths == [17, 14, 10, 6]  # 1 + 16, then 1 + K + 1 for K = 12, 8, 4
-    assert model.tower.rrt() == pytest.approx(1 - (17 + 14 + 10 + 6) / (4 * 17))
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({"method": "tomes"}, "tomes"),
-        ({"keep_ratios": (1.0, 0.5)}, "keep_ratio"),
-        ({"lam": 2.0}, "lam"),
-        ({"depths": (2, 2, 6, 2)}, "depths"),
-    ],
-)
-def test_options_that_do_not_fit(options, names):
-    with pytest.raises(ValueError, match=names) as error:
-        with_token_reduction(plain_model(), **options)
-    assert "\n" not in str(error.value)
 
 
 def build_resnet():
@@ -393,8 +282,3 @@ def test_a_model_that_cannot_be_reduced_is_refused_in_one_sentence(build):
     with pytest.raises(ValueError) as error:
         with_token_reduction(model)
     assert len(str(error.value)) > 20 and "\n" not in str(error.value)
-
-
-def test_what_the_package_offers():
-    for name in ("with_token_reduction", "without_token_reduction", "TextFirstCLIP", "TextFirstCustomTextCLIP"):
-        assert name in open_clip_elip.__all__

@@ -69,14 +69,6 @@ def test_schedules(schedule, tokens):
     assert any(trace.kept is not None for trace in traces)
 
 
-@pytest.mark.parametrize("tokens", [37, 60])
-def test_more_tokens(tokens):
-    x, guidance = inputs(2, tokens)
-    check_against_reference(
-        random_blocks(4, WIDTH), x, guidance, depths=(1, 1, 1, 1), keep_ratio=(1.0, 0.9, 0.65, 0.4)
-    )
-
-
 @pytest.mark.parametrize("scoring_depth", [None, 1, 2, 5])
 @pytest.mark.parametrize("text_scale", ["match", "none"])
 @pytest.mark.parametrize("merge", [True, False])
@@ -226,13 +218,6 @@ def test_at_least_one_token_is_kept(tokens):
     check_against_reference(blocks, x, guidance, depths=(1, 1), keep_ratio=(0.1, 0.1))
 
 
-def test_inputs_are_left_alone():
-    x, guidance = inputs(2, 9)
-    x_before, guidance_before = x.detach().clone(), guidance.detach().clone()
-    Elip(ElipConfig(depths=(1, 1), keep_ratio=(0.8, 0.4)), 2)(random_blocks(2, WIDTH), x, guidance)
-    assert torch.equal(x, x_before) and torch.equal(guidance, guidance_before)
-
-
 def test_without_merging_only_the_kept_tokens_get_a_gradient():
     x, guidance = inputs(2, 9)
     blocks = random_blocks(2, WIDTH)
@@ -306,41 +291,15 @@ def test_the_reducer_has_no_state():
     assert not list(reducer.parameters()) and not list(reducer.buffers()) and not reducer.state_dict()
 
 
-class Count:
-    """Counts the calls of a module."""
-
-    def __init__(self, module):
-        self.calls = 0
-        module.register_forward_hook(self)
-
-    def __call__(self, *_):
-        self.calls += 1
-
-
-def test_the_last_scoring_layer_is_cut_short():
-    # Only the attention row of [CLS] is needed there: the last layer of a stage runs its MLP once, the others twice.
-    blocks = random_blocks(6, WIDTH)
-    mlps, projections = [Count(b.mlp) for b in blocks], [Count(b.ln_2) for b in blocks]
-    x, guidance = inputs(2, 12)
-    Elip(ElipConfig(depths=(2, 1, 3), keep_ratio=(1.0, 0.8, 0.5)), 6)(blocks, x, guidance)
-    assert [count.calls for count in mlps] == [1, 1, 1, 2, 2, 1]
-    assert [count.calls for count in projections] == [1, 1, 1, 2, 2, 1]
-
-
-def test_the_scoring_pass_records_no_graph():
-    blocks = random_blocks(3, WIDTH)
-    recording = [[] for _ in blocks]
-    for block, log in zip(blocks, recording, strict=True):
-        block.register_forward_pre_hook(lambda *_, log=log: log.append(torch.is_grad_enabled()))
-    x, guidance = inputs(2, 12)
-    Elip(ElipConfig(depths=(3,), keep_ratio=(0.5,)), 3)(blocks, x, guidance)
-    assert recording == [[False, True], [False, True], [True]]  # scoring reads the last layer without calling it
-
-
-def test_scoring_depth_one_runs_no_layer_twice():
-    blocks = random_blocks(6, WIDTH)
-    mlps = [Count(b.mlp) for b in blocks]
-    x, guidance = inputs(2, 12)
-    config = ElipConfig(depths=(2, 1, 3), keep_ratio=(1.0, 0.8, 0.5), scoring_depth=1)
-    Elip(config, 6)(blocks, x, guidance)
-    assert [count.calls for count in mlps] == [1] * 6
+@pytest.mark.parametrize(("depth", "calls", "recording"), [
+    (None, [1, 1, 1, 2, 2, 1], [[True]] * 3 + [[False, True]] * 2 + [[True]]), (1, [1] * 6, [[True]] * 6)
+])  # fmt: skip
+def test_the_last_scoring_layer_is_read_and_not_run(depth, calls, recording):
+    """Only the attention row of [CLS] is needed there; the others run twice, once without a graph."""
+    blocks, mlps, grads = random_blocks(6, WIDTH), [0] * 6, [[] for _ in range(6)]
+    for i, block in enumerate(blocks):
+        block.mlp.register_forward_hook(lambda *_, i=i: mlps.__setitem__(i, mlps[i] + 1))
+        block.register_forward_pre_hook(lambda *_, i=i: grads[i].append(torch.is_grad_enabled()))
+    config = ElipConfig(depths=(2, 1, 3), keep_ratio=(1.0, 0.8, 0.5), scoring_depth=depth)
+    Elip(config, 6)(blocks, *inputs(2, 12))
+    assert mlps == calls and grads == recording

@@ -1,7 +1,6 @@
 """Whatever was changed about a tower, or hangs on it, runs as OpenCLIP runs it, in both towers; or one sentence."""
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, weight_norm
 
-from open_clip_elip import cut_text, with_shortcuts, with_token_reduction, without_token_reduction
+from open_clip_elip import cut_text, with_shortcuts, with_token_reduction
 from open_clip_elip.blocks import is_untouched
 from open_clip_elip.text import can_cut
 
@@ -270,16 +269,3 @@ def test_traced_and_exported_models_take_other_captions_and_batches(custom_text)
         traced = torch.jit.trace(model, example, strict=False, check_trace=False)
         torch.testing.assert_close(traced(image, text), expected, **CLOSE)
         assert type(torch.jit.script(model)).__name__ == "RecursiveScriptModule"
-
-
-def test_copies_and_twins_have_their_own_tower():
-    plain = plain_model()
-    short = with_shortcuts(plain)
-    model = with_token_reduction(short, **REDUCTION)
-    towers = [short.tower, model.tower, copy.deepcopy(model).tower, with_token_reduction(model).tower]
-    assert len({id(tower) for tower in towers}) == 4 and short.tower.reduction is None
-    assert not hasattr(plain, "tower") and "_tower" not in vars(without_token_reduction(model))
-    twin = copy.deepcopy(model)
-    assert twin.tower.visual is twin.visual is not model.visual
-    model.visual = plain_model().visual  # another one in its place
-    assert model.tower.visual is model.visual and short.tower.visual is short.visual

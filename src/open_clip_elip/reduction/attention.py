@@ -49,10 +49,9 @@ def is_lora(attn: nn.Module) -> bool:
 def check_blocks(blocks: Sequence[nn.Module]) -> None:
     """Raises ValueError, in one sentence, when the methods cannot work with one of a tower's blocks."""
     for i, block in enumerate(blocks):
-        why = _unlike(block)
-        if why:
+        if why := _unlike(block):
             raise ValueError(
-                f"Token reduction reads the packed query and key weights of nn.MultiheadAttention in default attention "
+                "Token reduction reads the packed query and key weights of nn.MultiheadAttention in default attention "
                 f"blocks, but block {i} of this tower {why}."
             )
 

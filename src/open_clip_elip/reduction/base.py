@@ -128,8 +128,5 @@ def nearest(target: float, value: Callable[[int], float], last: int) -> int:
     low, high = 0, last
     while high - low > 1:
         middle = (low + high) // 2
-        if value(middle) <= target:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if value(middle) <= target else (low, middle)
     return low if target - value(low) <= value(high) - target else high

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .options import ReductionConfig, check_number, check_switch
 
@@ -50,7 +49,7 @@ class ElipConfig(ReductionConfig):
             stages shorter than this use their last layer.
     """
 
-    alternatives: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "keep_count"})
+    alternatives = frozenset({"keep_ratio", "keep_count"})
     depths: tuple[int, ...] | None = None
     keep_ratio: tuple[float, ...] | None = None
     keep_count: tuple[int, ...] | None = None

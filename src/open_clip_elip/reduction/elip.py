@@ -40,8 +40,7 @@ class Elip(TokenReduction):
             (B, 1+K+1, D) after the last layer; with `return_kept` also, per stage, the kept positions (B, K) among the
             N patch tokens of the stage's input, or None where the stage kept all.
         """
-        num_patches = x.shape[1] - 1
-        kept_per_stage = []
+        num_patches, kept_per_stage = x.shape[1] - 1, []
         for stage in self.stages:
             layers = [blocks[i] for i in range(stage.first, stage.first + stage.depth)]
             keep, kept = stage.keep(num_patches), None
@@ -53,12 +52,9 @@ class Elip(TokenReduction):
         return (x, kept_per_stage) if return_kept else x
 
     @torch.no_grad()
-    def score(
-        self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: RunBlock = run_plainly
-    ) -> Tensor:
+    def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: RunBlock) -> Tensor:
         """Scores (B, N) of the N patch tokens of `x` (B, 1+N, D) by the stage's own `layers` (Eq. 1 and 2)."""
-        # Of the last of the layers that are gone through only the row of `[CLS]` is needed.
-        *before, last = layers[: self.config.scoring_depth]
+        *before, last = layers[: self.config.scoring_depth]  # of the last, only the row of `[CLS]` is needed
         y = self.fuse(x, guidance)
         with no_weight_cache():
             for block in before:

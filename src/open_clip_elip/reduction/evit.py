@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ class EvitConfig(ReductionConfig):
         fuse: add the fused token; False = drop the inattentive tokens.
     """
 
-    alternatives: ClassVar[frozenset[str]] = frozenset({"keep_rate", "target_rrt"})
+    alternatives = frozenset({"keep_rate", "target_rrt"})
     keep_rate: float | None = None
     target_rrt: float | None = None
     layers: tuple[int, ...] | None = None

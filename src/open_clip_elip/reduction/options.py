@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, fields
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class ReductionConfig:
         alternatives: options that say the same thing in several ways.
     """
 
-    alternatives: ClassVar[frozenset[str]] = frozenset()
+    alternatives = frozenset()
 
     @classmethod
     def from_dict(cls, options: dict) -> ReductionConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ class RandomDropConfig(ReductionConfig):
         target_rrt: instead of `keep_ratio`, the ratio of removed tokens to come as near to as possible.
     """
 
-    alternatives: ClassVar[frozenset[str]] = frozenset({"keep_ratio", "target_rrt"})
+    alternatives = frozenset({"keep_ratio", "target_rrt"})
     keep_ratio: float | None = None
     target_rrt: float | None = None
 

@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ class TomeConfig(ReductionConfig):
         prop_attn: proportional attention. The source trains without it; Guo et al. compare with it.
     """
 
-    alternatives: ClassVar[frozenset[str]] = frozenset({"r", "target_rrt"})
+    alternatives = frozenset({"r", "target_rrt"})
     r: int | tuple[int, ...] | None = None
     target_rrt: float | None = None
     prop_attn: bool = True
@@ -102,9 +101,7 @@ class Tome(TokenReduction):
         return layers
 
 
-def _merge(
-    block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool
-) -> tuple[Tensor, Tensor]:
+def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool) -> tuple[Tensor, ...]:
     """The block on `x` (B, L, D) with tokens merged: (B, L-r, D), and their sizes (B, L-r)."""
     q, k, v = project(block, x)
     bias = _log_size(size, q) if prop_attn else None

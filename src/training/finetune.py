@@ -469,7 +469,7 @@ def build_train_data(
         rank=rank,
         world_size=world_size,
         num_batches=num_batches,
-        identity={"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint()},
+        identity={"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint(times=False)},
         description="\n".join(lines),
         stall_seconds=args.stall_seconds,
     )

@@ -37,7 +37,7 @@ from .evaluation.command import (
 )
 from .data.sets.registry import load_data
 from .evaluation.passes import EncodeSettings, ImagePass, all_skipped
-from .data.sets.folders import read_lines, read_templates
+from .data.sets.classnames import read_templates
 from .data.sets.labelled import LabelledImages
 from .evaluation.metrics import gather_ordered, mean_per_class_recall, predictions, topk_hits
 
@@ -202,7 +202,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> str:
     """Evaluates on each data set that is not finished yet; returns the table of all."""
     results = open_results(args, ranks)
     with ranks.agree():
-        sets = [_with_prompts(load_data(spec, split=args.split, download=args.download), args) for spec in args.data]
+        options = {"split": args.split, "download": args.download, "classnames": args.classnames}
+        sets = [_with_templates(load_data(spec, **options), args) for spec in args.data]
         loaded = load_model(args, ranks)
     rows = [("data", "images", "classes", "top-1", "top-5", "mean per class", "chance")]
     encode = image_encoder(loaded.model, args, normalize=True)
@@ -254,15 +255,8 @@ def cached_classifier(
     return classifier
 
 
-def _with_prompts(data: LabelledImages, args: argparse.Namespace) -> LabelledImages:
-    """With the names and templates of the flags in place of the data set's own."""
-    if args.classnames is not None:
-        if not args.classnames.is_file():
-            raise UserError(f"There is no file {args.classnames}; check --classnames.")
-        names = read_lines(args.classnames)
-        if len(names) != len(data.classnames):
-            raise UserError(f"{args.classnames} names {len(names)} classes; {data.name} has {len(data.classnames)}.")
-        data = replace(data, classnames=names)
+def _with_templates(data: LabelledImages, args: argparse.Namespace) -> LabelledImages:
+    """With the templates of the flag in place of the data set's own."""
     if args.templates is not None:
         if args.templates not in TEMPLATES and not Path(args.templates).is_file():
             raise UserError(f"--templates {args.templates} is neither a file nor one of {', '.join(TEMPLATES)}.")
@@ -293,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="openai|simple|FILE",
         help="prompts: OpenAI's 80 for ImageNet, its 7 best, or one a line with {} for the name; default: the data's",
     )
-    parser.add_argument("--classnames", type=Path, metavar="FILE", help="names, one a line, instead of the data's own")
+    parser.add_argument("--classnames", type=Path, metavar="FILE", help="names instead of the data's own: as classnames.txt")
     return parser
 
 

@@ -176,15 +176,14 @@ def _classes_of(name: str) -> Sequence[str]:
 
 
 def holds_test_set(name: str, folder: Path) -> bool:
-    """Whether `folder` has the archive's folder or is it; or the classes, where they are nobody else's."""
+    """Whether `folder` has the archive's folder or is it, or has its classes and is no other variant's."""
     title, _, places = TEST_SETS[name]
-    if title == "ImageNet-V2" and any(folder.absolute().name in known[2] for known in TEST_SETS.values()):
-        return folder.absolute().name in places
-    classes = list_folders(_inner(folder, places))
-    if title == "ImageNet-V2" and _inner(folder, places) != folder:
-        return True
-    own = name != "imagenet-sketch" and name == title.lower() and bool(classes)
-    return own and len(classes) == len(_classes_of(name)) and classes == list(_classes_of(name))
+    called, root = folder.absolute().name, _inner(folder, places)
+    if title == "ImageNet-V2" and (root != folder or any(called in known[2] for known in TEST_SETS.values())):
+        return root != folder or called in places
+    classes = list_folders(root)
+    sure = {"imagenet-v2": 1000, "imagenet-r": 200, "imagenet-a": 200}.get(name) == len(classes)
+    return sure and classes == list(_classes_of(name))
 
 
 for _name, (_, _size, _) in TEST_SETS.items():

@@ -163,8 +163,9 @@ def parse_spec(spec: str) -> tuple[str | None, Path]:
     if not spec or (name and not path.exists()):
         raise UserError(f"{spec or 'The data'} must have the path of a folder: say {name or 'NAME'}=PATH.")
     if equals and os.sep not in head and not path.exists():
-        close = difflib.get_close_matches(head.lower(), list_datasets(), n=1)
-        meant = f"did you mean {close[0]}?" if close else f"the names are {', '.join(list_datasets())}."
+        close = difflib.get_close_matches(head.lower(), list_datasets())
+        closest = min(close, key=lambda known: abs(len(known) - len(head)), default=None)
+        meant = f"did you mean {closest}?" if close else f"the names are {', '.join(list_datasets())}."
         raise UserError(f"There is no data set called {head!r}; {meant}")
     return None, path
 
@@ -192,6 +193,5 @@ def _known(name: str) -> str | None:
     def plain(name: str) -> str:
         return re.sub("[^a-z0-9]", "", name.lower())
 
-    return {plain(spelling): known.name for known in SETS.values() for spelling in (known.name, *known.aliases)}.get(
-        plain(name)
-    )
+    spellings = ((spelling, known.name) for known in SETS.values() for spelling in (known.name, *known.aliases))
+    return {plain(spelling): name for spelling, name in spellings}.get(plain(name))

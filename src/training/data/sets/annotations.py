@@ -94,8 +94,8 @@ def read_annotations(path: Path) -> list[Entry]:
         raise UserError(f"{path} has a shape that is not known here ({error}); it must be {_SHAPES}.") from None
 
 
-def read_table(path: Path, separator: str | None, image_column: str, caption_column: str) -> tuple[list[Entry], int]:
-    """The rows of a CSV file, and how many of them have no caption.
+def read_table(path: Path, separator: str | None, image_column: str, caption_column: str) -> list[Entry]:
+    """The rows of a CSV file.
 
     separator: None for a tab if the header has one, else a comma.
 
@@ -106,7 +106,8 @@ def read_table(path: Path, separator: str | None, image_column: str, caption_col
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             separator = "\t" if "\t" in file.readline() else ","
     rows = CsvRows(str(path), separator or ",", image_column, caption_column, "--data")
-    return [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)], rows.empty
+    entries = [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)]
+    return [*entries, Entry(rows.images[0], [""] * rows.empty)]  # to be counted
 
 
 def _json_entries(content: object, split: str | None) -> list[Entry]:

@@ -22,8 +22,6 @@ from .caption_shards import TxtRule, read_caption_shards
 from .folders import list_shards
 from .labelled import ImageFiles, Images
 
-log = logging.getLogger(__name__)
-
 DEFAULT_SPLIT = "test"
 # Folders of pictures beside a data set's captions, as the archives of COCO and Flickr unpack and people name them.
 IMAGE_FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
@@ -125,10 +123,8 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
         return _from_folder(name, path, options)
     name = name or described(path).name
     if path.suffix.lower() in (".csv", ".tsv"):
-        columns = (options.csv_separator, options.csv_image_column, options.csv_caption_column)
-        entries, empty = read_table(path, *columns)
-        near = [*_near(path), Path()]
-        return _from_entries(name, _undivided(path, options), entries, near, path, options, empty)
+        entries = read_table(path, options.csv_separator, options.csv_image_column, options.csv_caption_column)
+        return _from_entries(name, _undivided(path, options), entries, [*_near(path), Path()], path, options)
     if path.suffix.lower() not in (".json", ".jsonl", ".txt", ".token"):
         there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"
         raise UserError(f"{path} {there}; give a data set's folder, its JSON file of captions, a CSV file, or shards.")
@@ -214,7 +210,11 @@ def _from_shards(name: str, split: str, tars: Sequence[Path], options: CaptionOp
     images, captions = read_caption_shards(tars, options.txt)
     entries = [Entry(str(number), texts) for number, texts in enumerate(captions)]
     source = tars[0] if len(tars) == 1 else tars[0].parent
-    return _assembled(name, split, entries, source, options, lambda kept: images.subset(torch.tensor([*map(int, kept)])))
+
+    def find(kept: list[str]) -> Images:
+        return images.subset(torch.tensor([int(number) for number in kept]))
+
+    return _assembled(name, split, entries, source, options, find)
 
 
 def _near(file: Path) -> list[Path]:
@@ -222,42 +222,30 @@ def _near(file: Path) -> list[Path]:
 
 
 def _from_entries(
-    name: str,
-    split: str,
-    entries: Sequence[Entry],
-    near: Sequence[Path],
-    source: Path,
-    options: CaptionOptions,
-    empty: int = 0,
+    name: str, split: str, entries: Sequence[Entry], near: Sequence[Path], source: Path, options: CaptionOptions
 ) -> CaptionedImages:
     """`near`: folders that the pictures may be in, or in one of `IMAGE_FOLDERS` in them."""
     inside = [folder / images for folder in dict.fromkeys(near) for images in IMAGE_FOLDERS]
     roots = inside if options.images is None else [options.images]
-    return _assembled(name, split, entries, source, options, lambda kept: _locate(kept, roots, source), empty)
+    return _assembled(name, split, entries, source, options, lambda kept: _locate(kept, roots, source))
 
 
 def _assembled(
-    name: str,
-    split: str,
-    entries: Sequence[Entry],
-    source: Path,
-    options: CaptionOptions,
-    find: Callable[[list[str]], Images],
-    empty: int = 0,
+    name: str, split: str, entries: Sequence[Entry], source: Path, options: CaptionOptions, find: Callable
 ) -> CaptionedImages:
-    """Images in the order in which they come first, each with all of its captions."""
+    """Images in the order in which they come first, each with all of its captions. `find`: names to `Images`."""
     grouped: dict[str, list[str]] = {}
     for entry in entries:
-        texts = [" ".join(caption.split()) for caption in entry.captions]
-        empty += texts.count("")
-        grouped.setdefault(entry.image, []).extend(filter(None, texts))
-    kept = {image: texts[: options.per_image] for image, texts in grouped.items() if texts}
+        grouped.setdefault(entry.image, []).extend(" ".join(caption.split()) for caption in entry.captions)
+    empty = sum(texts.count("") for texts in grouped.values())
+    full = {image: [text for text in texts if text] for image, texts in grouped.items()}
+    kept = {image: texts[: options.per_image] for image, texts in full.items() if texts}
     if not kept:
         raise UserError(f"{source} has no caption for any of {len(grouped)} images; give a set with captions.")
     image_of = torch.arange(len(kept)).repeat_interleave(torch.tensor([len(texts) for texts in kept.values()]))
     left_out = {"empty_captions": empty, "images_without_caption": len(grouped) - len(kept)}
     if any(left_out.values()):
-        log.warning(
+        logging.warning(
             f"{source}: left out {empty} empty captions and {left_out['images_without_caption']} images without one."
         )
     captions = [text for texts in kept.values() for text in texts]

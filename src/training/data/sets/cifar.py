@@ -17,6 +17,7 @@ from .folders import check_folders, choose_split, find_splits, list_class_pictur
 from .labelled import ArrayImages, LabelledImages
 from .registry import NotThere, data_set
 
+SIZES = {"train": 50_000, "test": 10_000}
 TEMPLATES = "cifar-templates.txt"
 BATCHES = {
     "cifar10": {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
@@ -73,12 +74,8 @@ def holds_cifar(name: str, folder: Path) -> bool:
 
 
 for _name in BATCHES:
-    data_set(
-        _name,
-        {"train": 50_000, "test": 10_000},
-        found_in=partial(holds_cifar, _name),
-        torchvision=_name.upper(),
-    )(partial(load_cifar, _name))
+    _register = data_set(_name, SIZES, found_in=partial(holds_cifar, _name), torchvision=_name.upper())
+    _register(partial(load_cifar, _name))
 
 
 def _find(name: str, folder: Path, subfolder: str, meta: str, end: str = "") -> Path | None:

@@ -30,7 +30,16 @@ Reader = Callable[..., LabelledImages]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set; see `data_set`."""
+    """What is known of a data set.
+
+    Attributes:
+        splits: those that it has, with their published numbers of images (None: any); if empty, the function says what
+            there is not. Where there is no "test", people report on "val", and that is read.
+        found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
+        takes_names: the function has a third argument, a file of class names to read instead of the data's own, or
+            None. For any other data set the names are replaced afterwards.
+        torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
+    """
 
     name: str
     read: Reader
@@ -57,17 +66,7 @@ def data_set(
     takes_names: bool = False,
     torchvision: str | None = None,
 ) -> Callable[[Reader], Reader]:
-    """Registers the function that reads a data set: (folder, split) -> `LabelledImages`.
-
-    Args:
-        splits: those that it has, with their published numbers of images (None: any); without it, the function says
-            what it does not have. Where there is no "test", people report on "val", and that is read.
-        found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
-        aliases: other names.
-        takes_names: the function has a third argument, a file of class names to read instead of the data's own, or
-            None. For any other data set the names are replaced afterwards.
-        torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
-    """
+    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`; see `DataSet`."""
 
     def register(read: Reader) -> Reader:
         SETS[name] = DataSet(name, read, splits or {}, found_in, aliases, takes_names, torchvision)

@@ -350,6 +350,26 @@ class TestShards:
         assert caplog.text == ""
 
 
+def test_clip_benchmark_reads_the_same(tmp_path):
+    """Its own reader of the layout that it exports: pictures, classes, names and prompts."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder")
+    members = {}
+    for i, kind in enumerate(("png", "jpg", "webp", "png", "jpeg")):
+        format = {"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper())
+        members |= {f"s{i:07d}.{kind}": encoded((50 * i, 9, 200), format), f"s{i:07d}.cls": str(i % 3)}
+    write_shard(tmp_path / "test" / "0.tar", members)
+    write_folder(tmp_path / "test", {}, nshards="1\n")
+    prompts = {"zeroshot_classification_templates": "an emoji of {c}\na {c} thing\n"}
+    write_folder(tmp_path, {}, classnames="red\ngreen\nblue\n", **prompts)
+    theirs = builder.build_wds_dataset("x", lambda image: image.convert("RGB"), split="test", data_dir=str(tmp_path))
+    ours = load_data(str(tmp_path))
+    assert ours.classnames == theirs.classes
+    assert [t.format("x") for t in ours.templates] == [t.format(c="x") for t in theirs.templates]
+    pictures, labels = zip(*theirs, strict=True)
+    assert ours.labels.tolist() == list(labels)
+    assert all((np.asarray(ours.images.load(i)) == np.asarray(picture)).all() for i, picture in enumerate(pictures))
+
+
 class TestPictures:
     """What real data sets have among their pictures; shards and files give the same."""
 

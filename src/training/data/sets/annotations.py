@@ -4,7 +4,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ class Entry(NamedTuple):
     split: str | None = None
 
 
-# How the files are called. The first kind holds all splits of a set, the next one each; the last two stand in where there
-# is none of these.
+# How the files are called. The first kind holds all splits of a set, the next ones one each; the last two count where
+# there is none of these.
 _NAMES = tuple(
     re.compile(pattern)
     for pattern in (
@@ -95,8 +94,8 @@ def read_annotations(path: Path) -> list[Entry]:
         raise UserError(f"{path} has a shape that is not known here ({error}); it must be {_SHAPES}.") from None
 
 
-def read_table(path: Path, separator: str | None, image_column: str, caption_column: str) -> tuple[list[Entry], int]:
-    """The rows of a CSV file, and how many of them have no caption.
+def read_table(path: Path, separator: str | None, image_column: str, caption_column: str) -> list[Entry]:
+    """The rows of a CSV file.
 
     separator: None for a tab if the header has one, else a comma.
 
@@ -107,12 +106,8 @@ def read_table(path: Path, separator: str | None, image_column: str, caption_col
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             separator = "\t" if "\t" in file.readline() else ","
     rows = CsvRows(str(path), separator or ",", image_column, caption_column, "--data")
-    return [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)], rows.empty
-
-
-def splits_of(entries: Iterable[Entry]) -> list[str]:
-    """The splits that occur, in the order of the file."""
-    return list(dict.fromkeys(entry.split for entry in entries if entry.split is not None))
+    entries = [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)]
+    return [*entries, Entry(rows.images[0], [""] * rows.empty)]  # to be counted
 
 
 def _json_entries(content: object, split: str | None) -> list[Entry]:
@@ -120,8 +115,8 @@ def _json_entries(content: object, split: str | None) -> list[Entry]:
         return [Entry(_text(_field(item, "image")), _texts(_field(item, "caption", "captions"))) for item in content]
     if isinstance(content, dict) and "annotations" in content:
         return _coco(content, split)
-    if isinstance(content, dict) and all(isinstance(value, str | list) for value in content.values()):
-        if "images" not in content:
+    if isinstance(content, dict) and "images" not in content and any(content.values()):
+        if all(isinstance(value, str | list) for value in content.values()):
             return [Entry(image, _texts(captions)) for image, captions in content.items()]
     return [_karpathy(item) for item in _field(content, "images")]
 
@@ -149,8 +144,8 @@ def _coco(content: dict, split: str | None) -> list[Entry]:
 def _text_lines(text: str, path: Path) -> list[Entry]:
     r"""Lines `FILE#N\tcaption` (Flickr8k.token), or a header and lines `FILE,caption`.
 
-    The latter are CSV (Kaggle), or captions have commas and no quotes (CLIP_benchmark); a line whose caption is a quoted
-    field as a whole is CSV. Beside Flickr8k.token, `Flickr_8k.testImages.txt` and its like say what is in which split.
+    The latter are CSV (Kaggle), or captions have commas and no quotes (CLIP_benchmark); a line whose caption is a
+    quoted field as a whole is CSV. `Flickr_8k.testImages.txt` and its like, beside the former, say what each split has.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if lines and all(re.match(r"[^\t]+#\d+\t", line) for line in lines):

@@ -8,18 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import UserError
+from . import folders
 from .classnames import named, read_templates
-from .folders import (
-    SPLIT_WORDS,
-    check_folders,
-    choose_split,
-    find_splits,
-    list_class_pictures,
-    list_folders,
-    list_shard_pictures,
-    nothing_in,
-    some,
-)
 from .imagenet import as_imagenet, imagenet_synsets
 from .labelled import LabelledImages
 from .registry import data_set
@@ -30,14 +20,14 @@ TEMPLATES = ("templates.txt", "zeroshot_classification_templates.txt")  # the se
 
 def has_names(folder: Path) -> bool:
     """Whether there is a file with class names, in `folder` or in the folder of a split."""
-    splits = [folder / name for name in list_folders(folder) if name.lower() in SPLIT_WORDS]
+    splits = [folder / name for name in folders.list_folders(folder) if name.lower() in folders.SPLIT_WORDS]
     return any((place / NAMES).is_file() for place in (folder, *splits))
 
 
 @data_set("webdataset", aliases=("wds",), takes_names=True)
 def load_shards(folder: Path, split: str = "test", names: Path | None = None) -> LabelledImages:
     """As `load_any`, of shards only."""
-    if not any(place.shards for place in find_splits(folder).values()):
+    if not any(place.shards for place in folders.find_splits(folder).values()):
         raise UserError(f"{folder} holds no .tar shards.")
     return load_any(folder, split, names)
 
@@ -61,25 +51,25 @@ def load_any(folder: Path, split: str = "test", names: Path | None = None) -> La
     Raises:
         UserError: it is anything else, or classes and names do not match.
     """
-    splits = find_splits(folder)
-    found, place = choose_split(splits, split, folder)
+    splits = folders.find_splits(folder)
+    found, place = folders.choose_split(splits, split, folder)
     names = names or _beside(place.folder, folder, NAMES)
     templates = next((path for name in TEMPLATES if (path := _beside(place.folder, folder, name))), None)
     # After the folder, or after the one above if it is called train, val or test.
     path = Path(os.path.abspath(folder))
-    title = path.parent.name if path.name.lower() in SPLIT_WORDS else path.name
+    title = path.parent.name if path.name.lower() in folders.SPLIT_WORDS else path.name
     if place.shards:
-        images, labels = list_shard_pictures(place.shards)
+        images, labels = folders.list_shard_pictures(place.shards)
         classes: list[str] = []
     else:
-        classes = list_folders(place.folder)
+        classes = folders.list_folders(place.folder)
         if not classes:
-            raise nothing_in(place.folder)
+            raise folders.nothing_in(place.folder)
         for other in splits.values():  # names by place in the list would silently differ between splits
-            others = list_folders(other.folder)
+            others = folders.list_folders(other.folder)
             if others and not other.shards:
-                check_folders(other.folder, others, classes, f"the {found} split of {folder}")
-        images, labels = list_class_pictures(place.folder, classes)
+                folders.check_folders(other.folder, others, classes, f"the {found} split of {folder}")
+        images, labels = folders.list_class_pictures(place.folder, classes)
     data = LabelledImages(images, labels, classes, name=title, split=found, folders=classes)
     data = _without_names(data, folder) if names is None else named(data, names)
     return data if templates is None else replace(data, templates=read_templates(templates))
@@ -90,14 +80,14 @@ def _without_names(data: LabelledImages, folder: Path) -> LabelledImages:
     if not data.folders:
         shard = data.images.tars[0].name
         raise UserError(f"{remedy}, or say imagenet={folder} if that is what {shard} holds.")
-    if has_names(folder) or any(name.lower() in SPLIT_WORDS for name in data.folders):
+    if has_names(folder) or any(name.lower() in folders.SPLIT_WORDS for name in data.folders):
         raise UserError(f"{remedy}.")  # other splits have names, or it is not clear what are splits and what classes
     numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
     if all(name in numbers for name in data.folders):
         there = f"{len(data.folders)} of ImageNet's {len(numbers)} classes"
         logging.warning(f"{folder} has no {NAMES}, but folders of {there}: names and prompts are ImageNet's.")
         return as_imagenet(data, [numbers[name] for name in data.folders])
-    logging.info(f"{folder} has no {NAMES}: the classes are called as their folders are, {some(data.folders)}.")
+    logging.info(f"{folder} has no {NAMES}: the classes are called as their folders are, {folders.some(data.folders)}.")
     return data
 
 

@@ -14,8 +14,6 @@ from .folders import picture_of
 from .labelled import TarImages
 from .tar_samples import Member, read_samples
 
-log = logging.getLogger(__name__)
-
 TxtRule = Literal["lines", "whole"]
 
 
@@ -43,7 +41,7 @@ def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tup
         if not whole:
             if samples and not _is_complete(samples[last := next(reversed(samples))], tar):
                 del samples[last]
-            log.warning(f"{tar} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
+            logging.warning(f"{tar} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
         for key, members in samples.items():
             picture = picture_of(members)
             texts = {m.extension: m.content.decode("utf-8", errors="replace") for m in members if m.content is not None}
@@ -59,7 +57,7 @@ def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tup
                 places.append((number, picture.offset, picture.size))
                 captions.append(found or [])
     if damaged:
-        log.warning(f"{len(damaged)} samples have captions that are not UTF-8, the first of them {damaged[0]}.")
+        logging.warning(f"{len(damaged)} samples have captions that are not UTF-8, the first of them {damaged[0]}.")
     return TarImages(tars, names, np.asarray(places, dtype=np.int64)), captions
 
 

@@ -6,22 +6,21 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
 from ..shards import check_present, expand_shards
-from .annotations import AnnotationFile, Entry, described, find_annotations, read_annotations, read_table, splits_of
+from .annotations import Entry, described, find_annotations, read_annotations, read_table
 from .caption_shards import TxtRule, read_caption_shards
 from .folders import list_shards
 from .labelled import ImageFiles, Images
-
-log = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "test"
 # Folders of pictures beside a data set's captions, as the archives of COCO and Flickr unpack and people name them.
@@ -110,94 +109,87 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
         UserError: nothing of that kind is there, no such split (`NoSuchSplit`), no captions, or images are missing.
     """
     options = options or CaptionOptions()
-    name, path = _parse(spec)
+    match = None if Path(spec).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", spec)
+    name, path = (match[1], Path(match[2])) if match else ("", Path(spec))
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"There is no folder {options.images}; correct --images.")
     if path.suffix == ".tar" or "{" in str(path):
-        return _from_shards(name or path.parent.name, _expand(str(path)), _undivided(path, options), options)
+        sets = expand_shards(str(path), "--data")
+        for shards in sets:
+            check_present(shards, "--data")
+        tars = [Path(url) for shards in sets for url in shards.urls]
+        return _from_shards(name or path.parent.name, _undivided(path, options), tars, options)
     if path.is_dir():
         return _from_folder(name, path, options)
     name = name or described(path).name
     if path.suffix.lower() in (".csv", ".tsv"):
-        columns = (options.csv_separator, options.csv_image_column, options.csv_caption_column)
-        entries, empty = read_table(path, *columns)
-        return _from_entries(name, entries, _undivided(path, options), [*_near(path), Path()], path, options, empty)
+        entries = read_table(path, options.csv_separator, options.csv_image_column, options.csv_caption_column)
+        return _from_entries(name, _undivided(path, options), entries, [*_near(path), Path()], path, options)
     if path.suffix.lower() not in (".json", ".jsonl", ".txt", ".token"):
         there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"
         raise UserError(f"{path} {there}; give a data set's folder, its JSON file of captions, a CSV file, or shards.")
     return _from_file(name, path, options)
 
 
-def _parse(spec: str) -> tuple[str, Path]:
-    """(name or "", path)"""
-    match = re.fullmatch(r"([\w.+-]+)=(.+)", spec)
-    if match is None or Path(spec).exists():
-        return "", Path(spec)
-    return match[1], Path(match[2])
-
-
-def _near(file: Path) -> list[Path]:
-    return [file.parent, file.parent.parent]
-
-
 def _from_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
     files = find_annotations(folder)
-    if name and any(file.name == name for file in files):
-        files = [file for file in files if file.name == name]
+    files = [file for file in files if file.name == name] or files
     names = sorted({file.name for file in files})
     if len(names) > 1:
         raise UserError(f"{folder} holds the captions of {' and '.join(names)}; say which with --data {names[0]}=...")
     if not files:
-        return _from_shard_folder(name, folder, options)
-
-    there: dict[str, list[Entry] | AnnotationFile] = {}
+        return _from_shard_folder(name or folder.name, folder, options)
+    there: dict[str, list[Entry] | Path] = {}
     for file in files:
         if file.split is not None:
-            there.setdefault(file.split, file)
+            there.setdefault(file.split, file.path)
         elif file is files[0]:  # holds all splits
-            entries = read_annotations(file.path)
-            there = {split: [entry for entry in entries if entry.split == split] for split in splits_of(entries)}
+            there = _by_split(read_annotations(file.path))
     if not there:
         return _from_file(name or names[0], files[0].path, options)
-    wanted = _wanted(list(there), folder, options)
-    chosen, near = [], [place for file in files for place in _near(file.path)]
-    for found in (there[split] for split in wanted):
-        chosen += read_annotations(found.path) if isinstance(found, AnnotationFile) else found
-    return _from_entries(name or names[0], chosen, "+".join(wanted), near, folder, options)
+    split, chosen = _chosen(there, folder, options)
+    entries = [entry for part in chosen for entry in (read_annotations(part) if isinstance(part, Path) else part)]
+    near = [place for file in files for place in _near(file.path)]
+    return _from_entries(name or names[0], split, entries, near, folder, options)
 
 
 def _from_file(name: str, path: Path, options: CaptionOptions) -> CaptionedImages:
     entries = read_annotations(path)
-    there = splits_of(entries)
-    if not there:
-        return _from_entries(name, entries, _undivided(path, options), _near(path), path, options)
-    wanted = _wanted(there, path, options)
-    chosen = [entry for split in wanted for entry in entries if entry.split == split]
-    return _from_entries(name, chosen, "+".join(wanted), _near(path), path, options)
+    if there := _by_split(entries):
+        split, chosen = _chosen(there, path, options)
+        entries = [entry for part in chosen for entry in part]
+    else:
+        split = _undivided(path, options)
+    return _from_entries(name, split, entries, _near(path), path, options)
 
 
 def _from_shard_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
-    name = name or folder.name
-    tars = list_shards(folder)
-    if tars:
-        return _from_shards(name, tars, _undivided(folder, options), options)
+    if tars := list_shards(folder):
+        return _from_shards(name, _undivided(folder, options), tars, options)
     splits = {inside.name: tars for inside in sorted(folder.iterdir()) if (tars := list_shards(inside))}
     if not splits:
         raise UserError(
             f"{folder} holds no captions: there is neither a file like dataset_coco.json, coco_test.json or "
             "captions_val2017.json, nor a .tar file; name the file itself if it is called otherwise."
         )
-    wanted = _wanted(list(splits), folder, options)
-    return _from_shards(name, [tar for split in wanted for tar in splits[split]], "+".join(wanted), options)
+    split, chosen = _chosen(splits, folder, options)
+    return _from_shards(name, split, [tar for part in chosen for tar in part], options)
 
 
-def _wanted(there: list[str], path: Path, options: CaptionOptions) -> list[str]:
+def _by_split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """In the order of the file; without the entries that are in none."""
+    splits = dict.fromkeys(entry.split for entry in entries if entry.split is not None)
+    return {split: [entry for entry in entries if entry.split == split] for split in splits}
+
+
+def _chosen(there: dict[str, Any], path: Path, options: CaptionOptions) -> tuple[str, list[Any]]:
+    """What the splits that are wanted are called together, and what is there of each."""
     wanted = list(dict.fromkeys((options.split or DEFAULT_SPLIT).split("+")))
     for split in wanted:
         if split not in there:
             message = f"{path} has no split {split!r}, only {', '.join(there)}; choose with --split."
-            raise NoSuchSplit(message, there)
-    return wanted
+            raise NoSuchSplit(message, list(there))
+    return "+".join(wanted), [there[split] for split in wanted]
 
 
 def _undivided(path: Path, options: CaptionOptions) -> str:
@@ -212,63 +204,52 @@ def _undivided(path: Path, options: CaptionOptions) -> str:
     raise NoSuchSplit(message, [known] if known else [])
 
 
-def _expand(pattern: str) -> list[Path]:
-    sets = expand_shards(pattern, "--data")
-    for shards in sets:
-        check_present(shards, "--data")
-    return [Path(url) for shards in sets for url in shards.urls]
-
-
-def _from_shards(name: str, tars: Sequence[Path], split: str, options: CaptionOptions) -> CaptionedImages:
+def _from_shards(name: str, split: str, tars: Sequence[Path], options: CaptionOptions) -> CaptionedImages:
     if options.images is not None:
         raise UserError("--images is for captions beside pictures; shards hold their pictures, so leave it out.")
     images, captions = read_caption_shards(tars, options.txt)
     entries = [Entry(str(number), texts) for number, texts in enumerate(captions)]
     source = tars[0] if len(tars) == 1 else tars[0].parent
-    kept, captions, image_of, left_out = _assemble(entries, source, options.per_image)
-    images = images.subset(torch.tensor([int(number) for number in kept]))
-    return CaptionedImages(images, captions, image_of, name, split, left_out)
+
+    def find(kept: list[str]) -> Images:
+        return images.subset(torch.tensor([int(number) for number in kept]))
+
+    return _assembled(name, split, entries, source, options, find)
+
+
+def _near(file: Path) -> list[Path]:
+    return [file.parent, file.parent.parent]
 
 
 def _from_entries(
-    name: str,
-    entries: Sequence[Entry],
-    split: str,
-    folders: Sequence[Path],
-    source: Path,
-    options: CaptionOptions,
-    empty: int = 0,
+    name: str, split: str, entries: Sequence[Entry], near: Sequence[Path], source: Path, options: CaptionOptions
 ) -> CaptionedImages:
-    """`folders`: where the pictures may be, or a folder with them."""
-    kept, captions, image_of, left_out = _assemble(entries, source, options.per_image, empty)
-    inside = [folder / inner for folder in dict.fromkeys(folders) for inner in IMAGE_FOLDERS]
-    roots = [options.images] if options.images else inside
-    return CaptionedImages(_locate(kept, roots, source), captions, image_of, name, split, left_out)
+    """`near`: folders that the pictures may be in, or in one of `IMAGE_FOLDERS` in them."""
+    inside = [folder / images for folder in dict.fromkeys(near) for images in IMAGE_FOLDERS]
+    roots = inside if options.images is None else [options.images]
+    return _assembled(name, split, entries, source, options, lambda kept: _locate(kept, roots, source))
 
 
-def _assemble(
-    entries: Sequence[Entry], source: Path, per_image: int | None, empty: int = 0
-) -> tuple[list[str], list[str], Tensor, dict[str, int]]:
-    """Images in the order in which they come first, captions by image, image of each caption, what was left out."""
+def _assembled(
+    name: str, split: str, entries: Sequence[Entry], source: Path, options: CaptionOptions, find: Callable
+) -> CaptionedImages:
+    """Images in the order in which they come first, each with all of its captions. `find`: names to `Images`."""
     grouped: dict[str, list[str]] = {}
     for entry in entries:
-        texts = [" ".join(caption.split()) for caption in entry.captions]
-        empty += texts.count("")
-        grouped.setdefault(entry.image, []).extend(filter(None, texts))
-    images = [image for image, texts in grouped.items() if texts]
-    if not images:
+        grouped.setdefault(entry.image, []).extend(" ".join(caption.split()) for caption in entry.captions)
+    empty = sum(texts.count("") for texts in grouped.values())
+    full = {image: [text for text in texts if text] for image, texts in grouped.items()}
+    kept = {image: texts[: options.per_image] for image, texts in full.items() if texts}
+    if not kept:
         raise UserError(f"{source} has no caption for any of {len(grouped)} images; give a set with captions.")
-    captions, image_of = [], []
-    for number, image in enumerate(images):
-        texts = grouped[image][:per_image]
-        captions += texts
-        image_of += [number] * len(texts)
-    left_out = {"empty_captions": empty, "images_without_caption": len(grouped) - len(images)}
+    image_of = torch.arange(len(kept)).repeat_interleave(torch.tensor([len(texts) for texts in kept.values()]))
+    left_out = {"empty_captions": empty, "images_without_caption": len(grouped) - len(kept)}
     if any(left_out.values()):
-        log.warning(
+        logging.warning(
             f"{source}: left out {empty} empty captions and {left_out['images_without_caption']} images without one."
         )
-    return images, captions, torch.tensor(image_of, dtype=torch.int64), left_out
+    captions = [text for texts in kept.values() for text in texts]
+    return CaptionedImages(find(list(kept)), captions, image_of, name, split, left_out)
 
 
 # ------------------------------------------------------------------------------------------- where the pictures are

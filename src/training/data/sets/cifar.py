@@ -17,6 +17,7 @@ from .folders import check_folders, choose_split, find_splits, list_class_pictur
 from .labelled import ArrayImages, LabelledImages
 from .registry import NotThere, data_set
 
+SIZES = {"train": 50_000, "test": 10_000}
 TEMPLATES = "cifar-templates.txt"
 BATCHES = {
     "cifar10": {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
@@ -61,7 +62,8 @@ def load_cifar(name: str, folder: Path, split: str = "test") -> LabelledImages:
         return _from_folders(name, folder, split)
     pixels = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, *SHAPE).transpose(0, 2, 3, 1)
     labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]).astype(np.int64))
-    images, titles = ArrayImages(np.ascontiguousarray(pixels), str(place)), [title.replace("_", " ") for title in titles]
+    images = ArrayImages(np.ascontiguousarray(pixels), str(place))
+    titles = [title.replace("_", " ") for title in titles]
     return LabelledImages(images, labels, titles, packaged_lines(TEMPLATES), split=split)
 
 
@@ -72,12 +74,8 @@ def holds_cifar(name: str, folder: Path) -> bool:
 
 
 for _name in BATCHES:
-    data_set(
-        _name,
-        {"train": 50_000, "test": 10_000},
-        found_in=partial(holds_cifar, _name),
-        torchvision=_name.upper(),
-    )(partial(load_cifar, _name))
+    _register = data_set(_name, SIZES, found_in=partial(holds_cifar, _name), torchvision=_name.upper())
+    _register(partial(load_cifar, _name))
 
 
 def _find(name: str, folder: Path, subfolder: str, meta: str, end: str = "") -> Path | None:
@@ -90,20 +88,21 @@ def _find(name: str, folder: Path, subfolder: str, meta: str, end: str = "") -> 
 
 def _from_folders(name: str, folder: Path, split: str) -> LabelledImages:
     titles = packaged_lines(f"{name}-classes.txt")
-    splits = find_splits(folder) if folder.is_dir() and list_folders(folder) else {}
-    folders = {
-        inside.replace("_", " "): inside for place in splits.values() for inside in list_folders(place.folder)
-    }
     numbers = [str(number) for number in range(len(titles))]
-    if set(titles).isdisjoint(folders) and list(folders) != numbers:
+    splits = find_splits(folder) if folder.is_dir() and list_folders(folder) else {}
+    there = {
+        split: {inside.replace("_", " "): inside for inside in list_folders(place.folder)}
+        for split, place in splits.items()
+    }
+    if all({*titles, *numbers}.isdisjoint(folders) for folders in there.values()):
         raise NotThere(
-            f"{folder} has no {PYTHON[name][0]}; unpack the Python version of {name} there or add --download. "
-            f"({BINARY[name][0]} and class folders are read too.)"
+            f"{folder} has no {PYTHON[name][0]}; unpack the Python version of {name} there or add --download "
+            f"({BINARY[name][0]} and class folders are read too)."
         )
     found, place = choose_split(splits, split, folder)
-    wanted = numbers if list(folders) == numbers else titles
-    check_folders(place.folder, [inside.replace("_", " ") for inside in list_folders(place.folder)], wanted, name)
-    images, labels = list_class_pictures(place.folder, [folders[title] for title in wanted])
+    wanted = numbers if set(numbers) & set(there[found]) else titles
+    check_folders(place.folder, list(there[found]), wanted, name)
+    images, labels = list_class_pictures(place.folder, [there[found][title] for title in wanted])
     return LabelledImages(images, labels, titles, packaged_lines(TEMPLATES), split=found, folders=wanted)
 
 

@@ -61,14 +61,15 @@ def load_corrupted(name: str, folder: Path, split: str = "test") -> LabelledImag
     severities = [int(part) for part in chosen if part in ("1", "2", "3", "4", "5")]
     if len(corruptions) > 1 or len(severities) > 1 or len(corruptions) + len(severities) < len(chosen) or not there:
         raise UserError(
-            f"{labels_file.parent} holds the corruptions {', '.join(there) or 'none'}, in severities 1 to {SEVERITIES}; "
-            f"say {name}={root}/CORRUPTION/SEVERITY for one of them."
+            f"{labels_file.parent} holds the corruptions {', '.join(there) or 'none'}, in severities 1 to 5; say "
+            f"{name}={root}/CORRUPTION/SEVERITY for one of them."
         )
     labels, parts = _read(labels_file), []
     for corruption in corruptions or there:
-        pixels = _read(labels_file.with_name(f"{corruption}.npy"), mapped=True)
+        file = labels_file.with_name(f"{corruption}.npy")
+        pixels = _read(file, mapped=True)
         if len(pixels) != len(labels) or len(labels) % SEVERITIES:
-            raise UserError(f"{labels_file.with_name(f'{corruption}.npy')} must have an image for each label; get it anew.")
+            raise UserError(f"{file} must have an image for each label, and as many of each severity; get it anew.")
         count = len(labels) // SEVERITIES
         rows = [slice((severity - 1) * count, severity * count) for severity in severities] or [slice(None)]
         parts += [pixels[part] for part in rows]

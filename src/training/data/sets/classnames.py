@@ -24,16 +24,12 @@ def named(data: LabelledImages, path: Path) -> LabelledImages:
     words = [line.split(maxsplit=1)[0] for line in lines]
     if any("\t" in line for line in lines):
         if not folders:
-            raise UserError(
-                f"{path} has tabs, as between a folder and its name, but the classes of {data.name} are no folders: "
-                "write one name a line, in the order of the class numbers."
-            )
+            what = f"but the classes of {data.name} are no folders: write one name a line, in the order of the classes"
+            raise UserError(f"{path} has tabs, as between a folder and its name, {what}.")
         lines = _by_folder(lines, folders, path, data.name)
-    elif folders and _plain(lines) != _plain(folders) and Counter(_plain(lines)) == Counter(_plain(folders)):
-        raise UserError(
-            f"{path} has the names of the class folders in another order than theirs, which starts with {folders[0]}: "
-            "write the names in the folders' order, or lines of folder<TAB>name."
-        )
+    elif folders and _plain(lines) != _plain(folders) and sorted(_plain(lines)) == sorted(_plain(folders)):
+        what = f"in another order than theirs, which starts with {folders[0]}: write lines of folder<TAB>name"
+        raise UserError(f"{path} has the names of the class folders {what}.")
     elif folders and words != lines and set(words) == set(folders) and all(re.search("[0-9]", word) for word in words):
         raise UserError(f"{path} has lines that begin with a folder and a space: write lines of folder<TAB>name.")
     classes = len(folders or data.classnames)
@@ -47,15 +43,13 @@ def named(data: LabelledImages, path: Path) -> LabelledImages:
 def _by_folder(lines: list[str], folders: list[str], path: Path, data: str) -> list[str]:
     pairs = [[part.strip() for part in line.split("\t")] for line in lines]
     names = {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and all(pair)}
-    wrong = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2 or not all(pair)), None)
-    missing = next((folder for folder in folders if folder not in names), None)
-    if missing is not None:
-        raise UserError(f"{path} has no line 'folder<TAB>name' for the class folder {missing}.")
-    if wrong is not None:
-        raise UserError(f"{path} has lines of folder<TAB>name, but {wrong!r} is none.")
+    if missing := [folder for folder in folders if folder not in names]:
+        raise UserError(f"{path} has no line 'folder<TAB>name' for the class folder {missing[0]}.")
+    if wrong := [line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2 or not all(pair)]:
+        raise UserError(f"{path} has lines of folder<TAB>name, but {wrong[0]!r} is none.")
     check_folders(data, folders, list(names), path.name)
-    if len(names) < len(pairs):
-        twice = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
+    (twice, count), *_ = Counter(pair[0] for pair in pairs).most_common(1)
+    if count > 1:
         raise UserError(f"{path} names the folder {twice} twice; leave one line for each.")
     return [names[folder] for folder in folders]
 

@@ -94,10 +94,8 @@ def _splits_of_shards(folder: Path, shards: list[Path], undivided: str) -> dict[
         return {str(split): Place(folder, tuple(group)) for split, group in groups.items()}
     if len(groups) == 1:
         return {own_split(folder, undivided): Place(folder, tuple(shards))}
-    raise UserError(
-        f"{folder} has shards of some splits, but {groups[None][0].name} names none: have train, val or test in the "
-        f"names of all shards or of none."
-    )
+    odd = f"{groups[None][0].name} names none: have train, val or test in the names of all shards or of none"
+    raise UserError(f"{folder} has shards of some splits, but {odd}.")
 
 
 # ------------------------------------------------------------------------------------------------------ class folders
@@ -247,7 +245,5 @@ def check_numbers(images: Images, labels: Tensor, classes: int, names_from: str)
     """
     wrong = ((labels < 0) | (labels >= classes)).nonzero()[:, 0].tolist()
     if wrong:
-        raise UserError(
-            f"{images.name(wrong[0])} is of class {labels[wrong[0]]}, but {names_from} names {classes} classes, "
-            f"0 to {classes - 1}."
-        )
+        known = f"{names_from} names {classes} classes, 0 to {classes - 1}"
+        raise UserError(f"{images.name(wrong[0])} is of class {labels[wrong[0]]}, but {known}.")

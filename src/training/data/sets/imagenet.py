@@ -18,44 +18,26 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .folders import (
-    SPLIT_WORDS,
-    Place,
-    check_folders,
-    check_numbers,
-    choose_split,
-    find_splits,
-    list_class_pictures,
-    list_folders,
-    list_pictures,
-    list_shard_pictures,
-    list_shards,
-    nothing_in,
-    own_split,
-)
+from . import folders
 from .labelled import ImageFiles, LabelledImages
 from .registry import data_set
 
+SIZES = {"train": 1_281_167, "val": 50_000}
 # Where a split is below the folder that is given: plain, Kaggle's and ILSVRC's, and what the archives are called.
 SPLIT_FOLDERS = {
     "train": ("train", "training", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "ILSVRC2012_img_train"),
     "val": ("val", "validation", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "ILSVRC2012_img_val"),
 }
+V2 = "ImageNet-V2"
 # Title for people, number of images, and the folders of the published archives (and of the package imagenetv2_pytorch).
 TEST_SETS = {
-    "imagenet-v2": (
-        "ImageNet-V2", 10_000, ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
-    ),
-    "imagenet-v2-threshold-0.7": (
-        "ImageNet-V2", 10_000, ("imagenetv2-threshold0.7-format-val", "ImageNetV2-threshold-0.7")
-    ),
-    "imagenet-v2-top-images": (
-        "ImageNet-V2", 10_000, ("imagenetv2-top-images-format-val", "ImageNetV2-top-images")
-    ),
+    "imagenet-v2": (V2, 10_000, ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")),
+    "imagenet-v2-threshold-0.7": (V2, 10_000, ("imagenetv2-threshold0.7-format-val", "ImageNetV2-threshold-0.7")),
+    "imagenet-v2-top-images": (V2, 10_000, ("imagenetv2-top-images-format-val", "ImageNetV2-top-images")),
     "imagenet-r": ("ImageNet-R", 30_000, ("imagenet-r",)),
     "imagenet-a": ("ImageNet-A", 7_500, ("imagenet-a",)),
     "imagenet-sketch": ("ImageNet-Sketch", 50_889, ("sketch", "imagenet-sketch")),
-}  # fmt: skip
+}
 KAGGLE_LABELS = "LOC_val_solution.csv"
 DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "ILSVRC/devkit/data")
@@ -102,18 +84,17 @@ def holds_imagenet(folder: Path) -> bool:
     if (folder / "wnids.txt").is_file():
         return False  # Tiny-ImageNet
     for place in _splits(folder).values():
-        classes = list_folders(place.folder)
+        classes = folders.list_folders(place.folder)
         if classes and not place.shards and all(SYNSET.fullmatch(name) for name in classes):
-            plain = place.folder == folder or place.folder.name.lower() in SPLIT_WORDS  # `any_data` finds them as well
+            # Then `any_data` finds them as well.
+            plain = place.folder == folder or place.folder.name.lower() in folders.SPLIT_WORDS
             return not (plain and set(classes) < set(imagenet_synsets()))
-        if not classes and any(VAL_PICTURE.match(path) for path in list_pictures(place.folder)[0][:1]):
+        if not classes and any(VAL_PICTURE.match(path) for path in folders.list_pictures(place.folder)[0][:1]):
             return True
     return False
 
 
-@data_set(
-    "imagenet", {"train": 1_281_167, "val": 50_000}, found_in=holds_imagenet, aliases=("imagenet-1k", "ilsvrc2012")
-)
+@data_set("imagenet", SIZES, found_in=holds_imagenet, aliases=("imagenet1k", "ilsvrc2012"))
 def load_imagenet(folder: Path, split: str = "val") -> LabelledImages:
     """ImageNet (ILSVRC 2012), whose validation set has public classes.
 
@@ -126,18 +107,18 @@ def load_imagenet(folder: Path, split: str = "val") -> LabelledImages:
     """
     splits = _splits(folder)
     if not splits:
-        raise nothing_in(folder)
-    found, place = choose_split(splits, split, folder)
+        raise folders.nothing_in(folder)
+    found, place = folders.choose_split(splits, split, folder)
     synsets = imagenet_synsets()
     if place.shards:
-        images, labels = list_shard_pictures(place.shards)
-        check_numbers(images, labels, len(synsets), "ImageNet")
-    elif there := list_folders(place.folder):
+        images, labels = folders.list_shard_pictures(place.shards)
+        folders.check_numbers(images, labels, len(synsets), "ImageNet")
+    elif there := folders.list_folders(place.folder):
         remedy = f"; for the classes that are there, say folder={folder}"
-        check_folders(place.folder, there, synsets, "ImageNet", remedy)
-        images, labels = list_class_pictures(place.folder, synsets)
+        folders.check_folders(place.folder, there, synsets, "ImageNet", remedy)
+        images, labels = folders.list_class_pictures(place.folder, synsets)
     elif found == "train":
-        raise nothing_in(place.folder)
+        raise folders.nothing_in(place.folder)
     else:
         images, labels = _flat_pictures(place.folder, folder)
     return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets), range(len(synsets)))
@@ -162,9 +143,9 @@ def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImage
         if wrong is not None and other != name and title_of_other == title:
             raise UserError(f"{folder} holds {wrong}; say {other}={folder} for it.")
     classes = _classes_of(name)
-    check_folders(folder, list_folders(folder), classes, title)
+    folders.check_folders(folder, folders.list_folders(folder), classes, title)
     numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    data = LabelledImages(*list_class_pictures(folder, classes), (), folders=classes)
+    data = LabelledImages(*folders.list_class_pictures(folder, classes), (), folders=classes)
     return as_imagenet(data, [numbers.get(inside, place) for place, inside in enumerate(classes)])
 
 
@@ -176,15 +157,14 @@ def _classes_of(name: str) -> Sequence[str]:
 
 
 def holds_test_set(name: str, folder: Path) -> bool:
-    """Whether `folder` has the archive's folder or is it; or the classes, where they are nobody else's."""
+    """Whether `folder` has the archive's folder or is it, or has its classes and is no other variant's."""
     title, _, places = TEST_SETS[name]
-    if title == "ImageNet-V2" and any(folder.absolute().name in known[2] for known in TEST_SETS.values()):
-        return folder.absolute().name in places
-    classes = list_folders(_inner(folder, places))
-    if title == "ImageNet-V2" and _inner(folder, places) != folder:
-        return True
-    own = name != "imagenet-sketch" and name == title.lower() and bool(classes)
-    return own and len(classes) == len(_classes_of(name)) and classes == list(_classes_of(name))
+    called, root = folder.absolute().name, _inner(folder, places)
+    if title == V2 and (root != folder or any(called in known[2] for known in TEST_SETS.values())):
+        return root != folder or called in places
+    classes = folders.list_folders(root)
+    sure = {"imagenet-v2": 1000, "imagenet-r": 200, "imagenet-a": 200}.get(name) == len(classes)
+    return sure and classes == list(_classes_of(name))
 
 
 for _name, (_, _size, _) in TEST_SETS.items():
@@ -193,23 +173,23 @@ for _name, (_, _size, _) in TEST_SETS.items():
     _register(partial(load_test_set, _name))
 
 
-def _splits(folder: Path) -> dict[str, Place]:
+def _splits(folder: Path) -> dict[str, folders.Place]:
     # Folders before .tar files, since those may be the archives that the folders came from (ILSVRC2012_img_train.tar).
     splits = {}
     for split, names in SPLIT_FOLDERS.items():
         place = next((folder / name for name in names if (folder / name).is_dir()), None)
         if place is not None:
-            splits[split] = Place(place, () if _has_synsets(place) else tuple(list_shards(place)))
+            splits[split] = folders.Place(place, () if _has_synsets(place) else tuple(folders.list_shards(place)))
     if splits:
         return splits
-    if not _has_synsets(folder) and list_shards(folder):
-        return find_splits(folder, "val")
-    there = list_folders(folder) or list_pictures(folder)[0]
-    return {own_split(folder, "val"): Place(folder)} if there else {}
+    if not _has_synsets(folder) and folders.list_shards(folder):
+        return folders.find_splits(folder, "val")
+    there = folders.list_folders(folder) or folders.list_pictures(folder)[0]
+    return {folders.own_split(folder, "val"): folders.Place(folder)} if there else {}
 
 
 def _has_synsets(folder: Path) -> bool:
-    return any(SYNSET.fullmatch(name) for name in list_folders(folder))
+    return any(SYNSET.fullmatch(name) for name in folders.list_folders(folder))
 
 
 def _inner(folder: Path, names: Sequence[str]) -> Path:
@@ -221,9 +201,9 @@ def _inner(folder: Path, names: Sequence[str]) -> Path:
 
 def _flat_pictures(folder: Path, root: Path) -> tuple[ImageFiles, Tensor]:
     """Pictures without class folders; the labels are near them, or near `root`, or in a folder above."""
-    paths = list_pictures(folder)[0]
+    paths = folders.list_pictures(folder)[0]
     if not paths:
-        raise nothing_in(folder)
+        raise folders.nothing_in(folder)
     matches = {path: VAL_PICTURE.match(path) for path in paths}
     if wrong := next((path for path, match in matches.items() if match is None), None):
         raise UserError(f"{folder} has no class folders, and {wrong} is not named like ILSVRC2012_val_00000001.JPEG.")

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,22 +34,23 @@ def picture_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _UNDECODED)
 
 
-class Images(Protocol):
+class Images:
     """Pictures by number, in a fixed order. Each worker process gets a copy, so it is small."""
 
-    def __len__(self) -> int: ...
-
-    def load(self, i: int) -> Image.Image:
-        """Picture `i` as RGB, decoded completely; whatever is wrong with a broken file is raised here."""
-        ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def name(self, i: int) -> str:
         """Where picture `i` is, for people: a path, a tar file and its member, a file and its row."""
-        ...
+        raise NotImplementedError
 
     def content(self, i: int) -> bytes:
         """What picture `i` is decoded from."""
-        ...
+        raise NotImplementedError
+
+    def load(self, i: int) -> Image.Image:
+        """Picture `i` as RGB, decoded completely; whatever is wrong with a broken file is raised here."""
+        return load_rgb(self.content(i))
 
     def fingerprint(self, times: bool = True) -> str:
         """A hash of which pictures there are, and of what is in them as far as that shows without reading them.
@@ -62,14 +62,14 @@ class Images(Protocol):
 
         times: False leaves the times out, for what must stay the same where the data are copied.
         """
-        ...
+        raise NotImplementedError
 
     def subset(self, rows: Tensor) -> Images:
         """The pictures of these numbers, in this order."""
-        ...
+        raise NotImplementedError
 
 
-class ImageFiles:
+class ImageFiles(Images):
     """One file a picture.
 
     Args:
@@ -106,7 +106,7 @@ class ImageFiles:
         return ImageFiles(self.root, self.paths[rows.numpy()], self.border)
 
 
-class TarImages:
+class TarImages(Images):
     """Members of uncompressed tar files, read by position.
 
     Args:
@@ -121,9 +121,6 @@ class TarImages:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def load(self, i: int) -> Image.Image:
-        return load_rgb(self.content(i))
 
     def name(self, i: int) -> str:
         return f"{self.tars[self.places[i, 0]]}: {self.names[i]}"
@@ -142,7 +139,7 @@ class TarImages:
         return TarImages(self.tars, self.names[rows.numpy()], self.places[rows.numpy()])
 
 
-class ArrayImages:
+class ArrayImages(Images):
     """Pixels in memory: CIFAR, MNIST and their like.
 
     Args:
@@ -226,20 +223,17 @@ def _content(images: Images, i: int) -> bytes | None:
 def _sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
     """(N, 2) int64 bytes and time of change in ns; zeros for `times` False and for files that cannot be read."""
 
-    def look(part: Sequence[str | Path]) -> list[tuple[int, int]]:
-        found = []
-        for path in part:
-            try:
-                status = os.stat(path)
-                found.append((status.st_size, status.st_mtime_ns if times else 0))
-            except OSError:
-                found.append((0, 0))
-        return found
+    found = np.zeros((len(paths), 2), dtype=np.int64)
 
-    # Threads: over a network, each answer takes long.
-    with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(look, [paths[i : i + 1000] for i in range(0, len(paths), 1000)])
-    return np.array([row for part in parts for row in part], dtype=np.int64).reshape(-1, 2)
+    def look(start: int) -> None:
+        for i, path in enumerate(paths[start : start + 1000], start):
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                found[i] = status.st_size, status.st_mtime_ns if times else 0
+
+    with ThreadPoolExecutor(16) as pool:  # over a network, each answer takes long
+        list(pool.map(look, range(0, len(paths), 1000)))
+    return found
 
 
 def _digest(*parts: bytes | np.ndarray) -> str:

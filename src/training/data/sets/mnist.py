@@ -16,6 +16,7 @@ from .classnames import packaged_lines
 from .labelled import ArrayImages, LabelledImages
 from .registry import NotThere, data_set
 
+SIZES = {"train": 60_000, "test": 10_000}
 PREFIXES = {"train": "train", "test": "t10k"}
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's
 
@@ -49,23 +50,24 @@ def load_mnist(name: str, folder: Path, split: str = "test") -> LabelledImages:
 
 def _find(name: str, folder: Path, split: str) -> tuple[Path, Path] | None:
     """The files with images and with labels."""
+    ends = [f"{dot}idx{{}}-ubyte{end}" for end in ("", ".gz") for dot in "-."]
     for place in (folder, folder / "raw", folder / FOLDERS[name] / "raw"):
-        files = []
-        for kind in ("images{}idx3", "labels{}idx1"):
-            ways = [f"{PREFIXES[split]}-{kind.format(dot)}-ubyte{end}" for end in ("", ".gz") for dot in "-."]
-            files += [place / way for way in ways if (place / way).is_file()][:1]
-        if len(files) == 2:
-            return files[0], files[1]
+        images, labels = (
+            [file for end in ends if (file := place / f"{PREFIXES[split]}-{kind}{end.format(number)}").is_file()]
+            for kind, number in (("images", 3), ("labels", 1))
+        )
+        if images and labels:
+            return images[0], labels[0]
     return None
 
 
-for _name, _torchvision in FOLDERS.items():
-    data_set(
-        _name,
-        {"train": 60_000, "test": 10_000},
-        found_in=lambda folder, name=_name: any(_find(name, folder, split) for split in PREFIXES),
-        torchvision=_torchvision,
-    )(partial(load_mnist, _name))
+def holds_mnist(name: str, folder: Path) -> bool:
+    return any(_find(name, folder, split) for split in PREFIXES)
+
+
+for _name, _class in FOLDERS.items():
+    _register = data_set(_name, SIZES, found_in=partial(holds_mnist, _name), torchvision=_class)
+    _register(partial(load_mnist, _name))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -80,10 +80,8 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
         groups[label] = []
         for name in (name.strip() for name in names.split(";")):
             if len(found := classes.get(name, [])) != 1:
-                raise UserError(
-                    f"{folder / IMAGENET_LABELS} names {name!r}, which must be the label of exactly one of ImageNet's "
-                    f"classes in {LINES}, but is that of {len(found)}."
-                )
+                wanted = f"the label of exactly one of ImageNet's classes in {LINES}, but is that of {len(found)}"
+                raise UserError(f"{folder / IMAGENET_LABELS} names {name!r}, which must be {wanted}.")
             groups[label] += found
     return labels, groups
 

@@ -30,7 +30,16 @@ Reader = Callable[..., LabelledImages]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set; see `data_set`."""
+    """What is known of a data set.
+
+    Attributes:
+        splits: those that it has, with their published numbers of images (None: any); if empty, the function says what
+            there is not. Where there is no "test", people report on "val", and that is read.
+        found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
+        takes_names: the function has a third argument, a file of class names to read instead of the data's own, or
+            None. For any other data set the names are replaced afterwards.
+        torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
+    """
 
     name: str
     read: Reader
@@ -57,17 +66,7 @@ def data_set(
     takes_names: bool = False,
     torchvision: str | None = None,
 ) -> Callable[[Reader], Reader]:
-    """Registers the function that reads a data set: (folder, split) -> `LabelledImages`.
-
-    Args:
-        splits: those that it has, with their published numbers of images (None: any); without it, the function says
-            what it does not have. Where there is no "test", people report on "val", and that is read.
-        found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
-        aliases: other names.
-        takes_names: the function has a third argument, a file of class names to read instead of the data's own, or
-            None. For any other data set the names are replaced afterwards.
-        torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
-    """
+    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`; see `DataSet`."""
 
     def register(read: Reader) -> Reader:
         SETS[name] = DataSet(name, read, splits or {}, found_in, aliases, takes_names, torchvision)
@@ -163,8 +162,9 @@ def parse_spec(spec: str) -> tuple[str | None, Path]:
     if not spec or (name and not path.exists()):
         raise UserError(f"{spec or 'The data'} must have the path of a folder: say {name or 'NAME'}=PATH.")
     if equals and os.sep not in head and not path.exists():
-        close = difflib.get_close_matches(head.lower(), list_datasets(), n=1)
-        meant = f"did you mean {close[0]}?" if close else f"the names are {', '.join(list_datasets())}."
+        close = difflib.get_close_matches(head.lower(), list_datasets())
+        closest = min(close, key=lambda known: abs(len(known) - len(head)), default=None)
+        meant = f"did you mean {closest}?" if close else f"the names are {', '.join(list_datasets())}."
         raise UserError(f"There is no data set called {head!r}; {meant}")
     return None, path
 
@@ -192,6 +192,5 @@ def _known(name: str) -> str | None:
     def plain(name: str) -> str:
         return re.sub("[^a-z0-9]", "", name.lower())
 
-    return {plain(spelling): known.name for known in SETS.values() for spelling in (known.name, *known.aliases)}.get(
-        plain(name)
-    )
+    spellings = ((spelling, known.name) for known in SETS.values() for spelling in (known.name, *known.aliases))
+    return {plain(spelling): name for spelling, name in spellings}.get(plain(name))

@@ -11,9 +11,20 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from training.data.sets.labelled import ImageFiles, LabelledImages, TarImages
+from training.data.sets.labelled import LabelledImages
+from training.data.sets.registry import load_data
+from training.errors import UserError
+
+
+def message_of(spec, **options) -> str:
+    """The sentence that `load_data` fails with."""
+    with pytest.raises(UserError) as error:
+        load_data(str(spec), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def encoded(color, format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> bytes:
@@ -52,14 +63,7 @@ def write_shard(path: Path, members: dict[str, bytes | str]) -> Path:
 
 def contents(data: LabelledImages) -> list[tuple[str, bytes]]:
     """(class name, encoded image) of each picture in files or shards."""
-    return [(data.classnames[label], encoded_bytes(data.images, i)) for i, label in enumerate(data.labels.tolist())]
-
-
-def encoded_bytes(images: ImageFiles | TarImages, i: int) -> bytes:
-    if isinstance(images, ImageFiles):
-        return Path(images.name(i)).read_bytes()
-    tar, offset, size = images.places[i].tolist()
-    return images.tars[tar].read_bytes()[offset : offset + size]
+    return [(data.classnames[label], data.images.content(i)) for i, label in enumerate(data.labels.tolist())]
 
 
 def write_idx(path: Path, values: np.ndarray) -> Path:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tarfile
 import unicodedata
 
@@ -264,6 +265,70 @@ def test_files_of_clip_benchmark(tmp_path):
     assert names(data, tmp_path) == ["10.jpg", "9.jpg"]
 
 
+# --- other forms of files ---
+
+TWO = [["a 1", "a, 2"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("set.json", {"a.jpg": ["a 1", "a, 2"], "b.jpg": "b"}),
+        ("set.json", [{"image": "a.jpg", "captions": ["a 1", "a, 2"]}, {"image": "b.jpg", "captions": "b"}]),
+        ("set.jsonl", [{"image": "a.jpg", "caption": ["a 1", "a, 2"]}, {"image": "b.jpg", "captions": ["b"]}]),
+        ("set.token", "a.jpg#0\ta 1\na.jpg#1\ta, 2\nb.jpg#0\tb\n"),
+        ("Flickr8k.token.txt", "a.jpg#0\ta 1\r\na.jpg#1\ta, 2\r\nb.jpg#0\tb\r\n"),
+        ("captions.txt", 'image,caption\na.jpg,a 1\na.jpg,"a, 2"\nb.jpg,b\n'),
+        ("captions.txt", "image,caption\na.jpg,a 1\na.jpg,a, 2\nb.jpg,b\n"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["", "images", "Images", "Flicker8k_Dataset"])
+def test_other_forms(tmp_path, name, content, folder):
+    write_images(tmp_path / folder, ["a.jpg", "b.jpg"])
+    lines = "\n".join(map(json.dumps, content)) if name.endswith("jsonl") else json.dumps(content)
+    (tmp_path / name).write_text(content if isinstance(content, str) else lines)
+    data = load(tmp_path / name)
+    assert [texts for _, texts in contents(data)] == TWO and data.split == "all"
+    assert names(data, tmp_path / folder) == ["a.jpg", "b.jpg"]
+    if name in ("captions.txt", "Flickr8k.token.txt"):
+        assert load(f"flickr8k={tmp_path}").captions == data.captions
+        write_json(tmp_path / "flickr8k_test.json", [{"image": "a.jpg", "caption": "x"}])  # says more, so comes first
+        assert load(tmp_path).captions == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("line", "caption"),
+    [
+        ('1.jpg,"Two dogs, ""Max"" and one more, run"', 'Two dogs, "Max" and one more, run'),
+        ('1.jpg,"quoted", not closed', '"quoted", not closed'),
+        ('1.jpg,"A" is no "B"', '"A" is no "B"'),
+        ('1.jpg,He said: "no", and went', 'He said: "no", and went'),
+    ],
+)
+@pytest.mark.parametrize("others", ["2.jpg,plain", "2.jpg,a, b"])
+def test_quotes_in_lines(tmp_path, line, caption, others):
+    """A field that is quoted as a whole is CSV; all other quotes are the caption's own."""
+    write_images(tmp_path, ["1.jpg", "2.jpg"])
+    (tmp_path / "captions.txt").write_text(f"image,caption\n{line}\n{others}\n")
+    assert load(tmp_path / "captions.txt").captions == [caption, others[6:]]
+
+
+def test_splits_of_flickr8k(tmp_path):
+    write_images(tmp_path / "Flicker8k_Dataset", ["a.jpg", "b.jpg", "c.jpg"])
+    (tmp_path / "Flickr8k.token.txt").write_text("".join(f"{n}.jpg#{k}\t{n} {k}\n" for n in "abc" for k in range(2)))
+    for word, image in (("train", "a"), ("dev", "b"), ("test", "c")):
+        (tmp_path / f"Flickr_8k.{word}Images.txt").write_text(f"{image}.jpg\n")
+    for spec in (tmp_path, tmp_path / "Flickr8k.token.txt"):
+        assert (load(spec).captions, load(spec, split="val").captions) == (["c 0", "c 1"], ["b 0", "b 1"])
+
+
+def test_karpathy_without_raw_captions(tmp_path):
+    sentences = [{"tokens": ["two", "dogs"]}, {"tokens": ["x"], "raw": "A dog."}]
+    file = {"images": [{"filename": "a.jpg", "split": "test", "sentences": sentences}]}
+    write_images(tmp_path, ["a.jpg"])
+    assert load(write_json(tmp_path / "dataset_x.json", file)).captions == ["two dogs", "A dog."]
+
+
 # --- captions ---
 
 
@@ -316,10 +381,18 @@ def test_gray_pictures_become_rgb(tmp_path):
 
 
 def test_fingerprint(tmp_path):
-    first = albef_of(tmp_path / "a", [["a", "b"], ["c"]]).fingerprint()
-    assert first == albef_of(tmp_path / "b", [["a", "b"], ["c"]]).fingerprint()
+    def fingerprint(folder, captions):
+        data = albef_of(tmp_path / folder, captions)
+        for path in (tmp_path / folder).iterdir():
+            os.utime(path, ns=(2_000_000_000, 2_000_000_000))
+        return data.fingerprint()
+
+    first = fingerprint("a", [["a", "b"], ["c"]])
+    assert first == fingerprint("b", [["a", "b"], ["c"]])
     for other in ([["a"], ["b", "c"]], [["a", "b"], ["d"]], [["b", "a"], ["c"]], [["a", "b"], ["c"], ["d"]]):
-        assert albef_of(tmp_path / "c", other).fingerprint() != first
+        assert fingerprint("c", other) != first
+    os.utime(tmp_path / "b" / "0.jpg", ns=(2_000_000_001, 2_000_000_001))  # another picture under the same name
+    assert load(tmp_path / "b" / "set.json").fingerprint() != first
 
 
 # --- CSV ---
@@ -436,7 +509,8 @@ def test_mistakes_in_shards(tmp_path, members, message):
         ('[{"image": "x.jpg", "text": "x"}]', "'caption' is missing"),
         ('[{"image": "x.jpg", "caption": 3}]', "3 is no text"),
         ('{"images": [{"filename": "x", "split": "test"}]}', "'sentences' is missing"),
-        ('{"images": [{"filename": "x", "split": "test", "sentences": [{"tokens": []}]}]}', "'raw' is missing"),
+        ('{"images": [{"filename": "x", "split": "test", "sentences": [{"tokens": [1]}]}]}', "1 is no text"),
+        ('{"images": [{"filename": "x", "split": "test", "sentences": [{"sentid": 1}]}]}', "'raw' is missing"),
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"bbox": 1}]}', "'image_id' is missing"),
         ('{"images": [], "annotations": [{"image_id": 1, "caption": ""}]}', "a caption for image 1, but no such image"),
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": []}', "has no caption for any of 1 images"),

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import io
 import logging
 import os
@@ -12,18 +14,16 @@ from training.data.sets.folders import find_splits, list_pictures
 from training.data.sets.registry import load_data
 from training.errors import UserError
 
-from .layout_files import contents, encoded, make_folders, write_folder, write_shard
+from .layout_files import contents, encoded, make_folders, message_of, write_folder, write_shard
 
 
 def load_named(folder, split="test", **options):
     return load_data(f"folder={folder}", split=split, **options)
 
 
-def message_of(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def same_time(root, time=2_000_000_000):
+    for path in root.rglob("*"):
+        os.utime(path, ns=(time, time))
 
 
 class TestFolders:
@@ -58,24 +58,91 @@ class TestFolders:
         root = write_folder(tmp_path / "data", {}, classnames="only")
         (root / "a").mkdir()
         os.symlink(tmp_path / "elsewhere", root / "a" / "link")
-        assert list_pictures(root, "a") == ["a/link/deep/y.png", "a/link/x.png"]
+        assert list_pictures(root, "a") == (["a/link/deep/y.png", "a/link/x.png"], [])
         assert len(load_named(root)) == 2
 
     def test_templates(self, tmp_path):
-        root = write_folder(tmp_path, {"a/x.png": b""}, classnames="a", templates="a {}.\n\n")
+        """Also CLIP_benchmark's, under its own name; what is called templates.txt comes first."""
+        theirs = {"zeroshot_classification_templates": "an emoji of {c}\n{c}, a kind of {c}"}
+        root = write_folder(tmp_path, {"a/x.png": b""}, classnames="a", **theirs)
+        assert [template.format("cat") for template in load_named(root).templates] == [
+            "an emoji of cat",
+            "cat, a kind of cat",
+        ]
+        write_folder(root, {}, templates="a {}.\n\n")
         assert load_named(root).templates == ["a {}."]
+
+    def test_without_classnames_the_folders_are_the_names(self, tmp_path, caplog):
+        root = write_folder(tmp_path / "pets", {"a_cat/x.png": b"1", "dog/x.png": b"2"})
+        with caplog.at_level(logging.INFO):
+            assert contents(load_data(str(root))) == [("a_cat", b"1"), ("dog", b"2")]
+        assert "the classes are called as their folders are, a_cat, dog" in caplog.text
+        (root / "train").mkdir()  # a class, or what is left of splits?
+        assert "has no classnames.txt" in message_of(root)
+
+    def test_given_names(self, tmp_path, caplog):
+        """`classnames=` means what classnames.txt means, whatever there is, and also where that is missing or wrong."""
+        root = write_folder(tmp_path / "pets", {"b/x.png": b"2", "a/x.png": b"1"}, classnames="wrong")
+        write_folder(tmp_path, {}, lines="one\ntwo", tabs="b\ttwo\na\tone", more="a\tone\nc\ttwo")
+        for names in ("lines", "tabs"):
+            data = load_data(str(root), classnames=tmp_path / f"{names}.txt")
+            assert contents(data) == [("one", b"1"), ("two", b"2")]
+        assert "class folder b" in message_of(root, classnames=tmp_path / "more.txt")
+        assert "There is no file" in message_of(root, classnames=tmp_path / "none.txt")
+        (root / "classnames.txt").unlink()
+        assert load_data(str(root), classnames=tmp_path / "tabs.txt").classnames == ["one", "two"]
+        assert caplog.text == ""
+        write_shard(tmp_path / "shards" / "0.tar", {"a.png": b"1", "a.cls": "1", "b.png": b"2", "b.cls": "0"})
+        data = load_data(str(tmp_path / "shards"), classnames=tmp_path / "lines.txt")
+        assert contents(data) == [("two", b"1"), ("one", b"2")]
+        message = message_of(tmp_path / "shards", classnames=tmp_path / "tabs.txt")
+        assert "has tabs" in message and "one name a line" in message
+
+    @pytest.mark.parametrize("names", ["n01 one\nn02 two", "n01  one\nn02\ttwo"])
+    def test_ids_and_a_space(self, tmp_path, names):
+        root = write_folder(tmp_path, {"n01/x.png": b"1", "n02/x.png": b"2"}, classnames=names)
+        assert "folder<TAB>name" in message_of(f"folder={root}")
+
+    @pytest.mark.parametrize(
+        "ending,kind",
+        [("gif", "GIF"), ("JFIF", "JPEG"), ("jpe", "JPEG"), ("jp2", "JPEG2000"), ("avif", "AVIF"), ("tga", "TGA")],
+    )
+    def test_what_can_be_decoded_is_a_picture(self, tmp_path, ending, kind):
+        picture = encoded((200, 0, 0), kind, size=(16, 16))
+        write_folder(tmp_path / "files", {f"a/x.{ending}": picture}, classnames="a")
+        write_folder(tmp_path / "shards", {}, classnames="a")
+        write_shard(tmp_path / "shards" / "0.tar", {f"a.{ending}": picture, "a.cls": "0"})
+        for folder in ("files", "shards"):
+            image = load_data(str(tmp_path / folder)).images.load(0)
+            assert np.abs(np.asarray(image).astype(int) - (200, 0, 0)).max() <= 30
+
+    def test_the_rest_is_named_and_counted(self, tmp_path, caplog):
+        pictures = {"a/x.png": b"1", "a/y.raw": b"2", "b/z.raw": b"3", "b/without": b"4", "b/w.pdf": b"5"}
+        root = write_folder(tmp_path, pictures, classnames="one\ntwo")
+        assert load_named(root).labels.tolist() == [0]
+        assert "left out 4 file(s) whose endings (.pdf, .raw, no ending) are not" in caplog.text
+        assert "the first of them a/y.raw" in caplog.text and "no picture of 1 of its 2 classes: two" in caplog.text
+        (root / "a/x.png").unlink()
+        assert "hold no images, only 4 file(s) whose endings (.pdf, .raw" in message_of(f"folder={root}")
+
+    def test_one_class_with_one_picture(self, tmp_path):
+        data = load_named(write_folder(tmp_path, {"a/x.png": b"1"}))
+        assert (len(data), list(data.classnames), data.labels.tolist()) == (1, ["a"], [0])
 
     @pytest.mark.parametrize(
         "texts,message",
         [
-            ({}, "has no classnames.txt"),
-            ({"classnames": "one\ntwo\nthree"}, "has 2 class folders, but its classnames.txt names 3"),
-            ({"classnames": "one"}, "has 2 class folders, but its classnames.txt names 1"),
+            ({"classnames": "one\ntwo\nthree"}, "classnames.txt names 3 classes; pets has 2 class folders"),
+            ({"classnames": "one"}, "classnames.txt names 1 classes; pets has 2 class folders"),
             ({"classnames": "one\n\ntwo"}, "nothing on line 2"),
             ({"classnames": " \n"}, "is empty"),
             ({"classnames": "a\tone\nc\ttwo"}, "class folder b"),
             ({"classnames": "a\tone\nb"}, "class folder b"),
             ({"classnames": "a\tone\na\ttwo"}, "class folder b"),
+            ({"classnames": "a\tone\nb\ttwo\na\tthree"}, "names the folder a twice"),
+            ({"classnames": "a\tone\nb\ttwo\nthree"}, "but 'three' is none"),
+            ({"classnames": "a\tone\tuno\nb\ttwo"}, "class folder a"),
+            ({"classnames": "b\na"}, "in another order than theirs, which starts with a"),
             ({"classnames": "a\tone\nb\ttwo\nc\tthree\nd\tfour"}, "2 of the 4 class folders of classnames.txt are in"),
             ({"classnames": "a\tone\nb\ttwo\nc\tthree\nd\tfour"}, "missing c, d"),
             ({"classnames": "one\ntwo", "templates": "a photo"}, "'a photo' must have {}"),
@@ -84,29 +151,55 @@ class TestFolders:
         ],
     )
     def test_mistakes(self, tmp_path, texts, message):
-        root = write_folder(tmp_path, {"a/x.png": b"", "b/x.png": b""}, **texts)
-        assert message in message_of(load_named, root)
+        root = write_folder(tmp_path / "pets", {"a/x.png": b"", "b/x.png": b""}, **texts)
+        assert message in message_of(f"folder={root}")
 
     def test_no_folder_no_classes_no_images(self, tmp_path):
-        assert "There is no folder" in message_of(load_named, tmp_path / "missing")
-        assert "neither class folders nor .tar shards" in message_of(load_named, tmp_path)
+        assert "There is no folder" in message_of(f"folder={tmp_path / 'missing'}")
+        assert "neither class folders nor .tar shards" in message_of(f"folder={tmp_path}")
         root = write_folder(tmp_path, {"a/x.txt": b""}, classnames="a")
-        assert "hold no images" in message_of(load_named, root)
+        assert "hold no images" in message_of(f"folder={root}")
 
     def test_names_that_are_not_utf8(self, tmp_path):
         write_folder(tmp_path, {"a/x.png": b""})
         (tmp_path / "classnames.txt").write_bytes("façade".encode("latin-1"))
-        assert "UTF-8" in message_of(load_named, tmp_path)
+        assert "UTF-8" in message_of(f"folder={tmp_path}")
 
     def test_the_order_and_the_fingerprint_do_not_depend_on_the_disk(self, tmp_path):
         names = [f"{folder}/{i}.png" for folder in "ab" for i in range(20)]
         for root, order in (("1", names), ("2", names[::-1])):
             write_folder(tmp_path / root, {name: name.encode() for name in order}, classnames="a\nb")
+            same_time(tmp_path / root)
         first, second = load_named(tmp_path / "1"), load_named(tmp_path / "2")
         assert contents(first) == contents(second)
         assert first.fingerprint() == second.fingerprint()
         (tmp_path / "2" / "b" / "7.png").rename(tmp_path / "2" / "a" / "7b.png")
         assert load_named(tmp_path / "2").fingerprint() != first.fingerprint()
+
+    @pytest.mark.parametrize("kind", ["files", "shards"])
+    def test_fingerprint_is_of_the_contents(self, tmp_path, kind):
+        """Two folders with the same names and other pictures differ, as far as sizes and times show it."""
+
+        def data(name, first, second):
+            root = write_folder(tmp_path / name, {}, classnames="a")
+            if kind == "files":
+                write_folder(root, {"a/x.png": first, "a/y.png": second})
+            else:
+                write_shard(root / "0.tar", {"x.png": first, "x.cls": "0", "y.png": second, "y.cls": "0"})
+            same_time(root)
+            return load_named(root)
+
+        first, copy = data("1", b"1", b"22"), data("2", b"1", b"22")
+        assert first.fingerprint() == copy.fingerprint() and first.same_pictures(copy)
+        assert data("3", b"1", b"333").fingerprint() != first.fingerprint()
+        other = data("4", b"1", b"44")
+        assert other.fingerprint() == first.fingerprint()  # the same size at the same time: this goes unnoticed
+        same_time(tmp_path / "4", 2_000_000_001)
+        same_time(tmp_path / "2", 2_000_000_001)
+        assert other.fingerprint() != first.fingerprint() != copy.fingerprint()
+        assert other.fingerprint(times=False) == first.fingerprint(times=False)
+        assert first.same_pictures(copy) and not first.same_pictures(other)
+        assert not first.same_pictures(first.subset(torch.tensor([0])))
 
 
 class TestSplits:
@@ -135,7 +228,7 @@ class TestSplits:
         assert load_named(root, "train").classnames == ["an a", "a b"]
         (root / "classnames.txt").unlink()
         assert load_named(root, "val").classnames == ["other a", "other b"]
-        assert "has no classnames.txt" in message_of(load_named, root, "train")
+        assert "has no classnames.txt" in message_of(f"folder={root}", split="train")
 
     def test_a_class_may_be_called_train(self, tmp_path):
         """As one of CIFAR-100's is: then not all of the folders are splits."""
@@ -149,7 +242,8 @@ class TestSplits:
             "val": "validation",
         }
         (tmp_path / "val").mkdir()
-        assert "has both val and validation" in message_of(find_splits, tmp_path)
+        with pytest.raises(UserError, match="has both val and validation"):
+            find_splits(tmp_path)
 
     def test_a_folder_called_after_its_split(self, tmp_path):
         root = self.divided(tmp_path)
@@ -157,18 +251,18 @@ class TestSplits:
             write_folder(root / split, {}, classnames="an a\na b")
         assert contents(load_named(root / "train", "train")) == contents(load_named(root, "train"))
         assert load_named(root / "val").split == "val"
-        message = message_of(load_named, root / "train", "test")
+        message = message_of(f"folder={root / 'train'}", split="test")
         assert f"{root / 'train'} has no test split, only train;" in message
 
     def test_missing_ones(self, tmp_path):
         root = write_folder(tmp_path / "pets", {"a/x.png": b"1"}, classnames="a")
-        message = message_of(load_named, root, "train")
+        message = message_of(f"folder={root}", split="train")
         assert f"{root} has no train split, only test;" in message and str(root / "train") in message
         assert load_named(root).split == "test"
         divided = self.divided(tmp_path / "divided")
         (divided / "test").mkdir()
         (divided / "val").rename(tmp_path / "elsewhere")
-        assert "has no val split, only train and test" in message_of(load_named, divided, "val")
+        assert "has no val split, only train and test" in message_of(f"folder={divided}", split="val")
 
     def test_splits_with_other_classes(self, tmp_path):
         """The names are by place: b would be called as c is in the other split."""
@@ -177,7 +271,7 @@ class TestSplits:
             {"train/a/x.png": b"", "train/c/x.png": b"", "val/a/x.png": b"", "val/b/x.png": b""},
             classnames="a\nb",
         )
-        message = message_of(load_named, root, "val")
+        message = message_of(f"folder={root}", split="val")
         assert "1 of the 2 class folders of the val split" in message
         assert "missing b; unknown: c" in message
 
@@ -202,7 +296,7 @@ class TestSplits:
         assert [content for _, content in contents(load_named(tmp_path))] == [b"set1k-validation-00"]
         assert load_named(tmp_path).split == "val"
         write_shard(tmp_path / "more.tar", {"a.png": b"", "a.cls": "0"})
-        assert "but more.tar names none" in message_of(load_named, tmp_path)
+        assert "but more.tar names none" in message_of(f"folder={tmp_path}")
 
 
 class TestShards:
@@ -218,26 +312,26 @@ class TestShards:
     @pytest.mark.parametrize(
         "members,message",
         [
-            ({"a.png": b"1", "a.cls": "3"}, "class 3, but classnames.txt names 3 classes"),
+            ({"a.png": b"1", "a.cls": "3"}, "a.png is of class 3, but classnames.txt names 3 classes"),
             ({"a.png": b"1", "a.cls": "-1"}, "class -1, but classnames.txt names 3 classes"),
             ({"a.png": b"1", "a.cls": "cat"}, "a.cls must hold a class number, but holds b'cat'"),
             ({"a.png": b"1"}, "the sample a needs a .cls file and an image"),
-            ({"a.gif": b"1", "a.cls": "0"}, "the sample a needs a .cls file and an image"),
+            ({"a.raw": b"1", "a.cls": "0"}, "the sample a needs a .cls file and an image, but has .raw, .cls"),
             ({}, "hold no sample"),
         ],
     )
     def test_mistakes(self, tmp_path, members, message):
         write_folder(tmp_path, {}, classnames="zero\none\ntwo")
         write_shard(tmp_path / "0.tar", members)
-        assert message in message_of(load_named, tmp_path)
+        assert message in message_of(f"folder={tmp_path}")
 
     def test_not_a_tar(self, tmp_path):
         write_folder(tmp_path, {"0.tar": b"\x1f\x8b something else" * 100}, classnames="zero")
-        assert "0.tar is not a readable tar file" in message_of(load_named, tmp_path)
+        assert "0.tar is not a readable tar file" in message_of(f"folder={tmp_path}")
 
     def test_no_classnames(self, tmp_path):
         write_shard(tmp_path / "0.tar", {"a.png": b"1", "a.cls": "0"})
-        assert "has no classnames.txt" in message_of(load_named, tmp_path)
+        assert "has no classnames.txt" in message_of(f"folder={tmp_path}")
 
     # Each member takes 1024 bytes: cut between samples, in a header, between cls and image, and in the image.
     @pytest.mark.parametrize("size,readable", [(4096, 2), (4300, 2), (5120, 2), (5632, 3), (5640, 3), (6144, 3)])
@@ -254,6 +348,26 @@ class TestShards:
         write_shard(tmp_path / "0.tar", {"a.png": b"1", "a.cls": "0"})
         assert len(load_named(tmp_path)) == 1
         assert caplog.text == ""
+
+
+def test_clip_benchmark_reads_the_same(tmp_path):
+    """Its own reader of the layout that it exports: pictures, classes, names and prompts."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder")
+    members = {}
+    for i, kind in enumerate(("png", "jpg", "webp", "png", "jpeg")):
+        format = {"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper())
+        members |= {f"s{i:07d}.{kind}": encoded((50 * i, 9, 200), format), f"s{i:07d}.cls": str(i % 3)}
+    write_shard(tmp_path / "test" / "0.tar", members)
+    write_folder(tmp_path / "test", {}, nshards="1\n")
+    prompts = {"zeroshot_classification_templates": "an emoji of {c}\na {c} thing\n"}
+    write_folder(tmp_path, {}, classnames="red\ngreen\nblue\n", **prompts)
+    theirs = builder.build_wds_dataset("x", lambda image: image.convert("RGB"), split="test", data_dir=str(tmp_path))
+    ours = load_data(str(tmp_path))
+    assert ours.classnames == theirs.classes
+    assert [t.format("x") for t in ours.templates] == [t.format(c="x") for t in theirs.templates]
+    pictures, labels = zip(*theirs, strict=True)
+    assert ours.labels.tolist() == list(labels)
+    assert all((np.asarray(ours.images.load(i)) == np.asarray(picture)).all() for i, picture in enumerate(pictures))
 
 
 class TestPictures:

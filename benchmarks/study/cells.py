@@ -85,14 +85,10 @@ class Run:
 def load_study(
     folder: Path, *, budget: float = 1.0, data: Path | None = None, model: str | None = None, **settings: Any
 ) -> Study:
-    """The study in `folder`/study.yaml with `settings`, which are more attributes of `Study`.
+    """The study in `folder`/study.yaml with `settings`, which are more attributes of `Study`. `budget` is a factor for
+    the number of samples; `data` and `model` are taken instead of the study's own.
 
-    Args:
-        budget: factor for the number of samples.
-        data, model: instead of the study's own.
-
-    Raises:
-        UserError: a file that is not there or says something that cannot be meant, or a budget that leaves no step.
+    UserError: a file that is not there or says something that cannot be meant, or a budget that leaves no step.
     """
     whole = _read(folder / "study.yaml")
     if set(whole) != {"base", "tables", "seeds", "samples", "data"}:
@@ -133,8 +129,7 @@ def _read(file: Path) -> dict[str, Any]:
 def choose(study: Study, cell: str | None, seed: int | None) -> set[tuple[str, int]]:
     """The full names and seeds that are meant by a name, in full or not, and a seed, or by None.
 
-    Raises:
-        UserError: no such cell, several, no such seed, or folders of the study that are not there.
+    UserError: no such cell, several, no such seed, or folders of the study that are not there.
     """
     if not (study.data / "dataset.json").is_file():
         raise UserError(f"There are no pictures in {study.data}; make them with scripts/make_study_data.py --out DIR.")

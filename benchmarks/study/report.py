@@ -36,11 +36,7 @@ def as_table(rows: Iterable[tuple[Run, Mapping[str, Any] | None]]) -> DataFrame:
 
 
 def read_runs(file: Path) -> DataFrame:
-    """A `runs.csv`, with its digits.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """A `runs.csv`, with its digits; UserError if it is not there."""
     if not file.is_file():
         raise UserError(f"There is no {file}, and no finished run: nothing to report.")
     return pandas.read_csv(file, keep_default_na=False, na_values=[""], dtype={"id": str, "weights": str})
@@ -98,14 +94,15 @@ def write_report(study: Study, runs: DataFrame, folder: Path) -> str:
     text = "\n".join(texts)
     text += "".join(f"\n![{plot.stem}]({plot.name})\n" for plot in draw_plots(tables, runs, folder, values))
     seeds = ", ".join(map(str, sorted(set(runs["seed"]))))
+    model, threads = runs["model"].iloc[0], runs["threads"].iloc[0]
     heading = (
-        f"# Results of the study\n\n`python scripts/study.py`: {runs['model'].iloc[0]}, batches of "
-        f"{study.batch_size}, {study.samples:,} samples a run where compute is not matched, {runs['threads'].iloc[0]} "
-        f"thread(s), seeds {seeds}. Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed begin "
-        "with the same weights and see the same data in the same order, so differences are taken by seed. Bold: a "
-        "paired t-test at 5 % tells the difference from none, over at least three seeds; of so many comparisons, one in "
-        "twenty is bold by chance.\n\nseen: zero-shot over names that were trained on, in a style that was not. "
-        "held-out: the same over names that were not trained on; TR and IR: retrieval of their captions and pictures."
+        f"# Results of the study\n\n`python scripts/study.py`: {model}, batches of {study.batch_size}, "
+        f"{study.samples:,} samples a run where compute is not matched, {threads} thread(s), seeds {seeds}. "
+        "Mean (standard deviation over the seeds); accuracies and recalls in %. All runs of a seed begin with the same "
+        "weights and see the same data in the same order, so differences are taken by seed. Bold: a paired t-test at "
+        "5 % tells the difference from none, over at least three seeds; of so many comparisons, one in twenty is bold "
+        "by chance.\n\nseen: zero-shot over names that were trained on, in a style that was not. held-out: the same "
+        "over names that were not trained on; TR and IR: retrieval of their captions and pictures."
     )
     (folder / "README.md").write_text(f"{heading}\n\n{text}", encoding="utf-8")
     return f"{len(runs)} runs reported in {folder}"
@@ -155,11 +152,8 @@ def _table(lines: Iterable[Sequence[str]]) -> str:
 
 
 def fill_page(page: str, study: Study, runs: DataFrame) -> str:
-    """`page` with the table NAME between each pair of lines `<!-- table NAME -->` and `<!-- end -->`.
-
-    Raises:
-        UserError: a table that the study does not have.
-    """
+    """`page` with the table NAME between each pair of lines `<!-- table NAME -->` and `<!-- end -->`; UserError if the
+    study does not have it."""
     tables = {table.name: table for table in tables_of(study, runs)}
 
     def fill(match: re.Match) -> str:

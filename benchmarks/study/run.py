@@ -64,11 +64,7 @@ def command_line(run: Run, study: Study) -> list[str]:
 
 
 def execute(run: Run, study: Study) -> dict[str, Any]:
-    """Trains and evaluates in this process; writes the row and returns it. An interrupted training is continued.
-
-    Raises:
-        UserError: the training refused, or an evaluation did.
-    """
+    """Trains (or goes on) and evaluates in this process; writes the row and returns it. UserError if one refuses."""
     torch.set_num_threads(THREADS)
     begin, folder = time.perf_counter(), study.out / "runs" / run.id
     if code := trainer.main(command_line(run, study)):
@@ -79,6 +75,7 @@ def execute(run: Run, study: Study) -> dict[str, Any]:
     for kind in sorted(run.evaluations):
         flags, prefix = ([], "") if kind == FULL else ([f"--{REDUCED}"], "reduced_")
         row |= {f"{prefix}{key}": value for key, value in evaluate(folder, study, *flags).items()}
+    row.pop("reduced_weights", None)  # the same
     row["seconds"] = round(time.perf_counter() - begin, 1)
     with written_whole(path_of(run, study, "json")) as file:
         file.write(json.dumps(row, indent=2).encode())
@@ -88,11 +85,8 @@ def execute(run: Run, study: Study) -> dict[str, Any]:
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """What a run's own log says of it.
-
-    `gflops` is the mean over the logged steps of what the trainer counts for a sample, `pflops` that times the samples;
-    `train_loss` is the mean over the last tenth of the logged steps, `val_loss` that of the held-out pairs at the end.
-    """
+    """What a run's own log says. `gflops` is the mean over the logged steps of what the trainer counts for a sample,
+    `train_loss` that over the last tenth of them, `val_loss` that of the held-out pairs at the end."""
     log = pandas.read_csv(folder / "train.csv")
     counts = re.search(r"tokens per layer (\[.*?\])\)", (folder / "out.log").read_text(encoding="utf-8"))
     evaluations = (folder / "checkpoints" / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -141,10 +135,8 @@ def _device(study: Study) -> list[str]:
 
 
 def run_all(runs: Sequence[Run], study: Study, *, jobs: int, show: Callable[[str], None] = print) -> list[Run]:
-    """Does the runs that are not finished, `jobs` at a time in their order, and returns those that failed.
-
-    `show` is called with a line for each run that ends.
-    """
+    """Does the runs that are not finished, `jobs` at a time in their order; `show` gets a line for each that ends.
+    Returns those that failed."""
     done, failed = [run for run in runs if finished(run, study)], []
     waiting = [run for run in runs if run not in done]
     show(f"{len(done)} of {len(runs)} runs are finished already")

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.study import cells, report, run  # noqa: E402
 
 CONFIGS, RESULTS = ROOT / "configs" / "study", ROOT / "benchmarks" / "results" / "study"
+BEGUN: dict[str, torch.Tensor] = {}  # weights at the start
 NONE = {"token-reduction": {"method": "none"}}
 TABLE = {"steps": {"title": "Methods", "reference": "none", "cells": {"none": NONE, "elip": {}}}}
 
@@ -70,21 +71,15 @@ def test_the_committed_study_has_all_that_it_should(data):
     assert default.evaluations == {cells.FULL, cells.REDUCED}
     assert of_cell["lam/match-1.0", 1] is of_cell["lam/none-1.0", 1] is not of_cell["lam/match-1.0", 0]
     assert of_cell["steps/none", 0] is of_cell["compute/none", 0]
-
-
-def test_parts_come_in_turn_and_in_them_seeds(data):
-    runs = cells.expand(cells.load_study(CONFIGS, data=data), flops)
+    runs = cells.expand(cells.load_study(CONFIGS, data=data), flops)  # the parts come in turn, and in them seeds
     order = [(not one.cells[0].startswith(("steps", "compute")), one.seed) for one in runs]
     assert order == sorted(order) and {seed for _, seed in order} == {0, 1, 2}
 
 
-def test_matched_compute(data):
+def test_matched_compute_and_that_any_changed_setting_is_another_run(data, tmp_path):
     of_cell, samples = expanded(data, budget=2.0), 2 * 17920
     assert of_cell["steps/random", 0].samples == samples and of_cell["compute/random", 0].samples == 2 * samples
     assert of_cell["compute/elip", 0].samples == round(samples * 4 / 3 / 64) * 64
-
-
-def test_any_changed_setting_is_another_run(data, tmp_path):
     (tmp_path / "dataset.json").write_text("other data")
     changes = ({}, {"budget": 5}, {"model": "ViT-S-16-ELIP"})
     ids = [{one.id for one in expanded(data, **change).values()} for change in changes]
@@ -167,13 +162,8 @@ def test_a_part_of_the_results_is_reported(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-@pytest.fixture(scope="module")
-def begun() -> dict[str, torch.Tensor]:
-    return {}
-
-
 @pytest.mark.parametrize("method", ["none", "elip", "evit", "tome", "random"])
-def test_methods_begin_alike_and_cost_what_was_planned(method, data, tmp_path, begun):
+def test_methods_begin_alike_and_cost_what_was_planned(method, data, tmp_path):
     options = {"token-reduction": {"method": method}, "lr": 1e-12}  # the weights stay what they were
     table = {"title": "T", "reference": "a", "cells": {"a": options}}
     study = cells.load_study(write_configs(tmp_path, {"t": table}, data=str(data)), out=tmp_path / "out")
@@ -183,8 +173,8 @@ def test_methods_begin_alike_and_cost_what_was_planned(method, data, tmp_path, b
     assert planned.flops == pytest.approx(1e9 * row["gflops"], rel=0.05)  # captions differ from batch to batch
     weights = run.newest(study.out / "runs" / planned.id / "checkpoints")
     state = torch.load(weights, weights_only=True)["state_dict"]
-    begun.update({} if begun else state)
-    assert state.keys() == begun.keys() and all(torch.allclose(state[name], begun[name]) for name in begun)
+    BEGUN.update({} if BEGUN else state)
+    assert state.keys() == BEGUN.keys() and all(torch.allclose(state[name], BEGUN[name]) for name in BEGUN)
     assert (row["rrt"] > 0.2) == (method != "none") and row["samples"] == 16
     assert method == "none" or json.loads(row["tokens_per_layer"])[-1] < 65
 

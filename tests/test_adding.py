@@ -22,7 +22,7 @@ from training import linear_probe, zero_shot
 from training.data import TrainData
 from training.data.samples import Sample
 from training.data.sets.labelled import ImageFiles, LabelledImages
-from training.data.sets.registry import DATA_SETS, data_set
+from training.data.sets.registry import SETS, data_set
 from training.data.sources import RowSource
 from training.distributed import Ranks
 from training.main import main as train
@@ -210,7 +210,7 @@ def stripes():
         return LabelledImages(ImageFiles(folder, paths), labels, ["across", "down"], split=split)
 
     yield
-    del DATA_SETS["stripes"]
+    del SETS["stripes"]
 
 
 def test_a_data_set_is_one_reader(stripes, tmp_path):

@@ -65,7 +65,7 @@ def test_no_command_imports_a_command():
 
 def test_no_circle():
     """A package counts as what its `__init__` imports."""
-    graph = {name: {other for other in others if other in MODULES and other != name} for name, others in IMPORTS.items()}
+    graph = {name: {one for one in others if one in MODULES and one != name} for name, others in IMPORTS.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -112,7 +112,8 @@ class Figures:
             f"lr {row['lr']:.3g}",
         ]
         if "tflops_per_second" in row:
-            parts.append(f"{row['tflops_per_second']:.3g} TFLOP/s" + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""))
+            mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+            parts.append(f"{row['tflops_per_second']:.3g} TFLOP/s{mfu}")
         return " | ".join([*parts, f"peak memory {row['peak_memory_gb']:.2f} GB", f"{_clock(seconds_left)} left"])
 
     def summarise(self, folder: Path | None) -> None:

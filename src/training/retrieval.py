@@ -94,7 +94,8 @@ def _evaluate(
 
     metrics, skipped = evaluate_captions(
         data, image_encoder(loaded.model, options.torchcompile), encode_text, loaded.tokenizer, loaded.preprocess,
-        ranks=ranks, settings=EncodeSettings.of(options, data.name), equal_captions_are_hits=options.equal_captions_are_hits,
+        ranks=ranks, settings=EncodeSettings.of(options, data.name),
+        equal_captions_are_hits=options.equal_captions_are_hits,
     )  # fmt: skip
     return metrics, {"skipped": skipped, "left_out": data.left_out}
 

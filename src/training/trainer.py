@@ -144,7 +144,8 @@ class Trainer:
         if self.schedule is not None:
             self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
-        scaler, progress = self.engine.scaler, Progress(self.epoch, self.epoch_steps, self.steps, self.samples, self.plan)
+        scaler = self.engine.scaler
+        progress = Progress(self.epoch, self.epoch_steps, self.steps, self.samples, self.plan)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.task.gradients(window, self.engine, progress)
         if scaler is not None:
@@ -312,7 +313,8 @@ class Trainer:
             optimizer = self.optimizer if whole else None
             load_full_state_dict(self.model, optimizer, weights, state["optimizer"] if whole else None)
         except (KeyError, ValueError) as error:
-            raise UserError(f"The optimizer state in {source} does not fit --opt {self.options.opt}: {error}") from error
+            wrong = f"The optimizer state in {source} does not fit --opt {self.options.opt}: {error}"
+            raise UserError(wrong) from error
         if self.ema is not None:
             self.ema = Ema(self.model, self.options.ema_decay)
         if not whole:

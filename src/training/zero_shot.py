@@ -35,7 +35,8 @@ class ZeroShotOptions(EvaluationOptions, title="classes and prompts", command="t
     templates: str | None = option(
         None, "Prompts: OpenAI's 80 for ImageNet, its 7 best, or one a line with {} for the name. Without it: those of "
         "the data.", metavar="openai|simple|FILE")
-    classnames: Path | None = option(None, "Class names instead of the data's own: a file as classnames.txt.", FILE, path=True)
+    classnames: Path | None = option(
+        None, "Class names instead of the data's own: a file as classnames.txt.", FILE, path=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -109,7 +109,8 @@ def test_a_run_learns_and_what_it_leaves(run, data, pretrained, shifted, tmp_pat
 def test_token_reduction_is_only_there_by_flag(run, data, pretrained, tmp_path):
     assert {float(row["rrt"]) for row in rows(run("--epochs", "1"))} == {0}
     for model in ("Tiny", "Tiny-ELIP"):
-        folder = run("--epochs", "1", "--vision-guided-reduction", "--token-reduction", "scoring_depth=1", model=model, name=model)
+        flags = ("--epochs", "1", "--vision-guided-reduction", "--token-reduction", "scoring_depth=1")
+        folder = run(*flags, model=model, name=model)
         assert float(rows(folder)[0]["rrt"]) == pytest.approx(1 - (17 + 16 + 3 * 12 + 8) / (6 * 17))
     assert_equal_weights(*(weights(tmp_path / n / "checkpoints" / "epoch_1.pt") for n in ("Tiny", "Tiny-ELIP")))
 

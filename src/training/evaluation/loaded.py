@@ -30,6 +30,7 @@ class LoadedModel:
         transform_key: what the transform does, as text, for cache keys.
         weights_hash: 16 hexadecimal digits that tell these weights from any others, wherever they came from.
         name, pretrained: as given on the command line.
+        identity: what the model is.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class LoadedModel:
     weights_hash: str
     name: str
     pretrained: str | None
+    identity: Identity
 
 
 def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> LoadedModel:
@@ -97,7 +99,7 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
     preprocess = with_decoding(preprocess, options.image_decode)
     weights_hash = hash_weights(model.state_dict())
     return LoadedModel(
-        model.eval(), tokenizer, preprocess, repr(preprocess), weights_hash, options.model, options.pretrained
+        model.eval(), tokenizer, preprocess, repr(preprocess), weights_hash, options.model, options.pretrained, identity
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.sets.labelled import Images, LabelledImages
+from ..data.sets.labelled import LabelledImages
 from ..data.sets.registry import load_data
 from ..distributed import Ranks
 from ..errors import UserError
@@ -66,7 +66,7 @@ def load_splits(options: Any, spec: str) -> Splits:
     train, test = (load_data(spec, split=split, download=options.download) for split in ("train", "test"))
     if len(train.classnames) < 2:
         raise UserError(f"{spec} has one class, {train.classnames[0]!r}; a linear probe needs two.")
-    if same_pictures(train, test):
+    if train.same_pictures(test):
         raise UserError(f"{spec}: the training and the test split are the same pictures; give data that have both.")
     val = None
     if test.split != "val":
@@ -74,7 +74,7 @@ def load_splits(options: Any, spec: str) -> Splits:
             val = load_data(spec, split="val", download=options.download)
         except UserError as error:
             logging.info(f"no validation split: {str(error).partition(';')[0]}")
-    if val is not None and same_pictures(val, test):
+    if val is not None and val.same_pictures(test):
         val = None
     for data in (test, val):
         if data is not None:
@@ -83,20 +83,6 @@ def load_splits(options: Any, spec: str) -> Splits:
         train = train.subset(stratified_sample(train.labels, options.max_train_samples, options.seed))
     check_all_classes(train, train.labels, options.max_train_samples)
     return Splits(train, val, [test])
-
-
-def same_pictures(a: LabelledImages, b: LabelledImages, samples: int = 16) -> bool:
-    """Whether two sets have equal labels and, wherever they are looked at (`samples` places), equal pixels."""
-    places = torch.linspace(0, len(a) - 1, min(len(a), samples)).long().tolist()
-    return torch.equal(a.labels, b.labels) and all(_pixels(a.images, i) == _pixels(b.images, i) for i in places)
-
-
-def _pixels(images: Images, i: int) -> tuple[Any, ...] | None:
-    try:
-        image = images.load(i)
-    except Exception:  # broken, see `ImagePass`
-        return None
-    return image.size, image.tobytes()
 
 
 def check_all_classes(data: LabelledImages, labels: Tensor, max_train_samples: int | None) -> None:
@@ -167,7 +153,7 @@ class Probe:
     def features(self, data: LabelledImages) -> FeatureSet:
         options = self.options
         with self.ranks.agree():
-            encoder = feature_encoder(self.loaded.model, options.layer, options.normalize, options.compile)
+            encoder = feature_encoder(self.loaded.model, options.layer, options.normalize, options.torchcompile)
         what = described_model(options, self.loaded) | {"layer": options.layer, "normalize": options.normalize}
         return extract_features(
             encoder, data, self.loaded.preprocess, what, dtype=DTYPES[options.feature_dtype],

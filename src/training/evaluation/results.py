@@ -31,11 +31,10 @@ def described_model(options: Any, loaded: Any) -> dict[str, Any]:
         options: of an evaluation command.
         loaded: the `LoadedModel`.
     """
-    identity = getattr(loaded, "identity", None)
     return {
         "model": loaded.name,
         "weights": loaded.weights_hash,
-        "identity": None if identity is None else digest_of(identity.to_dict()),
+        "identity": digest_of(loaded.identity.to_dict()),
         "precision": options.precision,
         "transform": re.sub(r" at 0x[0-9a-f]+", "", loaded.transform_key),
         "vision_guided_reduction": options.vision_guided_reduction,

@@ -132,7 +132,7 @@ class Task:
         return None
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
-        """What is due at the end of `epoch` (1-based), the same on all processes; {} if nothing is. A collective call."""
+        """What is due at the end of `epoch` (1-based), the same on all processes; {} if nothing is. Collective."""
         return {}
 
     def score(self, metrics: dict[str, float]) -> float | None:

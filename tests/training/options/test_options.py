@@ -537,7 +537,8 @@ def test_config_values_become_options(config):
 
 
 def test_config_is_the_same_as_the_flags(config):
-    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: on\nforce_image_size: [9, 4]\n"
+    text = "train-data: [a.tar, b.tar]\nval_data: c.tar\nno-set-device-rank: true\ndebug: on\n"
+    text += "force_image_size: [9, 4]\n"
     flags = "--train-data a.tar::b.tar --val-data c.tar --no-set-device-rank --debug --force-image-size 9 4".split()
     assert parse_args(config(text)) == parse_args(flags)
 

@@ -193,8 +193,8 @@ def test_a_task_resumes_bit_for_bit(tmp_path):
 
 def test_a_task_state_with_a_nan_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(TwoViews, "state_dict", lambda self: {"queue": self.queue * torch.nan})
-    with pytest.raises(Exception, match="could not be written"):
-        train_views(str(tmp_path), "bad", Ranks(CPU), epochs=1)
+    train_views(str(tmp_path), "bad", Ranks(CPU), epochs=1)
+    assert "epoch_1.pt was not written: task.queue is not finite" in (tmp_path / "bad" / "out.log").read_text()
     assert not list((tmp_path / "bad" / "checkpoints").glob("*.pt"))
 
 
@@ -206,7 +206,7 @@ def stripes():
     @data_set("stripes")
     def load_stripes(folder: Path, split: str) -> LabelledImages:
         paths = sorted(path.name for path in folder.glob(f"{split}-*.png"))
-        labels = torch.tensor([int(path.split("-")[1]) for path in paths])
+        labels = torch.tensor([int(path.split("-")[1]) for path in paths], dtype=torch.int64)
         return LabelledImages(ImageFiles(folder, paths), labels, ["across", "down"], split=split)
 
     yield

@@ -25,4 +25,4 @@ def test_the_wheel_carries_the_model_configs(tmp_path):
     expected = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("*") if p.suffix in (".py", ".json")}
     assert expected <= inside
     assert "open_clip_elip/model_configs/ViT-B-16-ELIP.json" in inside
-    assert "training/evaluation/names/mnist-classes.txt" in inside
+    assert "training/data/sets/names/mnist-classes.txt" in inside

@@ -48,10 +48,9 @@ class Figures:
 
     def __init__(self, ranks: Ranks, precision: str):
         self.ranks, self.peak = ranks, peak_flops(ranks.device, precision)
-        self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0}
+        self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0, "operations": 0.0, "tokens": 0.0}
         self.sums: dict[str, float] = {}  # the task's columns, times samples
         self.losses: list[float] = []  # the first and the last
-        self.cost: Cost | None = None
         self.evaluations: list[dict[str, float]] = []
         self.start()
 
@@ -81,7 +80,7 @@ class Figures:
             self.totals[name] += value
         for name, value in columns.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * samples
-        self.losses, self.cost = [*self.losses[:1], losses["loss"]], cost
+        self.losses = [*self.losses[:1], losses["loss"]]
         row = {
             **where,
             **losses,
@@ -94,6 +93,8 @@ class Figures:
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
         if cost is not None:
+            self.totals["operations"] += cost.operations * samples
+            self.totals["tokens"] += cost.tokens * samples
             row["gflops_per_sample"] = cost.operations / 1e9
             row["tokens_per_second"] = cost.tokens * rate
             row["tflops_per_second"] = cost.operations * rate / 1e12
@@ -122,13 +123,11 @@ class Figures:
         rate = samples / seconds if seconds > 0 else 0.0
         waited = f", data wait {self.totals['waited'] / seconds:.1%}" if seconds > 0 else ""
         lines = [f"trained    {samples:,} samples in {_clock(seconds)}, {rate:.4g} samples/s{waited}"]
-        if self.cost is not None:
-            peak = None if self.peak is None else self.peak * self.ranks.world_size
-            used = f", {self.cost.operations * rate / peak:.1%} of the peak" if peak else ""
-            lines.append(
-                f"compute    {self.cost.operations * rate / 1e12:.4g} TFLOP/s{used}, {self.cost.tokens * rate:.4g} "
-                f"tokens/s, {self.cost.operations / 1e9:.4g} GFLOP a sample"
-            )
+        if self.totals["operations"]:
+            speed, tokens = (self.totals[name] / seconds for name in ("operations", "tokens"))
+            used = f", {speed / (self.peak * self.ranks.world_size):.1%} of the peak" if self.peak else ""
+            each = f"{self.totals['operations'] / samples / 1e9:.4g} GFLOP a sample"
+            lines.append(f"compute    {speed / 1e12:.4g} TFLOP/s{used}, {tokens:.4g} tokens/s, {each}")
         lines.append(f"memory     {max(self.ranks.gather(peak_memory_gb(self.ranks.device))):.2f} GB at the peak")
         if self.sums:
             means = (f"{name.replace('_', ' ')} {total / samples:.4g}" for name, total in self.sums.items())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
         seed_everything(options.seed)
         # The model's reduction is guided by captions, so without the flag it is left out.
         reduces = options.vision_guided_reduction
-        options.token_reduction = described_reduction(options) if reduces else {"method": "none"}
-        built = build_model(options, ranks.device, image_tower=options.head == "random")
+        reduction = described_reduction(options) if reduces else {"method": "none"}
+        of_model = replace(options, token_reduction=reduction)
+        built = build_model(of_model, ranks.device, image_tower=options.head == "random")
         model = built.model
     data = next(iter(tests.values()))
     common = {"num_classes": len(data.classnames), "reduce": reduces}

@@ -113,7 +113,7 @@ def _run_in(folder: Path | None, target: str | None, options: TrainingOptions, r
     if folder is not None and (ranks.is_main or options.log_local):
         log_file = folder / (f"out-{ranks.rank}" if options.log_local else "out.log")
     setup_logging(logging.DEBUG if options.debug else logging.INFO, log_file, console=ranks.is_main)
-    _introduce(options, ranks, model)
+    _introduce(options, ranks, parts)
     if resume is not None:
         logging.info(f"Continuing from {resume}" + (f", after step {trainer.steps}." if trainer else "."))
 
@@ -158,10 +158,10 @@ def _continue(resume: str, trainer: Trainer | None, model: nn.Module, options: T
     return averages
 
 
-def _introduce(options: TrainingOptions, ranks: Ranks, model: nn.Module) -> None:
+def _introduce(options: TrainingOptions, ranks: Ranks, parts: Parts) -> None:
     logging.info(f"{ranks.world_size} process(es), {ranks.device}, precision {options.precision}.")
-    text = f"{options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    tower = getattr(model, "tower", None)
+    text = f"{parts.identity.name}: {sum(p.numel() for p in parts.model.parameters()) / 1e6:.1f} M parameters"
+    tower = getattr(parts.model, "tower", None)
     if tower is not None and tower.reduction is not None:
         text += f", RRT in training {tower.rrt():.1%} (tokens per layer {tower.token_counts()})"
     logging.info(text)

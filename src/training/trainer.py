@@ -47,8 +47,7 @@ class Trainer:
         data: training data, with its position.
         optimizer: steps the model's parameters.
         folder: the run's folder, or None to write nothing.
-        described: what is saved with each checkpoint to say where it comes from: the resolved configuration ("config"),
-            and what the model is ("model").
+        described: goes into each checkpoint: the resolved configuration ("config"), and what the model is ("model").
     """
 
     def __init__(
@@ -80,10 +79,8 @@ class Trainer:
         self.plan = Plan.of(options, data.num_batches, ranks.world_size)
         self.schedule = self.plan.schedule(optimizer, options)
         self.figures = Figures(ranks, options.precision)
-        self.epoch = 0  # epochs completed
+        self.epoch = self.steps = self.samples = 0  # in all: epochs completed, optimizer steps, samples seen
         self.epoch_steps = 0  # optimizer steps of the current epoch
-        self.steps = 0  # optimizer steps in all
-        self.samples = 0  # samples seen in all
         self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
         self.nonfinite_steps = 0
         self.notes: list[str] = []  # to be logged when the run begins
@@ -235,10 +232,8 @@ class Trainer:
         row = self.figures.row(where, values, lr, self.plan.global_batch, self.task.log(self.model), cost)
         self.run_log.train(row)
         left = (self.plan.total_samples - self.samples) / row["samples_per_second"]
-        logging.info(
-            f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch} | "
-            + self.figures.line(row, values, left)
-        )
+        place = f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch}"
+        logging.info(f"{place} | {self.figures.line(row, values, left)}")
 
     def report_skipped(self) -> None:
         """What was left out in this epoch, over all ranks."""
@@ -251,10 +246,8 @@ class Trainer:
     def warn_of_long_warmup(self) -> None:
         warmup, total = self.plan.warmup_steps, self.plan.total_steps
         if self.schedule is not None and warmup > total > 0:
-            logging.warning(
-                f"Warm-up ({warmup} steps) is longer than the run ({total} steps), so the learning rate ends at "
-                f"{total / warmup:.0%} of --lr; lower --warmup."
-            )
+            longer = f"Warm-up ({warmup} steps) is longer than the run ({total} steps)"
+            logging.warning(f"{longer}, so the learning rate ends at {total / warmup:.0%} of --lr; lower --warmup.")
 
     def progress_bar(self) -> tqdm:
         return tqdm(
@@ -343,19 +336,17 @@ class Trainer:
         self.schedule = self.plan.schedule(self.optimizer, self.options)
         workers = state["plan"]["workers"]
         if not change and workers != self.plan.workers:
-            self.notes.append(
-                f"{self.plan.workers} loader workers instead of {workers}: the coming epochs have another sample order "
-                "than they would have had."
-            )
+            now = f"{self.plan.workers} loader workers instead of {workers}"
+            self.notes.append(f"{now}: the coming epochs have another sample order than they would have had.")
         if change:
             self.notes.append(f"Elastic resume: {source} was written with {change}; going on by samples seen.")
             share = self.epoch_steps / state["plan"]["steps_per_epoch"]
             self.epoch_steps = min(round(share * self.plan.steps_per_epoch), self.plan.steps_per_epoch)
             self.data.skip_to(self.epoch, self.epoch_steps * self.options.accum_freq)
-            return
-        if self.epoch_steps:
-            self.data.load_state_dict(state["data"][self.ranks.rank])
-        self.engine.restore_random_state(state["random"][self.ranks.rank])
+        else:
+            if self.epoch_steps:
+                self.data.load_state_dict(state["data"][self.ranks.rank])
+            self.engine.restore_random_state(state["random"][self.ranks.rank])
 
     def save_step(self, position: dict[str, Any]) -> None:
         """`step_K.pt`, in the middle of an epoch. Call on all ranks."""

@@ -63,7 +63,7 @@ def test_all_else_is_the_default(name, data, model, suffix, monkeypatch):
     monkeypatch.setenv("DATA", "/data")
     recipe = resolved(parse(PretrainingOptions, ["--config", str(PRETRAIN / f"{name}.yaml")]))
     default = resolved(parse(PretrainingOptions, ["--train-data", "x.tar", "--model", model]))
-    own = {"train_data", "global_batch", "lr", "wd"} | ({"model"} if suffix else set())
+    own = {"train_data", "batch_size", "global_batch", "lr", "wd"} | ({"model"} if suffix else set())
     assert {key for key in recipe if recipe[key] != default[key]} == own
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -185,14 +184,15 @@ def test_recipe(name, epochs, monkeypatch):
     monkeypatch.setenv("DATA", "/some where")
     monkeypatch.setenv("PRETRAINED", "epoch_32.pt")
     args = parse(PretrainingOptions, ["--config", str(CONFIGS / f"retrieval_{name}.yaml")])
-    assert (args.epochs, args.lr, args.wd, args.warmup, 4 * args.batch_size) == (epochs, 1e-5, 0.02, 0, 256)
+    assert (args.epochs, args.lr, args.wd, args.warmup, args.global_batch) == (epochs, 1e-5, 0.02, 0, 256)
     assert args.train_data == f"/some where/{name}/retrieval_train.csv"
     assert args.val_data == f"/some where/{name}/retrieval_val.csv"
     assert (args.pretrained, args.token_reduction) == ("epoch_32.pt", {"method": "none"})
     assert args.model in open_clip.list_models()
     recipe = resolved(args)
     default = resolved(parse(PretrainingOptions, ["--train-data", "x.csv", "--model", args.model]))
-    own = {"epochs", "lr", "wd", "warmup", "train_data", "val_data", "pretrained", "token_reduction"}
+    own = {"batch_size", "global_batch", "epochs", "lr", "wd", "warmup",
+           "train_data", "val_data", "pretrained", "token_reduction"}
     assert {key for key in recipe if recipe[key] != default[key]} == own
 
 
@@ -216,46 +216,3 @@ def test_fine_tuning_runs(coco, tmp_path, monkeypatch):
     assert any(not torch.equal(state["state_dict"][name], weights[name]) for name in weights)
     (result,) = [json.loads(line) for line in (checkpoints / "results.jsonl").read_text().splitlines()]
     assert result["num_samples"] == 2
-
-
-# --- the script ---
-
-
-@pytest.fixture
-def launch(tmp_path, monkeypatch):
-    """Runs retrieval.sh with an interpreter that only notes the words it is given, or says there are two GPUs."""
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/usr/bin/env bash\nif [ "$1" = -c ]; then echo 2; else printf "%s\\0" "$@" > "{tmp_path}/words"; fi\n'
-    )
-    python.chmod(0o755)
-
-    def run(*words, **variables):
-        environment = os.environ | {"PYTHON": str(python)} | variables
-        command = ["bash", str(ROOT / "scripts" / "retrieval.sh"), *words]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        noted = tmp_path / "words"
-        return result, noted.read_text().split("\0")[:-1] if noted.exists() else None
-
-    monkeypatch.delenv("NPROC", raising=False)
-    return run
-
-
-def test_script(launch):
-    result, words = launch("a b.pt", "coco=/c", "flickr30k=/f", "--redo", NPROC="1", MODEL="ViT-B-16")
-    assert result.returncode == 0
-    own = ["--model", "ViT-B-16", "--pretrained", "a b.pt", "--data", "coco=/c", "flickr30k=/f", "--redo"]
-    assert words == ["-m", "training.retrieval", *own]
-    _, words = launch("a b.pt", "coco=/c", "flickr30k=/f", "--redo")
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training.retrieval", "--"]
-    assert words == [*start, *own[2:]]
-
-
-def test_refusals_of_the_script(launch):
-    for words, variables, said in (
-        (["c"], {}, "retrieval: name a checkpoint and data"),
-        (["c", "d"], {"NPROC": "x"}, "launch: NPROC must"),
-    ):
-        result, noted = launch(*words, **variables)
-        assert (result.returncode, noted) == (2, None)
-        assert result.stderr.startswith(said) and result.stderr.count("\n") == 1

@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import open_clip
@@ -418,10 +417,3 @@ def test_what_the_tower_cannot_do_is_refused(data, pretrained, tmp_path, capsys)
         argv = finetune_command(data, tmp_path, "", *flags, model=f"local-dir:{tmp_path}")
         assert main(argv) == 2
         assert sentence in capsys.readouterr().err
-
-
-def test_the_script_wants_a_config():
-    script = Path(__file__).parents[2] / "scripts" / "finetune.sh"
-    for words in ([], ["nowhere.yaml"]):
-        done = subprocess.run(["bash", str(script), *words], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("finetune: name a config")

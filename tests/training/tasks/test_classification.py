@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from open_clip_elip.clip import with_shortcuts
 from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.distributed import Ranks
 from training.errors import UserError
@@ -111,7 +112,7 @@ def test_half_precision_towers_have_a_float32_head():
 def test_timm_towers_lose_their_projection(proj):
     vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": proj, "timm_pool": "token", "image_size": 224}
     text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 1, "layers": 1}
-    clip = open_clip.CustomTextCLIP(16, vision, text)
+    clip = with_shortcuts(open_clip.CustomTextCLIP(16, vision, text))
     with torch.no_grad():
         assert clip.visual(torch.zeros(1, 3, 224, 224)).shape == (1, 16)
     model = random_classifier(clip, CLASSES)
@@ -121,7 +122,7 @@ def test_timm_towers_lose_their_projection(proj):
 
 def test_a_resnet_keeps_its_attention_pool():
     text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 1, "layers": 1}
-    clip = open_clip.CLIP(16, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, text)
+    clip = with_shortcuts(open_clip.CLIP(16, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, text))
     model = random_classifier(clip, CLASSES)
     assert model.head.weight.shape == (CLASSES, 16)
     assert all(p.grad is not None for p in _backward(model, torch.randn(2, 3, 32, 32)).parameters())
@@ -155,8 +156,8 @@ def test_vision_guided_reduction_is_elip_without_a_caption():
     assert model.tower.rrt() == pytest.approx(clip.tower.rrt()) and model.tower.rrt() > 0.1
     for mode in (True, False):  # in evaluation too
         model.train(mode)
-        torch.testing.assert_close(model.encode(x), features)
-        assert not torch.allclose(model.encode(x), everything)
+        torch.testing.assert_close(model.tower.features(x), features)
+        assert not torch.allclose(model.tower.features(x), everything)
         torch.testing.assert_close(model(x), model.head(F.normalize(features, dim=-1)))
 
 
@@ -227,7 +228,9 @@ def test_drop_path_needs_a_tower_that_it_knows():
 def test_losses_known_by_hand():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     target = torch.tensor([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0]])
-    got = task().losses({"logits": logits, "target": target})
+    run = task()
+    run.mix = lambda images, labels: (images, labels)
+    got = run.losses(lambda images: images, {"image": logits, "label": target}, None)
     first = -(0.7 * (2 - math.log(math.e**2 + 2)) + 0.3 * -math.log(math.e**2 + 2))
     second = math.log(math.e + 2)
     assert got["loss"].item() == pytest.approx((first + second) / 2, rel=1e-6)
@@ -290,7 +293,7 @@ def test_layer_decay_counts_from_the_head():
 
 def test_layer_decay_of_an_unknown_tower_is_refused():
     text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 1, "layers": 1}
-    clip = open_clip.CLIP(16, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, text)
+    clip = with_shortcuts(open_clip.CLIP(16, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, text))
     with pytest.raises(UserError, match="--layer-decay needs OpenCLIP's own transformers, but .* ModifiedResNet"):
         parameter_groups(random_classifier(clip, CLASSES), 0.1, layer_decay=0.5)
 

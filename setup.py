@@ -14,10 +14,10 @@ setup(
     packages=find_packages("src"),
     package_data={"open_clip_elip": ["model_configs/*.json"], "training": ["data/sets/names/*"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.8",
         "torchvision",
         "open_clip_torch>=3.3,<3.4",
-        "webdataset>=0.2.100",
+        "webdataset>=1.0",
         "braceexpand",
         "pandas",
         "wandb",

@@ -39,7 +39,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 Figures = dict[str, Any]
 
@@ -184,9 +183,18 @@ def result_figures(folder: Path) -> Figures:
     classifiers = [torch.load(path, weights_only=True)["classifier"] for path in folder.glob("classifiers/*.pt")]
     kept = {
         "classifiers": sorted(hash_tensors({"classifier": value}) for value in classifiers),
-        "features": sorted(hash_tensors(load_file(path)) for path in folder.rglob("*.safetensors")),
+        "features": sorted(hash_tensors(kept_features(path)) for path in folder.rglob("*.npy")),
     }
     return figures | {name: hashes for name, hashes in kept.items() if hashes}
+
+
+def kept_features(path: Path) -> dict[str, torch.Tensor]:
+    """As the recording's version kept them: of readable pictures only, with labels and places."""
+    described = json.loads(path.with_suffix(".json").read_text())
+    labels = torch.tensor(described["labels"])
+    places = torch.tensor([place for place in range(len(labels)) if place not in set(described["unreadable"])])
+    features = torch.from_numpy(np.load(path))
+    return {"features": features[places], "labels": labels[places], "places": places}
 
 
 def compiled(work: Workplace) -> Figures:

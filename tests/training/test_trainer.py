@@ -13,6 +13,7 @@ from training.distributed import Ranks
 from training.errors import UserError
 from training.log import RunLog
 from training.optim import create_optimizer
+from training.tasks.base import Task
 from training.tasks.contrastive import ContrastiveTask
 from training.trainer import Trainer
 
@@ -116,6 +117,59 @@ def test_two_processes_equal_one(tmp_path):
             found_loss, found = torch.load(tmp_path / f"{i}-{rank}.pt")
             assert found_loss == pytest.approx(loss, rel=1e-6)  # the mean over ranks is taken in float32
             assert_same_gradients(found, expected)
+
+
+class Squares(Task):
+    """A loss of each process's own, finished: nothing in it is per sample."""
+
+    def losses(self, model, batch, progress):
+        return {"loss": model(batch["image"]).square().mean()}
+
+
+def squares_trainer(ranks: Ranks, window: list[dict], **changes) -> Trainer:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    runnable = model if ranks.world_size == 1 else DistributedDataParallel(model)
+    args = run_options(accum_freq=len(window), **changes)
+    trainer = Trainer(args, ranks, model, runnable, Squares(), MemoryData(window), create_optimizer(model, args))
+    trainer.engine.model.train()
+    return trainer
+
+
+def _one_rank_is_not_finite(rank, folder):
+    found, pictures = {}, torch.arange(12.0).view(4, 3) / 12
+    for precision in ("fp32", "amp", "amp_bf16"):
+        batch = {"image": pictures * (torch.inf if rank else 1), "key": ["a", "b", "c", "d"]}
+        trainer = squares_trainer(Ranks(CPU, rank, rank, 2), [batch], precision=precision, ema_decay=0.5)
+        weights = trainer.model.weight.detach().clone()
+        trainer.step([batch])
+        averages = trainer.ema.state_dict()["weight"].clone()
+        trainer.step([{**batch, "image": pictures}])
+        found[precision] = (weights, averages, trainer.ema.updates, trainer.ema.state_dict(), trainer.nonfinite)
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def test_averages_agree_after_a_step_that_one_rank_found_not_finite(tmp_path):
+    """Also under `amp`: whether a step counts is decided for all ranks together, not by each rank's own loss."""
+    spawn(_one_rank_is_not_finite, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for precision in first:
+        for weights, averages, updates, _, _ in (first[precision], second[precision]):
+            assert torch.equal(averages, weights) and updates == 1, precision  # of the second step alone
+        for name, value in first[precision][3].items():
+            assert torch.equal(value, second[precision][3][name]) and value.isfinite().all(), (precision, name)
+
+
+def test_a_finished_loss_is_averaged_over_micro_batches():
+    """Its gradient is that of the mean, and it is not taken for features of a sample."""
+    batch = {"image": torch.arange(12.0).view(4, 3) / 12, "key": list("abcd")}
+    found = []
+    for window in ([batch], micro_batches(batch, 2)):
+        trainer = squares_trainer(Ranks(CPU), window, batch_size=4 // len(window))
+        losses, _ = trainer.step(window)
+        found.append((losses["loss"], trainer.model.weight.grad))
+    assert losses["loss"].shape == ()
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_distillation_follows_the_teacher():

@@ -12,7 +12,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from open_clip_elip.profile.flops import count, on_meta
-from open_clip_elip.text import COMPILED_MULTIPLE, COMPILED_PARTS, MAX_PARTS, count_columns, cut_text
+from open_clip_elip.text import COMPILED_MULTIPLE, COMPILED_PARTS, MAX_PARTS, TextParts, count_columns, cut_text
 from open_clip_elip.tower import ImageTower
 
 from ..data import ValData
@@ -230,20 +230,27 @@ class ContrastiveTask(Task):
         return {"logit_scale": model.logit_scale.detach().exp().mean().item(), "rrt": rrt}
 
     def cost(self, batch: Batch) -> Cost | None:
-        """Counted on a step of the model's shapes, for the first batch and whenever the use of tokens has changed."""
+        """The mean of the batch's pairs, each counted on a step of the model's shapes: once for each caption length."""
+        text, pairs = batch["text"], len(batch["image"])
+        parts = text.parts if isinstance(text, TextParts) else (text,)
         if self.shapes is None:
             return None
-        reduces = self.tower.reduces
-        if reduces not in self.costs:
-            self.shapes.tower.reduces, image, text = reduces, batch["image"].to("meta"), batch["text"].to("meta")
-            try:
-                counted = count(self.shapes.train(), lambda: self.shapes(image, text))
-            except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
-                self.shapes = None
-                return None
-            tokens = self.tower.num_patches() + count_columns(text) / len(image)
-            self.costs[reduces] = Cost(counted.total / len(image), tokens)
-        return self.costs[reduces]
+        try:
+            each = [(len(part), self.operations(batch["image"][:1], part[:1], text is not part)) for part in parts]
+        except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
+            self.shapes = None
+            return None
+        tokens = self.tower.num_patches() + count_columns(text) / pairs
+        return Cost(sum(count * operations for count, operations in each) / pairs, tokens)
+
+    def operations(self, image: Tensor, text: Tensor, is_cut: bool) -> float:
+        """Of one pair, forward, backward and scoring."""
+        key = (self.tower.reduces, text.shape[1], is_cut)
+        if key not in self.costs:
+            self.shapes.tower.reduces, image, text = self.tower.reduces, image.to("meta"), text.to("meta")
+            text = TextParts((text,), torch.zeros(1, dtype=torch.int64, device="meta")) if is_cut else text
+            self.costs[key] = count(self.shapes.train(), lambda: self.shapes(image, text)).total
+        return self.costs[key]
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
         options, metrics = self.options, {}

@@ -55,19 +55,15 @@ class StallWatch:
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items as they are."""
-        iterator = iter(items)
         if self.seconds > 0:
             threading.Thread(target=self._run, name="stall-watch", daemon=True).start()
         try:
-            while True:
-                self._since = time.monotonic()
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
+            self._since = time.monotonic()
+            for item in items:
                 with self._lock:
                     self._since, self._next = None, self.seconds
                 yield item
+                self._since = time.monotonic()
         finally:
             self._over.set()
 

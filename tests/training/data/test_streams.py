@@ -76,9 +76,8 @@ def test_a_command_that_fails_is_told_and_what_it_gave_is_used(tmp_path):
 
 def test_closing_a_stream_ends_its_command(tmp_path):
     pid = tmp_path / "pid"
-    stream = open_stream(f"pipe:echo $$ > {pid}; echo text; sleep 60 & wait")
-    assert stream.read(5) == b"text\n"
-    stream.close()
+    with open_stream(f"pipe:echo $$ > {pid}; echo text; sleep 60 & wait") as stream:
+        assert stream.read(5) == b"text\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 

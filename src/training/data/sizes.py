@@ -45,17 +45,15 @@ def _count_folder(folder: str, names: list[str]) -> int | str:
     for name in names:
         if name not in sizes and stats[name] in present:
             path = os.path.join(folder, stats[name])
-            successes = lambda text: int(json.loads(text)["successes"])  # noqa: E731
-            sizes[name] = _read(path, successes, "does not tell the number of 'successes'", HOW)
+            sizes[name] = _read(path, _successes, "does not tell the number of 'successes'", HOW)
     missing = [name for name in names if name not in sizes]
     if not missing:
         return sum(sizes[name] for name in names)
-    first, lack = os.path.join(folder, missing[0]), f"{len(missing)} shards lack one"
+    lack = f"{len(missing)} shards lack one"
     if SIZES in present:
-        lack = f"{len(missing)} of {len(names)} shards lack one"
         raise UserError(f"{os.path.join(folder, SIZES)} has no entry for {missing[0]} ({lack}): {HOW}.")
     if len(missing) < len(names):
-        return f"{first} (no {stats[missing[0]]}; {lack})"
+        return f"{os.path.join(folder, missing[0])} (no {stats[missing[0]]}; {lack})"
     if "__len__" not in present:
         return f"{folder} (no sizes.json or __len__, and no {stats[names[0]]} for {names[0]})"
     unused = {name for name in present if name.endswith(".tar")} - set(names)
@@ -87,6 +85,10 @@ def read_sizes(path: str) -> dict[str, int]:
     Raises: UserError if it is not such a table.
     """
     return _read(path, _table, "is not a table of shard names and sample counts", "correct or delete it")
+
+
+def _successes(text: str) -> int:
+    return int(json.loads(text)["successes"])
 
 
 def _table(text: str | bytes) -> dict[str, int]:

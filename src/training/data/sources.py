@@ -176,6 +176,8 @@ class SyntheticRows:
     COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
     THINGS = ("cat", "dog", "tree", "house", "boat", "cup", "lamp", "chair", "bird", "bridge", "clock", "flower")
 
+    empty = 0
+
     def __init__(self, count: int):
         self.count = count
 

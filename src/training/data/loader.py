@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 
 
 class NothingUsable(Exception):
-    """A whole pass gave no usable sample."""
+    pass
 
 
 class Cursor:

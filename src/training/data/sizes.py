@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import written_whole
 from .images import load_rgb
 from .report import DataReport
-from .shards import ShardSet, listing, local_folders, usable_samples
+from .shards import ShardSet, listing, local_folders, read_shard
 from .streams import local_path, open_stream
 from .tar import reason
 
@@ -125,7 +125,7 @@ def count_shard(path: str, decode: bool = False) -> ShardCount:
     """
     open(path, "rb").close()
     report, failures, count = DataReport(), [], 0
-    for sample in usable_samples(path, failures, report, headers_only=not decode):
+    for sample in read_shard(path, report, failures=failures, headers_only=not decode):
         try:
             if decode:
                 load_rgb(sample.images[0])

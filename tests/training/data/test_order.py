@@ -345,7 +345,7 @@ def test_of_the_order_of_the_shards_nothing_is_left_in_an_epoch_or_between_epoch
     source = ShardSource([str(shard) for shard in range(shards)], seed=0, weights=weights)
     places = []
     for epoch in range(4):
-        stream = source.train(epoch, Reader(0, 1, 0, 1), DataReport())
+        stream = source.train(epoch, Reader(0, 1, 0, 1, print), DataReport())
         order = [int(sample.origin) for sample in takewhile(lambda sample: sample is not END_OF_PASS, stream)]
         assert len(order) == shards * each
         assert abs(rank_correlation(range(len(order)), order)) < 0.1

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -37,13 +38,8 @@ def count(*arguments) -> int:
 
 def table(text: str) -> dict[str, list[str]]:
     """Source -> its cells."""
-    return {
-        cells[0]: cells[1:] for cells in (line.split("  ") for line in text.splitlines()) for cells in [_full(cells)]
-    }
-
-
-def _full(cells: list[str]) -> list[str]:
-    return [cell.strip() for cell in cells if cell.strip()]
+    rows = [re.split("  +", line.strip()) for line in text.splitlines()]
+    return {cells[0]: cells[1:] for cells in rows}
 
 
 @pytest.fixture

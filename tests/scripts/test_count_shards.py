@@ -1,31 +1,18 @@
 """Counting shards from the command line: what is counted, what is written and printed, what is refused."""
 
-import importlib.util
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.study_packages import load_script
 from tests.training.data_helpers import train_data, truncate, write_damaged_shards, write_shards
 from training.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "count_shards.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("count_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    path = sys.path.copy()
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-script = load_script()
+script = load_script("count_shards")
 
 
 def sizes(folder) -> dict[str, int]:
@@ -48,15 +35,11 @@ def old(tmp_path):
 
     def make(name, amounts):
         pattern = write_shards(tmp_path / name, amounts, info=False)
-        age(tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (time.time() - 1000,) * 2)
         return pattern
 
     return make
-
-
-def age(folder: Path, seconds: float = 1000) -> None:
-    for file in folder.iterdir():
-        os.utime(file, (time.time() - seconds,) * 2)
 
 
 def test_training_accepts_what_was_counted(old, tmp_path, capfd):

@@ -61,10 +61,7 @@ def build_train_data(
 def build_labelled_data(
     options: Any, data: LabelledImages, encoding: Encoding, *, rank: int, world_size: int
 ) -> TrainData:
-    """Training data of labelled images.
-
-    Raises: UserError for less than one batch.
-    """
+    """Training data of labelled images. Raises: UserError for less than one batch."""
     counts = torch.bincount(data.labels, minlength=len(data.classnames)).tolist()
     empty = [name for name, count in zip(data.classnames, counts, strict=True) if not count]
     told = [f"{len(data):,} images of {len(data.classnames):,} classes"]
@@ -99,10 +96,6 @@ def build_val_data(
 
 
 def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
-    if dataset_type == "synthetic":
-        return dataset_type
-    if not path.strip():
-        raise UserError(f"{flag} is empty: name the data, or leave the flag out.")
     if dataset_type != "auto":
         return dataset_type
     kind = {"csv": "csv", "tsv": "csv", "tar": "webdataset"}.get(path.strip(": ").rpartition(".")[2].lower())

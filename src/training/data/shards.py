@@ -45,10 +45,7 @@ class ShardSet:
 
 
 def expand_shards(patterns: str, flag: str) -> list[ShardSet]:
-    """Split at `::` and expand braces.
-
-    Raises: UserError, naming `flag`.
-    """
+    """Split at `::` and expand braces. Raises: UserError, naming `flag`."""
     sets = []
     parts = patterns.split("::")
     for number, pattern in enumerate(map(str.strip, parts), start=1):

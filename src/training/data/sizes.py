@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ..errors import UserError
 from ..files import written_whole
@@ -18,8 +18,6 @@ from .tar import reason
 
 SIZES = "sizes.json"
 HOW = "count them with scripts/count_shards.py, or give --train-num-samples"
-
-Value = TypeVar("Value")
 
 
 def count_samples(shard_set: ShardSet) -> tuple[int | None, list[str]]:
@@ -80,10 +78,7 @@ def _count_remote(urls: list[str], pattern: str) -> int | str:
 
 
 def read_sizes(path: str) -> dict[str, int]:
-    """Shard -> samples.
-
-    Raises: UserError if it is not such a table.
-    """
+    """Shard -> samples. Raises: UserError if it is not such a table."""
     return _read(path, _table, "is not a table of shard names and sample counts", "correct or delete it")
 
 
@@ -95,7 +90,7 @@ def _table(text: str | bytes) -> dict[str, int]:
     return {name: int(size) for name, size in json.loads(text).items()}
 
 
-def _read(path: str, parse: Callable[[str], Value], problem: str, remedy: str) -> Value:
+def _read(path: str, parse: Callable[[str], Any], problem: str, remedy: str) -> Any:
     try:
         return parse(Path(path).read_text())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -6,13 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import RawArray
-from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
 _NAME_BYTES = 1024
-
-Item = TypeVar("Item")
 
 
 class Board:
@@ -53,7 +50,7 @@ class StallWatch:
         self._next = seconds  # the wait that is worth the next warning
         self._over = threading.Event()
 
-    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+    def watch(self, items: Iterable) -> Iterator:
         """The items as they are."""
         if self.seconds > 0:
             threading.Thread(target=self._run, name="stall-watch", daemon=True).start()

@@ -75,7 +75,7 @@ def differences(transform, decoding: str, pictures) -> torch.Tensor:
         expected = in_levels(transform, transform(load_rgb(encoded)))
         after = random.getstate(), torch.get_rng_state()
         seed_globals(seed)
-        pixels = on_pixels(Picture(encoded))
+        pixels = on_pixels(encoded)
         assert pixels.dtype == torch.uint8
         assert random.getstate() == after[0] and torch.equal(torch.get_rng_state(), after[1])
         found.append((pixels.long() - expected).abs())
@@ -185,18 +185,13 @@ def test_normalised_on_the_device_as_before():
     assert half.dtype == torch.bfloat16 and torch.equal(half, normalized.bfloat16())
 
 
-def test_floats_go_to_the_device_as_they_are():
-    images = stack([torch.rand(3, 4, 4, dtype=torch.float64)] * 2, len)
-    assert to_device(images, CPU) is images.pixels
-    assert to_device(images, CPU, torch.bfloat16).dtype == torch.bfloat16
-
-
 def test_a_batch_may_hold_anything():
     class Answers(NamedTuple):
         scores: torch.Tensor
         texts: list[str]
 
-    images, scores = Images(torch.rand(2, 3, 4, 4)), torch.rand(2, 5)
+    images, scores = stack([torch.rand(3, 4, 4, dtype=torch.float64)] * 2, len), torch.rand(2, 5)
+    assert to_device(images, CPU) is images.pixels
     batch = {"image": [images, images], "key": ["a", "b"], "answers": Answers(scores, ["x"]), "more": {"n": (1, None)}}
     moved = to_device(batch, torch.device("meta"), torch.bfloat16)
     assert all(image.is_meta and image.dtype == torch.bfloat16 for image in moved["image"])

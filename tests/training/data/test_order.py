@@ -204,14 +204,11 @@ def test_an_epoch_goes_on_with_another_batch_size_and_more_ranks(tmp_path):
     assert keys(resumed.epoch(0)) == rest[1][2 * 3 :]
 
 
-def test_skipping_ends_with_the_epoch_and_counts_from_0(tmp_path):
+def test_skipping_ends_with_the_epoch(tmp_path):
     data = train_data(write_shards(tmp_path, [8]))
     data.skip_to(3, 99)
     assert list(data.epoch(3)) == []
     assert len(list(data.epoch(4))) == 2
-    for epoch, batches in [(-1, 0), (0, -1)]:
-        with pytest.raises(ValueError, match="both count from 0"):
-            data.skip_to(epoch, batches)
 
 
 def test_one_worker_is_this_process_and_for_tables_all_numbers_are_alike(tmp_path):

@@ -264,7 +264,7 @@ def test_no_data_is_no_data():
 REFUSED = {
     "{t}/{{00000..00004}}.tar": r"2 of the 5 shards .* in {flag} .*/00003.tar: correct",
     "{t}/nowhere/x.tar": r"1 of the 1 shards .*/nowhere/x.tar: correct",
-    "": "{flag} is empty",
+    "": "{flag} '' does not end in .tar",
     "{t}/00000.tar::": "Source 2 of 2 in {flag} is empty",
     "{t}/00000.tar:: ::{t}/00000.tar": "Source 2 of 3 in {flag} is empty",
     "{t}/{{00000..00004.tar": "braces of .* in {flag}",

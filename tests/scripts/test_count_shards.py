@@ -1,30 +1,18 @@
 """Counting shards from the command line: what is counted, what is written and printed, what is refused."""
 
-import importlib.util
 import json
 import os
-import sys
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.study_packages import load_script
 from tests.training.data_helpers import train_data, truncate, write_damaged_shards, write_shards
 from training.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "count_shards.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("count_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    path = sys.path.copy()
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-script = load_script()
+script = load_script("count_shards")
 
 
 def sizes(folder) -> dict[str, int]:
@@ -37,13 +25,8 @@ def count(*arguments) -> int:
 
 def table(text: str) -> dict[str, list[str]]:
     """Source -> its cells."""
-    return {
-        cells[0]: cells[1:] for cells in (line.split("  ") for line in text.splitlines()) for cells in [_full(cells)]
-    }
-
-
-def _full(cells: list[str]) -> list[str]:
-    return [cell.strip() for cell in cells if cell.strip()]
+    rows = [re.split("  +", line.strip()) for line in text.splitlines()]
+    return {cells[0]: cells[1:] for cells in rows}
 
 
 @pytest.fixture
@@ -52,15 +35,11 @@ def old(tmp_path):
 
     def make(name, amounts):
         pattern = write_shards(tmp_path / name, amounts, info=False)
-        age(tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (time.time() - 1000,) * 2)
         return pattern
 
     return make
-
-
-def age(folder: Path, seconds: float = 1000) -> None:
-    for file in folder.iterdir():
-        os.utime(file, (time.time() - seconds,) * 2)
 
 
 def test_training_accepts_what_was_counted(old, tmp_path, capfd):

@@ -78,15 +78,15 @@ def truncate(path: Path, keep: int, file_of_sample: str = "image", place: str = 
         file.truncate({"before": member.offset, "header": member.offset + 100, "data": member.offset_data + 4}[place])
 
 
-def write_csv(folder: Path, count: int, broken: tuple[int, ...] = (), name: str = "table.csv") -> str:
+def write_csv(folder: Path, count: int, broken: tuple[int, ...] = ()) -> str:
     """A table of `count` pictures in `images/`, by paths relative to the table. Returns: its path."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = ["filepath\ttitle"]
     for n in range(count):
         (folder / "images" / f"{n:03d}.png").write_bytes(BROKEN_IMAGE if n in broken else encode(n, "png"))
         lines.append(f"images/{n:03d}.png\tcaption {n}")
-    (folder / name).write_text("\n".join(lines) + "\n")
-    return str(folder / name)
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return f"{folder}/table.csv"
 
 
 class NoisyTransform:

@@ -143,8 +143,6 @@ class TrainData:
         over as many samples as its part of so many batches has. Broken pictures among them were not in those
         batches, and what was read by one reader is now another's, so some samples come again and others not at all.
         """
-        if epoch < 0 or batches < 0:
-            raise ValueError(f"There is no batch {batches} of epoch {epoch}: both count from 0.")
         batches = min(batches, self.num_batches)
         made = [len(range(worker, batches, self._num_readers)) for worker in range(self._num_readers)]
         self._go_to(epoch, batches, [count * self._options.batch_size for count in made])

@@ -24,6 +24,13 @@ from .sources import CsvRows, RowSource, ShardSource, SyntheticRows
 log = logging.getLogger(__name__)
 
 
+class _Plan(NamedTuple):
+    source: ShardSource | RowSource
+    num_batches: int
+    identity: dict[str, Any]
+    lines: list[str]
+
+
 def build_train_data(
     options: Any, encoding: Encoding, *, rank: int, world_size: int, read: Read = image_and_caption
 ) -> TrainData | None:
@@ -39,20 +46,31 @@ def build_train_data(
             "--train-data-upsampling-factors needs --dataset-resampled and webdataset shards: "
             "only shards that are drawn with replacement can be drawn more often."
         )
-    place = {"rank": rank, "world_size": world_size}
-    plan = _plan_shards(options, world_size, read) if kind == "webdataset" else _plan_rows(kind, options, **place)
-    samples = plan.num_batches * options.batch_size * world_size
-    lines = [
-        f"Training data ({kind}):",
-        *plan.lines,
-        f"  {_some(plan.num_batches, 'batch', 'batches')} of {options.batch_size:,} on each of "
-        f"{_some(world_size, 'rank')} ({_some(options.workers, 'worker')} each) = {samples:,} samples per epoch",
-    ]
+    if kind == "webdataset":
+        plan = _plan_shards(options, world_size, read)
+    else:
+        name = "synthetic" if kind == "synthetic" else options.train_data
+        rows = _rows(kind, options, options.train_data, "--train-data", options.train_num_samples, rank)
+        told = _some(len(rows), "row") + (f" ({rows.empty:,} more have no caption)" if rows.empty else "")
+        plan = _plan_rows(name, rows, "usable row", [told], options, world_size, {"rows": len(rows)})
     if isinstance(getattr(encoding, "transform", None), PixelTransform):
-        lines.insert(-1, f"  images by --image-decode {options.image_decode}, JPEGs decoded by {jpeg_decoder()}")
-    identity = {"dataset_type": kind, **plan.identity}
-    described = {"num_batches": plan.num_batches, "identity": identity, "description": "\n".join(lines)}
-    return TrainData(plan.source, encoding, options, **place, **described)
+        plan.lines.append(f"images by --image-decode {options.image_decode}, JPEGs decoded by {jpeg_decoder()}")
+    return _train_data(kind, plan, encoding, options, rank, world_size)
+
+
+def build_labelled_data(
+    options: Any, data: LabelledImages, encoding: Encoding, *, rank: int, world_size: int
+) -> TrainData:
+    """Training data of labelled images. Raises: UserError for less than one batch."""
+    counts = torch.bincount(data.labels, minlength=len(data.classnames)).tolist()
+    empty = [name for name, count in zip(data.classnames, counts, strict=True) if not count]
+    told = [f"{len(data):,} images of {len(data.classnames):,} classes"]
+    if empty:
+        names = ", ".join(empty[:3]) + ", ..." * (len(empty) > 3)
+        told.append(f"{len(empty)} of the classes have no training image: {names}")
+    identity = {"fingerprint": data.fingerprint(times=False)}
+    plan = _plan_rows(data.name, LabelledRows(data), "training image", told, options, world_size, identity)
+    return _train_data("labelled", plan, encoding, options, rank, world_size)
 
 
 def build_val_data(
@@ -77,43 +95,7 @@ def build_val_data(
     return ValData(source, encoding, options, rank=rank, world_size=world_size, num_samples=num_samples)
 
 
-def build_labelled_data(
-    options: Any, data: LabelledImages, encoding: Encoding, *, rank: int, world_size: int
-) -> TrainData:
-    """Training data of labelled images.
-
-    Raises: UserError for less than one batch.
-    """
-    global_batch = options.batch_size * world_size
-    num_batches = len(data) // global_batch
-    if not num_batches:
-        raise UserError(
-            f"{data.name} has only {len(data):,} training images, fewer than one batch of {options.batch_size} on each "
-            f"of {world_size} process(es): use a smaller --batch-size."
-        )
-    samples = num_batches * global_batch
-    counts = torch.bincount(data.labels, minlength=len(data.classnames)).tolist()
-    empty = [name for name, count in zip(data.classnames, counts, strict=True) if not count]
-    lines = [
-        "Training data (labelled images):",
-        f"  {data.name}: {len(data):,} images of {len(data.classnames):,} classes",
-        *[f"  {len(empty)} of the classes have no training image: {', '.join(empty[:3])}{', ...' * (len(empty) > 3)}"]
-        * bool(empty),
-        f"  {len(data) - samples:,} of them, others in each epoch, are left out by rounding down",
-        f"  {num_batches:,} batches of {options.batch_size:,} on each of {world_size} process(es) "
-        f"({options.workers} workers each) = {samples:,} samples per epoch",
-    ]
-    identity = {"dataset_type": "labelled", "sources": [data.name], "fingerprint": data.fingerprint(times=False)}
-    source = RowSource(LabelledRows(data), options.seed, options.batch_size, num_batches)
-    place = {"rank": rank, "world_size": world_size, "num_batches": num_batches}
-    return TrainData(source, encoding, options, **place, identity=identity, description="\n".join(lines))
-
-
 def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
-    if dataset_type == "synthetic":
-        return dataset_type
-    if not path.strip():
-        raise UserError(f"{flag} is empty: name the data, or leave the flag out.")
     if dataset_type != "auto":
         return dataset_type
     kind = {"csv": "csv", "tsv": "csv", "tar": "webdataset"}.get(path.strip(": ").rpartition(".")[2].lower())
@@ -122,11 +104,24 @@ def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
     return kind
 
 
-class _Plan(NamedTuple):
-    source: ShardSource | RowSource
-    num_batches: int
-    identity: dict[str, Any]
-    lines: list[str]
+def _train_data(kind: str, plan: _Plan, encoding: Encoding, options: Any, rank: int, world_size: int) -> TrainData:
+    samples = plan.num_batches * options.batch_size * world_size
+    lines = [
+        f"Training data ({kind}):",
+        *plan.lines,
+        f"{_some(plan.num_batches, 'batch', 'batches')} of {options.batch_size:,} on each of "
+        f"{_some(world_size, 'rank')} ({_some(options.workers, 'worker')} each) = {samples:,} samples per epoch",
+    ]
+    return TrainData(
+        plan.source,
+        encoding,
+        options,
+        rank=rank,
+        world_size=world_size,
+        num_batches=plan.num_batches,
+        identity={"dataset_type": kind, **plan.identity},
+        description="\n  ".join(lines),
+    )
 
 
 def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
@@ -134,8 +129,8 @@ def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
     factors = options.train_data_upsampling_factors
     factors = [1.0] * len(sets) if factors is None else [float(factor) for factor in factors.split("::")]
     weighted = list(zip(sets, factors, strict=True))
-    used = [(shard_set, factor) for shard_set, factor in weighted if factor]
-    check_shards([shard_set for shard_set, _ in used], "--train-data", read)
+    used = [shard_set for shard_set, factor in weighted if factor]
+    check_shards(used, "--train-data", read)
     urls = [url for shard_set in sets for url in shard_set.urls]
     workers = max(1, options.workers)
     readers = workers * world_size
@@ -146,28 +141,42 @@ def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
             "--dataset-resampled, or make more shards."
         )
 
-    counts = _counts([shard_set for shard_set, _ in used], needed=options.train_num_samples is None)
+    counts = _counts(used, needed=options.train_num_samples is None)
     wanted = options.train_num_samples or sum(counts)
     # As in OpenCLIP: round up, first to whole global batches, then to equally many for each worker.
     num_batches = math.ceil(wanted / (options.batch_size * world_size))
     num_batches = math.ceil(num_batches / workers) * workers
     samples = num_batches * options.batch_size * world_size
-    lines = _source_lines(used, counts, samples if options.dataset_resampled else None)
-    lines += [f"  {shard_set.pattern}: not read, its weight is 0" for shard_set, factor in weighted if not factor]
+
+    # Odds are those of shards; where their sizes are unknown, they count as equally large.
+    sizes = [len(shard_set.urls) for shard_set in used] if None in counts else counts
+    parts = [factor * size for factor, size in zip(filter(None, factors), sizes, strict=True)]
+    lines = []
+    for shard_set, count, part in zip(used, counts, parts, strict=True):
+        line = f"{shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}"
+        if count is not None:
+            line += f", {_some(count, 'sample')}"
+        if options.dataset_resampled:
+            share = part / (sum(parts) or 1)
+            line += f", {share:.1%} of what is drawn"
+            if count:
+                line += f": each sample {share * samples / count:.2f} times per epoch"
+        lines.append(line)
+    lines += [f"{shard_set.pattern}: not read, its weight is 0" for shard_set, factor in weighted if not factor]
     if options.train_num_samples is not None:
         total = _total(counts)
         passes = f", {wanted / total:.2f} times the {total:,} that there are" if total else ""
-        lines.append(f"  {wanted:,} samples by --train-num-samples{passes}")
+        lines.append(f"{wanted:,} samples by --train-num-samples{passes}")
     odds = None
     if options.dataset_resampled:
-        lines.append(f"  shards are drawn with replacement by {_some(readers, 'reader')}")
         odds = [factor for shard_set, factor in weighted for _ in shard_set.urls]
+        lines.append(f"shards are drawn with replacement by {_some(readers, 'reader')}")
     else:
         fewest, rest = divmod(len(urls), readers)
         each = f"{fewest:,} or {fewest + 1:,}" if rest else f"{fewest:,}"
         lines += [
-            f"  {_some(len(urls), 'shard')} for {_some(readers, 'reader')}: {each} for each, dealt anew in each pass",
-            f"  {samples - wanted:,} more than that per epoch, repeated to give each worker equally many whole batches",
+            f"{_some(len(urls), 'shard')} for {_some(readers, 'reader')}: {each} for each, dealt anew in each pass",
+            f"{samples - wanted:,} more than that per epoch, repeated to give each worker equally many whole batches",
         ]
     identity = {
         "sources": [shard_set.pattern for shard_set in sets],
@@ -175,23 +184,6 @@ def _plan_shards(options: Any, world_size: int, read: Read) -> _Plan:
         "upsampling factors": options.train_data_upsampling_factors,
     }
     return _Plan(ShardSource(urls, options.seed, odds, read), num_batches, identity, lines)
-def _source_lines(used: list[tuple[ShardSet, float]], counts: list[int | None], drawn: int | None) -> list[str]:
-    """What each source has and, if `drawn` samples per epoch are drawn with replacement, what it gives."""
-    # Odds are those of shards; where their sizes are unknown, they count as equally large.
-    sizes = [len(shard_set.urls) for shard_set, _ in used] if None in counts else counts
-    parts = [factor * size for (_, factor), size in zip(used, sizes, strict=True)]
-    lines = []
-    for (shard_set, _), count, part in zip(used, counts, parts, strict=True):
-        line = f"  {shard_set.pattern}: {_some(len(shard_set.urls), 'shard')}"
-        if count is not None:
-            line += f", {_some(count, 'sample')}"
-        if drawn is not None:
-            share = part / (sum(parts) or 1)
-            line += f", {share:.1%} of what is drawn"
-            if count:
-                line += f": each sample {share * drawn / count:.2f} times per epoch"
-        lines.append(line)
-    return lines
 
 
 def _counts(sets: list[ShardSet], needed: bool = False) -> list[int | None]:
@@ -217,24 +209,19 @@ def _total(counts: list[int | None]) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def _plan_rows(kind: str, options: Any, rank: int, world_size: int) -> _Plan:
-    rows = _rows(kind, options, options.train_data, "--train-data", options.train_num_samples, rank)
-    global_batch = options.batch_size * world_size
-    num_batches = len(rows) // global_batch
-    name = "synthetic" if kind == "synthetic" else options.train_data
+def _plan_rows(
+    name: str, rows: Any, kind: str, told: list[str], options: Any, world_size: int, identity: dict[str, Any]
+) -> _Plan:
+    num_batches, left_out = divmod(len(rows), options.batch_size * world_size)
     if num_batches == 0:
         raise UserError(
-            f"{name} has only {_some(len(rows), 'usable row')}, fewer than one batch of {options.batch_size} on each "
-            f"of {_some(world_size, 'rank')}: use a smaller --batch-size or more data."
+            f"{name} has only {_some(len(rows), kind)}, fewer than one batch of {options.batch_size} on each of "
+            f"{_some(world_size, 'rank')}: use a smaller --batch-size or more data."
         )
-    lines = [
-        f"  {name}: {_some(len(rows), 'row')}",
-        f"  {len(rows) - num_batches * global_batch:,} of them, others in each epoch, are left out by rounding down",
-    ]
-    if kind == "csv" and rows.empty:
-        lines[0] += f" ({rows.empty:,} more have no caption)"
+    lines = [f"{name}: {told[0]}", *told[1:]]
+    lines.append(f"{left_out:,} of them, others in each epoch, are left out by rounding down")
     source = RowSource(rows, options.seed, options.batch_size, num_batches)
-    return _Plan(source, num_batches, {"sources": [name], "rows": len(rows)}, lines)
+    return _Plan(source, num_batches, {"sources": [name], **identity}, lines)
 
 
 def _rows(kind: str, options: Any, path: str, flag: str, count: int | None, rank: int) -> CsvRows | SyntheticRows:

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 try:  # optional: the same pixels as Pillow's, sooner
     import simplejpeg
@@ -59,76 +60,38 @@ class Picture:
 
     def __init__(self, image: ImageLike | Image.Image):
         """Raises: Unreadable."""
-        self._data: bytes | None = None
-        self._pixels: numpy.ndarray | None = None
         try:
             if callable(image):
                 image = image()
             if isinstance(image, str):
                 image = Path(image).read_bytes()
-            size = jpeg_size(image) if isinstance(image, bytes) else None
-            if size is None:
+            self.can_shrink = False
+            if isinstance(image, bytes):
+                self._data, image = image, Image.open(io.BytesIO(image))
+                self.can_shrink = isinstance(image, JpegImageFile) and image.mode in ("L", "RGB")
+            self.width, self.height = image.size
+            if not self.can_shrink:
                 self._pixels = numpy.array(load_rgb(image))
-                size = self._pixels.shape[:2]
-            else:
-                self._data = image
         except Exception as error:  # PIL raises nearly anything on damaged files
             raise Unreadable.because(error) from error
-        self.height, self.width = size
-        self.can_shrink = self._data is not None
 
     def pixels(self, shrink: int = 1) -> numpy.ndarray:
         """(height, width, 3) uint8; with `shrink` (1, 2, 4 or 8) the sides are divided by it and rounded up.
 
         Raises: Unreadable.
         """
-        if self._pixels is not None:
+        if not self.can_shrink:
             assert shrink == 1
             return self._pixels
         if simplejpeg is not None:
-            try:
-                # The smallest of libjpeg's scales that is not below these sizes.
-                sides = {"min_height": -(-self.height // shrink), "min_width": -(-self.width // shrink)}
+            # The smallest of libjpeg's scales that is not below these sizes.
+            sides = {"min_height": -(-self.height // shrink), "min_width": -(-self.width // shrink)}
+            with suppress(Exception):  # damaged: whether it is still of use is for PIL to say, as everywhere else
                 return simplejpeg.decode_jpeg(self._data, "RGB", **(sides if shrink > 1 else {}))
-            except Exception:
-                pass  # damaged: whether it is still of use is for PIL to say, as everywhere else
         try:
             return numpy.array(load_rgb(self._data, shrink))
         except Exception as error:
             raise Unreadable.because(error) from error
-
-
-# Segments that may come before the size: tables, restart interval, APP0 to APP15, comment.
-_SKIPPED_SEGMENTS = frozenset([0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
-_SIZE_SEGMENTS = frozenset([0xC0, 0xC1, 0xC2])  # baseline, extended, progressive
-
-
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width in the header of a JPEG with 8 bits a channel, gray or of three channels.
-
-    None for everything else (CMYK, 12 bits, damaged headers, sizes that PIL refuses or warns of, other formats).
-    ITU-T T.81, annex B.
-    """
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    place = 2
-    while place + 9 < len(data):
-        if data[place] != 0xFF:
-            return None
-        marker = data[place + 1]
-        if marker == 0xFF:  # any number of these may fill up
-            place += 1
-        elif marker in _SIZE_SEGMENTS:
-            height, width = struct.unpack_from(">HH", data, place + 5)
-            bits, channels = data[place + 4], data[place + 9]
-            limit = Image.MAX_IMAGE_PIXELS
-            fits = height and width and (limit is None or height * width <= limit)
-            return (height, width) if fits and bits == 8 and channels in (1, 3) else None
-        elif marker in _SKIPPED_SEGMENTS:
-            place += 2 + max(2, *struct.unpack_from(">H", data, place + 2))
-        else:
-            return None
-    return None
 
 
 def jpeg_decoder() -> str:

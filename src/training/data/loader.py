@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 
 
 class NothingUsable(Exception):
-    """A whole pass gave no usable sample."""
+    pass
 
 
 class Cursor:
@@ -47,12 +47,6 @@ class Cursor:
                 raise NothingUsable
             self.usable = False
         return None
-
-    def skip(self, count: int) -> None:
-        """Pass over samples without decoding them."""
-        for _ in range(count):
-            self.next()
-            self.usable = True  # unknown, but they were good enough for a saved position
 
 
 @dataclass(kw_only=True, eq=False)
@@ -95,7 +89,9 @@ class BatchStream(IterableDataset):
 
         try:
             board.resuming[worker] = True
-            cursor.skip(self.positions[worker])
+            for _ in range(self.positions[worker]):
+                cursor.next()
+                cursor.usable = True  # unknown, but they were good enough for a saved position
             board.resuming[worker] = False
             report.clear()  # what the skipped part had to tell came with the saved position
             for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):

@@ -69,12 +69,9 @@ class PixelTransform:
     reduce: bool
     plain: Callable
 
-    def __call__(self, image: Picture | Image.Image) -> Tensor:
-        """(3, H, W) uint8, in memory (H, W, 3). PIL images have to be RGB.
-
-        Raises: Unreadable.
-        """
-        picture = image if isinstance(image, Picture) else Picture(image)
+    def __call__(self, image: ImageLike | Image.Image) -> Tensor:
+        """(3, H, W) uint8, in memory (H, W, 3). Raises: Unreadable."""
+        picture = Picture(image)
         top, left, height, width, size = self.frame(picture.height, picture.width)
         shrink = 1
         if self.reduce and picture.can_shrink:
@@ -126,7 +123,7 @@ class Images(NamedTuple):
 def picture_to_tensor(image: ImageLike, transform: Callable) -> Tensor:
     """(3, H, W) as the transform makes it. Raises: Unreadable."""
     if isinstance(transform, PixelTransform):  # may decode only when it knows which part it needs
-        return transform(Picture(image))
+        return transform(image)
     try:
         picture = load_rgb(image)
     except Exception as error:  # PIL raises nearly anything on damaged files

@@ -32,10 +32,6 @@ class Encoding(Protocol):
         """A batch, to which the loader adds "key" and "index"."""
 
 
-def _to_nobody(name: str) -> None:
-    pass
-
-
 class Reader(NamedTuple):
     """Who reads: worker `worker` of `num_workers` (at least one) on rank `rank` of `world_size`.
 
@@ -46,7 +42,7 @@ class Reader(NamedTuple):
     world_size: int
     worker: int
     num_workers: int
-    turns_to: Callable[[str], None] = _to_nobody
+    turns_to: Callable[[str], None]
 
 
 # Stands in an endless stream where everything that the reader can get has been yielded once more.

@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEY = "txt"
-BROKEN_SHARD = "broken shard"
 
 # From a sample's key and the contents of its files, by extension, to its images and fields; or why it cannot be used.
 Read = Callable[[str, dict[str, bytes]], tuple[tuple[ImageLike, ...], dict[str, Any]] | str]
@@ -46,10 +45,7 @@ class ShardSet:
 
 
 def expand_shards(patterns: str, flag: str) -> list[ShardSet]:
-    """Split at `::` and expand braces.
-
-    Raises: UserError, naming `flag`.
-    """
+    """Split at `::` and expand braces. Raises: UserError, naming `flag`."""
     sets = []
     parts = patterns.split("::")
     for number, pattern in enumerate(map(str.strip, parts), start=1):
@@ -100,7 +96,7 @@ def check_shards(sets: Iterable[ShardSet], flag: str, read: Read = image_and_cap
         url, report, failures = shard_set.urls[0], DataReport(), []
         if local_path(url) is None:
             log.info("Opening %s of %s ...", url, flag)  # the one to blame if it takes long
-        with closing(usable_samples(url, failures, report, read)) as samples:
+        with closing(read_shard(url, report, read=read, failures=failures)) as samples:
             if next(samples, None) is not None:
                 continue
         if failures and not report.skipped:
@@ -116,36 +112,30 @@ def check_shards(sets: Iterable[ShardSet], flag: str, read: Read = image_and_cap
 
 
 def read_shard(
-    url: str, report: DataReport, part: tuple[int, int] = (0, 1), read: Read = image_and_caption
+    url: str,
+    report: DataReport,
+    part: tuple[int, int] = (0, 1),
+    read: Read = image_and_caption,
+    failures: list[Exception] | None = None,
+    headers_only: bool = False,
 ) -> Iterator[Sample]:
     """The usable samples of a shard, in its order; `index` counts all its samples from 0, usable or not.
 
     What cannot be used goes into `report`. A shard that breaks off gives the whole samples before the break.
-    part: (i, n) takes and reports only every n-th sample, beginning with the i-th.
-    """
-    failures: list[Exception] = []
-    yield from usable_samples(url, failures, report, read, part)
-    if failures and part[0] == 0:
-        report.add(BROKEN_SHARD, f"{url}: {reason(failures[0])}")
 
-
-def usable_samples(
-    url: str,
-    failures: list[Exception],
-    report: DataReport,
-    read: Read = image_and_caption,
-    part: tuple[int, int] = (0, 1),
-    headers_only: bool = False,
-) -> Iterator[Sample]:
-    """Those of `read_shard`; what makes the shard break off joins `failures`.
-
+    part: (i, n) takes and reports only every n-th sample, beginning with the i-th
+    failures: what makes the shard break off joins them, instead of the report
     headers_only: contents are not read; a byte stands for one that is not empty
     """
-    for index, (key, members) in enumerate(walk(url, failures, () if headers_only else None)):
+    found = [] if failures is None else failures
+    for index, (key, members) in enumerate(walk(url, found, () if headers_only else None)):
         if index % part[1] != part[0]:
             continue
-        found = read(key, {name: b"x"[: file.size] if headers_only else file.content for name, file in members.items()})
-        if not isinstance(found, str):
-            yield Sample(key, *found, url, index)
-        elif not failures:  # what a break has cut in half is not one more thing to report
-            report.add(found, f"{url}: {key}: {found}")
+        files = {name: b"x"[: file.size] if headers_only else file.content for name, file in members.items()}
+        usable = read(key, files)
+        if not isinstance(usable, str):
+            yield Sample(key, *usable, url, index)
+        elif not found:  # what a break has cut in half is not one more thing to report
+            report.add(usable, f"{url}: {key}: {usable}")
+    if failures is None and found and part[0] == 0:
+        report.add("broken shard", f"{url}: {reason(found[0])}")

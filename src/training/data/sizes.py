@@ -6,20 +6,18 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ..errors import UserError
 from ..files import written_whole
 from .images import load_rgb
 from .report import DataReport
-from .shards import ShardSet, listing, local_folders, usable_samples
+from .shards import ShardSet, listing, local_folders, read_shard
 from .streams import local_path, open_stream
 from .tar import reason
 
 SIZES = "sizes.json"
 HOW = "count them with scripts/count_shards.py, or give --train-num-samples"
-
-Value = TypeVar("Value")
 
 
 def count_samples(shard_set: ShardSet) -> tuple[int | None, list[str]]:
@@ -45,17 +43,15 @@ def _count_folder(folder: str, names: list[str]) -> int | str:
     for name in names:
         if name not in sizes and stats[name] in present:
             path = os.path.join(folder, stats[name])
-            successes = lambda text: int(json.loads(text)["successes"])  # noqa: E731
-            sizes[name] = _read(path, successes, "does not tell the number of 'successes'", HOW)
+            sizes[name] = _read(path, _successes, "does not tell the number of 'successes'", HOW)
     missing = [name for name in names if name not in sizes]
     if not missing:
         return sum(sizes[name] for name in names)
-    first, lack = os.path.join(folder, missing[0]), f"{len(missing)} shards lack one"
+    lack = f"{len(missing)} shards lack one"
     if SIZES in present:
-        lack = f"{len(missing)} of {len(names)} shards lack one"
         raise UserError(f"{os.path.join(folder, SIZES)} has no entry for {missing[0]} ({lack}): {HOW}.")
     if len(missing) < len(names):
-        return f"{first} (no {stats[missing[0]]}; {lack})"
+        return f"{os.path.join(folder, missing[0])} (no {stats[missing[0]]}; {lack})"
     if "__len__" not in present:
         return f"{folder} (no sizes.json or __len__, and no {stats[names[0]]} for {names[0]})"
     unused = {name for name in present if name.endswith(".tar")} - set(names)
@@ -82,18 +78,19 @@ def _count_remote(urls: list[str], pattern: str) -> int | str:
 
 
 def read_sizes(path: str) -> dict[str, int]:
-    """Shard -> samples.
-
-    Raises: UserError if it is not such a table.
-    """
+    """Shard -> samples. Raises: UserError if it is not such a table."""
     return _read(path, _table, "is not a table of shard names and sample counts", "correct or delete it")
+
+
+def _successes(text: str) -> int:
+    return int(json.loads(text)["successes"])
 
 
 def _table(text: str | bytes) -> dict[str, int]:
     return {name: int(size) for name, size in json.loads(text).items()}
 
 
-def _read(path: str, parse: Callable[[str], Value], problem: str, remedy: str) -> Value:
+def _read(path: str, parse: Callable[[str], Any], problem: str, remedy: str) -> Any:
     try:
         return parse(Path(path).read_text())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -123,7 +120,7 @@ def count_shard(path: str, decode: bool = False) -> ShardCount:
     """
     open(path, "rb").close()
     report, failures, count = DataReport(), [], 0
-    for sample in usable_samples(path, failures, report, headers_only=not decode):
+    for sample in read_shard(path, report, failures=failures, headers_only=not decode):
         try:
             if decode:
                 load_rgb(sample.images[0])

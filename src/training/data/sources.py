@@ -23,10 +23,6 @@ from .report import DataReport
 from .samples import END_OF_PASS, Reader, Sample
 from .shards import Read, image_and_caption, read_shard
 
-SHUFFLE_SIZE = 5000
-SHUFFLE_INITIAL = 1000
-MIN_DRAWS = 64
-
 
 class ShardSource:
     """Webdataset shards.
@@ -44,9 +40,11 @@ class ShardSource:
     ):
         self.urls, self.seed, self.weights, self.read = list(urls), seed, weights, read
 
-    def _samples(self, url: str, reader: Reader, report: DataReport, *part: int) -> Iterator[Sample]:
+    def _samples(
+        self, url: str, reader: Reader, report: DataReport, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Sample]:
         reader.turns_to(url)
-        return read_shard(url, report, part or (0, 1), self.read)
+        return read_shard(url, report, part, self.read)
 
     def train(self, epoch: int, reader: Reader, report: DataReport) -> Iterator[Sample | None]:
         for number in itertools.count():
@@ -57,7 +55,7 @@ class ShardSource:
                 urls = urls[reader.rank :: reader.world_size][reader.worker :: reader.num_workers]
             else:
                 # A pass needs an end to find out that nothing is usable: long enough not to end on bad luck.
-                urls = rng.choices(self.urls, self.weights, k=max(MIN_DRAWS, len(self.urls)))
+                urls = rng.choices(self.urls, self.weights, k=max(64, len(self.urls)))
             samples = itertools.chain.from_iterable(self._samples(url, reader, report) for url in urls)
             yield from shuffled(samples, rng)
             yield END_OF_PASS
@@ -66,18 +64,17 @@ class ShardSource:
         """Whole shards for each reader; where there are fewer of them, several readers divide one."""
         count, readers = len(self.urls), reader.world_size * reader.num_workers
         number = reader.worker * reader.world_size + reader.rank
-        if count >= readers:
-            part, chosen = (0, 1), range(number, count, readers)
-        else:
+        part, chosen = (0, 1), range(number, count, readers)
+        if count < readers:
             chosen = [number % count]
             part = (number // count, len(range(chosen[0], readers, count)))
         for shard in chosen:
-            for sample in self._samples(self.urls[shard], reader, report, *part):
+            for sample in self._samples(self.urls[shard], reader, report, part):
                 yield sample._replace(index=(shard << 32) + sample.index)
 
 
 def shuffled(
-    samples: Iterable[Sample], rng: random.Random, size: int = SHUFFLE_SIZE, initial: int = SHUFFLE_INITIAL
+    samples: Iterable[Sample], rng: random.Random, size: int = 5000, initial: int = 1000
 ) -> Iterator[Sample]:
     """Shuffle through a buffer that begins with `initial` samples and grows to `size` while it is in use."""
     samples = iter(samples)
@@ -175,6 +172,8 @@ class SyntheticRows:
     SIZES = ("tiny", "small", "large", "huge")
     COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
     THINGS = ("cat", "dog", "tree", "house", "boat", "cup", "lamp", "chair", "bird", "bridge", "clock", "flower")
+
+    empty = 0
 
     def __init__(self, count: int):
         self.count = count

@@ -6,13 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import RawArray
-from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
 _NAME_BYTES = 1024
-
-Item = TypeVar("Item")
 
 
 class Board:
@@ -53,21 +50,17 @@ class StallWatch:
         self._next = seconds  # the wait that is worth the next warning
         self._over = threading.Event()
 
-    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+    def watch(self, items: Iterable) -> Iterator:
         """The items as they are."""
-        iterator = iter(items)
         if self.seconds > 0:
             threading.Thread(target=self._run, name="stall-watch", daemon=True).start()
         try:
-            while True:
-                self._since = time.monotonic()
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
+            self._since = time.monotonic()
+            for item in items:
                 with self._lock:
                     self._since, self._next = None, self.seconds
                 yield item
+                self._since = time.monotonic()
         finally:
             self._over.set()
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url
@@ -22,10 +22,8 @@ os.register_at_fork(after_in_child=_running.clear)  # they are the parent's
 
 def local_path(url: str) -> str | None:
     """The path of a shard on this machine; None for other URLs and for `pipe:`."""
-    scheme = _scheme(url)
-    if scheme == "file":
-        return re.sub(r"^file:(//)?", "", url)
-    return url if scheme is None else None
+    path = re.sub(r"^file:(//)?", "", url)
+    return path if path != url or _scheme(url) is None else None
 
 
 def _scheme(url: str) -> str | None:
@@ -33,7 +31,7 @@ def _scheme(url: str) -> str | None:
     return match[1] if match else None
 
 
-class Stream:
+class Stream(AbstractContextManager):
     """The bytes of a shard, and what became of the command that makes them."""
 
     def __init__(self, file: BinaryIO, process: subprocess.Popen | None = None, owner: object = None):
@@ -59,17 +57,11 @@ class Stream:
                 return OSError(f"{name} ended with status {status}")
         return None
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.process is not None:
             _kill(self.process)
         with suppress(OSError):
             self.file.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_stream(url: str) -> Stream:

@@ -27,36 +27,33 @@ def with_decoding(transform: Callable, decoding: str) -> Callable:
     """
     if decoding == PLAIN or isinstance(transform, PixelTransform):
         return transform
-    found = _read(transform, reduce=decoding == REDUCED)
-    if isinstance(found, PixelTransform):
-        return found
-    log.info("Images are decoded as by --image-decode plain, for only that works with %s.", found)
-    return transform
-
-
-def _read(transform: Callable, reduce: bool) -> PixelTransform | str:
-    """The same transform on pixels, or the name of a part that is in the way."""
-    if type(transform) is not tv.Compose or len(transform.transforms) < 3:
-        return type(transform).__name__
-    first, *steps, to_floats, normalize = transform.transforms
-    steps = [step for step in steps if type(step) is not MaybeConvertMode]  # pictures are RGB here
-    if type(normalize) is not tv.Normalize or len(normalize.mean) != 3 or len(normalize.std) != 3:
-        return type(normalize).__name__
-    if not isinstance(to_floats, tv.ToTensor):
-        return type(to_floats).__name__
-    if type(first) not in _FRAMES or first.interpolation not in _MODES or getattr(first, "max_size", None):
-        return type(first).__name__
-    for step in steps:
-        if type(step) not in _ON_PIXELS + _ON_PICTURES:
-            return type(step).__name__
+    unknown = _unknown_part(transform)
+    if unknown is not None:
+        name = type(unknown).__name__
+        log.info("Images are decoded as by --image-decode plain, for only that works with %s.", name)
+        return transform
+    first, *steps, _, normalize = transform.transforms
     return PixelTransform(
         partial(_FRAMES[type(first)], first),
         _MODES[first.interpolation],
-        [(step, type(step) in _ON_PICTURES) for step in steps],
+        [(step, type(step) in _ON_PICTURES) for step in steps if type(step) is not MaybeConvertMode],  # RGB already
         Normalization(tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))),
-        reduce,
+        reduce=decoding == REDUCED,
         plain=transform,
     )
+
+
+def _unknown_part(transform: Callable) -> Callable | None:
+    if type(transform) is not tv.Compose or len(transform.transforms) < 3:
+        return transform
+    first, *steps, to_floats, normalize = transform.transforms
+    if type(normalize) is not tv.Normalize or len(normalize.mean) != 3 or len(normalize.std) != 3:
+        return normalize
+    if not isinstance(to_floats, tv.ToTensor):
+        return to_floats
+    if type(first) not in _FRAMES or first.interpolation not in _MODES or getattr(first, "max_size", None):
+        return first
+    return next((step for step in steps if type(step) not in _ON_PIXELS + _ON_PICTURES + (MaybeConvertMode,)), None)
 
 
 def _random_crop(step: tv.RandomResizedCrop, height: int, width: int) -> Region:

@@ -18,38 +18,53 @@ def write_stats(folder, sizes):
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
 
 
-# img2dataset's statistics
-
-
-def test_the_stats_of_img2dataset_are_understood(tmp_path):
-    pattern = write_shards(tmp_path, [8, 8, 16], info=False)
-    write_stats(tmp_path, {0: 8, 1: 8, 2: 16})
-    assert train_data(pattern).num_samples == 32
-    assert train_data(f"{tmp_path}/{{00001..00002}}.tar").num_samples == 24
-
-
-def test_sizes_win_over_stats_and_stats_over_len(tmp_path):
+def test_sizes_win_over_the_stats_of_img2dataset_and_these_over_len(tmp_path):
     pattern = write_shards(tmp_path, [8, 8], info=False)
-    (tmp_path / "__len__").write_text("400")
-    write_stats(tmp_path, {0: 12, 1: 12})
-    assert train_data(pattern).num_samples == 24
+    (tmp_path / "__len__").write_text("400\n")
+    assert train_data(pattern).num_samples == 400
+    with pytest.raises(UserError, match="__len__ counts 1 more shards.*give --train-num-samples"):
+        train_data(f"{tmp_path}/00000.tar")
+    write_stats(tmp_path, {0: 12, 1: 16})
+    assert train_data(pattern).num_samples == 28
+    assert train_data(f"{tmp_path}/00001.tar").num_samples == 16
     (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 8}))
-    assert train_data(pattern).num_samples == 20  # the other one is only in the stats
+    assert train_data(pattern).num_samples == 24  # the other one is only in the stats
     (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 8, "00001.tar": 8}))
     assert train_data(pattern).num_samples == 16
 
 
 def test_a_shard_without_any_size_is_named_with_the_remedy(tmp_path):
-    pattern = write_shards(tmp_path, [8] * 3, info=False)
+    known, pattern = write_shards(tmp_path / "known", [8]), write_shards(tmp_path, [8] * 3, info=False)
     remedy = r"count them with scripts/count_shards.py, or give --train-num-samples\.$"
-    with pytest.raises(UserError, match=f"{tmp_path} .*no 00000_stats.json for 00000.tar.*{remedy}"):
-        train_data(pattern)
+    with pytest.raises(UserError, match=f"unknown for {tmp_path} .*no 00000_stats.json for 00000.tar.*{remedy}"):
+        train_data(f"{known}::{pattern}")
     write_stats(tmp_path, {0: 8, 2: 8})
     with pytest.raises(UserError, match=rf"{tmp_path}/00001.tar \(no 00001_stats.json; 1 shards lack one\): {remedy}"):
         train_data(pattern)
     (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 8}))
     with pytest.raises(UserError, match=rf"sizes.json has no entry for 00001.tar .*: {remedy}"):
         train_data(pattern)
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("sizes.json", "{", "not a table"),
+        ("sizes.json", json.dumps({"00000.tar": 8, "00001.tar": None}), "not a table"),
+        ("sizes.json", json.dumps({"00000.tar": 0, "00001.tar": 0}), "there are no samples"),
+        ("__len__", "many", "does not hold a number"),
+        ("00000_stats.json", "{", "00000_stats.json does not tell the number of 'successes'.*count_shards.py"),
+        ("00000_stats.json", '{"count": 8}', "does not tell the number of 'successes'"),
+    ],
+)
+def test_damaged_sizes(name, content, match, tmp_path):
+    pattern = write_shards(tmp_path, [8] * 2, info=False)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=match):
+        train_data(pattern)
+
+
+# The plan
 
 
 def test_a_source_of_weight_0_is_neither_checked_nor_counted(tmp_path):
@@ -60,9 +75,6 @@ def test_a_source_of_weight_0_is_neither_checked_nor_counted(tmp_path):
     assert data.num_samples == 16
     assert f"{tmp_path}/bad/{{0..9}}.tar: not read, its weight is 0" in data.describe()
     assert len(list(data.epoch(0))) == 4
-
-
-# The plan
 
 
 def test_the_plan_tells_shards_for_readers(tmp_path):
@@ -88,29 +100,11 @@ def test_the_plan_tells_how_often_samples_come(tmp_path):
     assert lines[3].endswith("64 samples by --train-num-samples")
 
 
-# Counting
-
-
 # sizes.json
 
 
 def set_time(path, seconds):
     os.utime(path, (seconds, seconds))
-
-
-def test_sizes_are_merged(tmp_path):
-    write_shards(tmp_path, [1, 2, 3], info=False)
-    for shard in tmp_path.iterdir():
-        set_time(shard, 1000)
-    write_sizes(str(tmp_path), {"00000.tar": 1, "00001.tar": 2, "gone.tar": 9}, since=2000)
-    write_sizes(str(tmp_path), {"00002.tar": 3, "00001.tar": 7}, since=3000)
-    assert read_sizes(str(tmp_path / "sizes.json")) == {
-        "00000.tar": 1,
-        "00001.tar": 7,
-        "00002.tar": 3,
-        "gone.tar": 9,
-    }
-    assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar", "00002.tar", "sizes.json"]
 
 
 def test_changed_shards_are_recognised_by_their_date(tmp_path):
@@ -119,7 +113,7 @@ def test_changed_shards_are_recognised_by_their_date(tmp_path):
     assert changed_shards(str(tmp_path), names) == names
     for name in names:
         set_time(tmp_path / name, 1000)
-    write_sizes(str(tmp_path), {"00000.tar": 1, "00001.tar": 2}, since=2000)
+    write_sizes(str(tmp_path), {"00000.tar": 1, "00001.tar": 2, "gone.tar": 9}, since=2000)
     assert changed_shards(str(tmp_path), names) == {"00002.tar"}
     set_time(tmp_path / "00001.tar", 2000)  # while the count was under way
     assert changed_shards(str(tmp_path), names) == {"00001.tar", "00002.tar"}
@@ -127,4 +121,6 @@ def test_changed_shards_are_recognised_by_their_date(tmp_path):
     # Who counts another shard now must not make the outdated entry look like a new one.
     write_sizes(str(tmp_path), {"00002.tar": 3}, since=3000)
     assert changed_shards(str(tmp_path), names) == {"00001.tar"}
+    assert read_sizes(str(tmp_path / "sizes.json")) == {"00000.tar": 1, "00002.tar": 3, "gone.tar": 9}
+    assert sorted(os.listdir(tmp_path)) == [*sorted(names), "sizes.json"]
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data.pixels import Images, stack, to_device
 from ..data.sets.labelled import Images as ImageSet
 from ..distributed import Ranks
-from ..errors import UserError
+from ..errors import UserError, reason
 
 SKIP, STOP = "skip", "stop"
 
@@ -243,8 +243,8 @@ class ImagePass:
         )
         for images, index, broken in bar(loader, self.ranks, settings):
             if broken and settings.on_broken == STOP:
-                name, reason = broken[0]
-                raise UserError(f"{name} cannot be read ({reason}); mend it, or take --on-broken skip.")
+                name, why = broken[0]
+                raise UserError(f"{name} cannot be read ({why}); mend it, or take --on-broken skip.")
             self.skipped += [name for name, _ in broken]
             if len(index):
                 yield index, (to_device(images, device, input_dtype),)
@@ -308,8 +308,7 @@ class _Decoded(Dataset):
         try:
             image = self.images.load(i)
         except Exception as error:  # broken files make PIL raise almost anything, from OSError to SyntaxError
-            text = str(error).splitlines()[0][:200] if str(error) else ""
-            return self.images.name(i), f"{type(error).__name__}: {text}" if text else type(error).__name__
+            return self.images.name(i), f"{type(error).__name__}: {reason(error)}"
         return self.transform(image), i
 
 

@@ -15,8 +15,8 @@ from ..data.sets.labelled import LabelledImages
 from ..data.sets.registry import load_data
 from ..distributed import Ranks
 from ..errors import UserError
-from .feature_rows import FeatureRows, Part
-from .features import DTYPES, FeatureSet, extract_features, feature_encoder
+from .feature_rows import FeatureRows, FeatureSet
+from .features import DTYPES, extract_features, feature_encoder
 from .logistic import LinearClassifier, SolverSettings, all_logits, fit, held_out_score
 from .passes import EncodeSettings
 from .results import Results, described, described_model, digest_of, keep, read_kept
@@ -141,7 +141,7 @@ class Probe:
         for i, test in enumerate(tests):
             if records[i] is None:
                 features = self.features(test)
-                rows = FeatureRows([_part(features)], self.num_classes, self.device)
+                rows = FeatureRows([features], self.num_classes, self.device)
                 metrics = None
                 with self.ranks.agree():
                     if self.ranks.is_main:
@@ -182,16 +182,15 @@ class Probe:
     def _train(self) -> dict:
         sets = [self.features(data) for data in (self.splits.train, self.splits.val) if data is not None]
         check_all_classes(self.splits.train, sets[0].labels[sets[0].rows], self.options.max_train_samples)
-        parts = [_part(features) for features in sets]
-        if self._fits(parts):
-            parts = [part._replace(features=part.features.to(self.device, copy=True)) for part in parts]
+        if self._fits(sets):
+            sets = [part._replace(features=part.features.to(self.device, copy=True)) for part in sets]
         regularisation, trials = self.options.regularisation, []
         if regularisation == SWEEP:
-            best, trials = self._sweep(parts)
+            best, trials = self._sweep(sets)
             regularisation = best.regularisation
         saved = None
         if self.ranks.is_main:  # it would be the same on all processes
-            rows = self._rows(parts)
+            rows = self._rows(sets)
             classifier = fit(rows, regularisation, self.settings)
             saved = {
                 "weight": classifier.weight.cpu(),
@@ -212,7 +211,7 @@ class Probe:
             raise UserError(f"The fit with regularisation {regularisation} diverged; take another one.")
         return saved
 
-    def _sweep(self, parts: list[Part]) -> tuple[Trial, list[Trial]]:
+    def _sweep(self, parts: list[FeatureSet]) -> tuple[Trial, list[Trial]]:
         """The best regularisation for rows that are not trained on: the val split, or some of the training rows."""
         kept, held_out = parts[:1], parts[1:]
         if not held_out:
@@ -238,11 +237,11 @@ class Probe:
         logging.info(f"chosen: {best.regularisation:.4g}, with {best.top1:.2%} held out")
         return best, trials
 
-    def _rows(self, parts: list[Part]) -> FeatureRows:
+    def _rows(self, parts: list[FeatureSet]) -> FeatureRows:
         rows = FeatureRows(parts, self.num_classes, self.device)
         return rows.standardized() if self.options.standardize else rows
 
-    def _fits(self, parts: list[Part]) -> bool:
+    def _fits(self, parts: list[FeatureSet]) -> bool:
         """Whether the training features are kept on the device; else they are read from their file, again and again."""
         size, given = sum(part.features.nbytes for part in parts), self.options.feature_memory
         if given is not None:
@@ -254,10 +253,6 @@ class Probe:
         where = f"kept on {self.device}" if size <= room else "read from disk in each iteration"
         logging.info(f"{size / 1e9:.2f} GB of training features are {where}")
         return size <= room
-
-
-def _part(features: FeatureSet) -> Part:
-    return Part(features.features, features.labels, features.rows)
 
 
 def _classes(data: LabelledImages) -> str:

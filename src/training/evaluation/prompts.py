@@ -1,8 +1,6 @@
 """Zero-shot classification: a classifier out of prompts, and what it scores; in training and for the command."""
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 
 import open_clip
@@ -23,6 +21,7 @@ from .passes import (
     gather_rows,
     image_encoder,
 )  # fmt: skip
+from .results import digest_of
 from .scores import outcomes, summary
 
 CLASSES_PER_BATCH = 10  # prompts of this many classes go through the text tower together
@@ -58,7 +57,7 @@ def zero_shot_classifier(
 def prompts_key(data: LabelledImages) -> str:
     """A hash of the class names and of what the templates make of a name."""
     shown = [t.format("\0") if isinstance(t, str) else t("\0") for t in data.templates]
-    return hashlib.sha256(json.dumps([list(data.classnames), shown]).encode()).hexdigest()[:16]
+    return digest_of([list(data.classnames), shown])
 
 
 def classify(

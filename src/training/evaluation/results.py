@@ -11,12 +11,13 @@ import platform
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
 from ..distributed import Ranks
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import written_whole
 
 VERSIONS = ("open_clip_elip", "open_clip_torch", "torch", "torchvision", "timm")
@@ -49,15 +50,9 @@ def described_data(data: Any) -> dict[str, Any]:
 def described(command: str, options: Any, loaded: Any, data: Any, **settings: Any) -> dict[str, Any]:
     """All that a result depends on, as `Results` takes it; `settings` are the command's own."""
     model = described_model(options, loaded)
-    names = ("model", "weights", "identity")
-    own = {name: value for name, value in model.items() if name not in names}
-    return {
-        "command": command,
-        "pretrained": loaded.pretrained,
-        **{name: model[name] for name in names},
-        **described_data(data),
-        "settings": {**own, "on_broken": options.on_broken, **settings},
-    }
+    own = {name: model.pop(name) for name in ("precision", "transform", "vision_guided_reduction")}
+    settings = {**own, "on_broken": options.on_broken, **settings}
+    return {"command": command, "pretrained": loaded.pretrained, **model, **described_data(data), "settings": settings}
 
 
 def digest_of(what: Any) -> str:
@@ -167,11 +162,9 @@ def read_kept(path: Path, ranks: Ranks, redo: bool) -> dict[str, Any] | None:
     """What `keep` has written there, on every process; None if it is not there, cut off, or with `redo`. Collective."""
     kept = None
     if ranks.is_main and path.is_file() and not redo:
-        try:
+        with suppress(UserError):  # cut off
             kept = checkpoint.load(path)
             logging.info(f"using {path}")
-        except UserError:  # cut off
-            kept = None
     return ranks.broadcast(kept)
 
 
@@ -187,8 +180,7 @@ def keep(state: dict[str, Any], path: Path, ranks: Ranks, flag: str) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 checkpoint.save(state, path)
             except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{path} cannot be written ({reason}); give another {flag}.") from None
+                raise UserError(f"{path} cannot be written ({reason(error)}); give another {flag}.") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,9 +1,8 @@
 """What a classifier scores on a data set, also one with only some of the classes that it was trained for."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
 from ..data.sets.labelled import LabelledImages
@@ -103,11 +102,9 @@ def check_classes(trained: LabelledImages, data: LabelledImages) -> None:
 
 def is_imagenet(data: LabelledImages) -> bool:
     """Whether the classes are ImageNet's 1000, in its order."""
-    groups: Sequence[Sequence[int]] | None = data.imagenet_classes
+    groups = data.imagenet_classes
     if groups is not None:
         return [list(group) for group in groups] == [[i] for i in range(IMAGENET_CLASSES)]
-    from open_clip import IMAGENET_CLASSNAMES
-
     return list(data.classnames) == list(IMAGENET_CLASSNAMES)
 
 

@@ -22,15 +22,10 @@ from ..models import checkpoint_identity, create_filled, told
 
 @dataclass
 class LoadedModel:
-    """A model with its weights, ready to evaluate.
+    """A model with its weights, on the device and in eval mode.
 
-    Attributes:
-        model: on the device, in eval mode.
-        tokenizer, preprocess: its tokenizer and evaluation transform.
-        transform_key: what the transform does, as text, for cache keys.
-        weights_hash: 16 hexadecimal digits that tell these weights from any others, wherever they came from.
-        name, pretrained: as given on the command line.
-        identity: what the model is.
+    `transform_key` says what the evaluation transform does, and `weights_hash` tells these weights from any others,
+    wherever they came from: both for cache keys. `name` and `pretrained` are those of the command line.
     """
 
     model: nn.Module
@@ -49,14 +44,10 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
     A checkpoint of this trainer tells its model. With the name of another model of the same shape it keeps all but its
     token reduction: picture size, normalisation, activation, ...
 
-    Args:
-        options: `model` (filled in if it is None), `pretrained`, `ema`, `precision`, `vision_guided_reduction` and
-            `image_decode` are read.
-        image_tower: weights of an image tower alone will do, as fine-tuning leaves them; it then gives the features
-            before the projection into CLIP's space where that is gone.
+    options: those of an evaluation; a `model` of None is filled in. image_tower: weights of an image tower alone will
+    do, as fine-tuning leaves them; it then gives the features before the projection into CLIP's space.
 
-    Raises:
-        UserError: no such model, or weights that cannot be had or do not fit.
+    Raises UserError: no such model, or weights that cannot be had or do not fit.
     """
     with told():
         content = trained_as = None

@@ -33,13 +33,8 @@ class NotFinite(UserError):
 class EncodeSettings:
     """How images and texts are read and encoded.
 
-    Attributes:
-        batch_size: of one process in one step.
-        workers: decoding processes of each process; 0 decodes in the process itself.
-        precision: one of OpenCLIP's names.
-        on_broken: leave a broken picture out ("skip") or end with its name ("stop").
-        progress: show a progress bar on the main process.
-        description: what the bar says.
+    `batch_size` and `workers` (0 decodes in the process itself) are those of one process. With `on_broken` a broken
+    picture is left out ("skip") or ends the pass with its name ("stop"). `description` is what the progress bar says.
     """
 
     batch_size: int
@@ -98,8 +93,7 @@ def check_weights(model: nn.Module, name: str) -> None:
 class Halving:
     """Calls a function on a batch; when the device runs out of memory, on halves of it, from then on.
 
-    Args:
-        function: maps tensors (B, ...) to a tensor (B, ...), each row by itself.
+    The function maps tensors (B, ...) to a tensor (B, ...), each row by itself.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -192,19 +186,16 @@ def deal(count: int, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
 
 
 def bar(batches: Iterable, ranks: Ranks, settings: EncodeSettings) -> Iterable:
-    hidden = not (settings.progress and ranks.is_main)
-    return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=hidden)
+    shown = settings.progress and ranks.is_main
+    return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=not shown)
 
 
 class ImagePass:
     """Iterates once over this process's share of images; see `run_pass`.
 
-    Args:
-        function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...).
-        transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
-
-    Attributes:
-        skipped: names of the broken pictures that this process has left out so far.
+    function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...).
+    transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
+    skipped: names of the broken pictures that this process has left out so far.
     """
 
     def __init__(

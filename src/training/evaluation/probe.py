@@ -3,10 +3,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,43 +25,34 @@ from .sweep import Trial, stratified_sample, sweep
 SWEEP = "sweep"
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """What a probe is trained and evaluated on. val: for the sweep, if the data have one that is not the test set."""
 
     train: LabelledImages
     val: LabelledImages | None
-    tests: Sequence[LabelledImages]
+    tests: list[LabelledImages]
 
 
 def load_jobs(options: Any) -> list[Splits]:
-    """The splits of each `--data`, and the sets of `--also` with the one whose classes they have.
-
-    Raises:
-        UserError: no training split, or classes that do not fit.
-    """
+    """The splits of each `--data`, and the sets of `--also` with the one whose classes they have, or a UserError."""
     jobs = [load_splits(options, spec) for spec in options.data]
     for spec in options.also:
-        data, problem = load_data(spec, download=options.download), None
-        for i, splits in enumerate(jobs):
+        data, problems = load_data(spec, download=options.download), []
+        for splits in jobs:
             try:
                 check_classes(splits.train, data)
             except UserError as error:
-                problem = problem or error
+                problems.append(error)
             else:
-                jobs[i] = replace(splits, tests=[*splits.tests, data])
+                splits.tests.append(data)
                 break
         else:
-            raise problem
+            raise problems[0]
     return jobs
 
 
 def load_splits(options: Any, spec: str) -> Splits:
-    """The splits of one `--data`.
-
-    Raises:
-        UserError: no training split, one class, or classes that differ between the splits.
-    """
+    """The splits of one `--data`; UserError: no training split, one class, or other classes in another split."""
     train, test = (load_data(spec, split=split, download=options.download) for split in ("train", "test"))
     if len(train.classnames) < 2:
         raise UserError(f"{spec} has one class, {train.classnames[0]!r}; a linear probe needs two.")
@@ -86,11 +76,7 @@ def load_splits(options: Any, spec: str) -> Splits:
 
 
 def check_all_classes(data: LabelledImages, labels: Tensor, max_train_samples: int | None) -> None:
-    """Every class occurs in `labels`.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Raises UserError if a class does not occur in `labels`."""
     missing = (torch.bincount(labels, minlength=len(data.classnames)) == 0).nonzero()[:, 0].tolist()
     if missing:
         remedy = "add some" if max_train_samples is None else "add some, or raise --max-train-samples"
@@ -103,10 +89,7 @@ def check_all_classes(data: LabelledImages, labels: Tensor, max_train_samples: i
 class Probe:
     """One probe: its training data, its test sets, and where things are kept. All methods are collective.
 
-    Args:
-        options: those of `training.linear_probe`.
-        loaded: the `LoadedModel`.
-        ranks: see `sweep.patient`.
+    The options are those of `training.linear_probe`, the model is a `LoadedModel`; for `ranks` see `sweep.patient`.
     """
 
     def __init__(self, options: Any, loaded: Any, splits: Splits, results: Results, ranks: Ranks):
@@ -129,25 +112,21 @@ class Probe:
 
     def run(self) -> list[dict]:
         """The records of all test sets. What is finished is not done again."""
-        tests = self.splits.tests
-        works = [
-            described("linear_probe", self.options, self.loaded, test, classes=_classes(test), **self.training)
-            for test in tests
-        ]
-        records = [self.results.find(work) for work in works]
-        if all(records):
-            return records
-        classifier, found = self.classifier()
-        for i, test in enumerate(tests):
-            if records[i] is None:
-                features = self.features(test)
+        records, trained = [], None
+        for test in self.splits.tests:
+            work = described("linear_probe", self.options, self.loaded, test, classes=_classes(test), **self.training)
+            record = self.results.find(work)
+            if record is None:
+                trained = trained or self.classifier()
+                classifier, found = trained
+                features, metrics = self.features(test), None
                 rows = FeatureRows([features], self.num_classes, self.device)
-                metrics = None
                 with self.ranks.agree():
                     if self.ranks.is_main:
                         metrics = score(all_logits(classifier, rows), test, features.rows)
                 metrics = self.ranks.broadcast(metrics)
-                records[i] = self.results.add(works[i], metrics, {**found, "skipped": list(features.skipped)})
+                record = self.results.add(work, metrics, {**found, "skipped": list(features.skipped)})
+            records.append(record)
         return records
 
     def features(self, data: LabelledImages) -> FeatureSet:
@@ -162,11 +141,7 @@ class Probe:
         )  # fmt: skip
 
     def classifier(self) -> tuple[LinearClassifier, dict]:
-        """The trained probe and what is worth knowing about it, the same on every process; kept beside the features.
-
-        Raises:
-            UserError: its weights are not finite.
-        """
+        """The trained probe and what is worth knowing about it, the same on every process; kept beside the features."""
         options = self.options
         what = [described_model(options, self.loaded), options.on_broken, self.training]
         path = Path(options.cache, f"probe-{digest_of(what)}.pt")

@@ -30,12 +30,9 @@ CLASSES_PER_BATCH = 10  # prompts of this many classes go through the text tower
 def zero_shot_classifier(
     model: nn.Module, tokenizer: Callable, data: LabelledImages, *, ranks: Ranks, precision: str
 ) -> Tensor:
-    """(D, C) float32 on the CPU: the mean text feature of each class's prompts, normalized. Processes share the work.
+    """(D, C) float32 on the CPU: the mean text feature of each class's prompts, normalized.
 
-    A collective call.
-
-    Raises:
-        NotFinite: a class's feature is no number.
+    A collective call, which shares the work. Raises NotFinite if a class's feature is no number.
     """
     autocast = get_autocast(precision, device_type=ranks.device.type)
 
@@ -72,14 +69,9 @@ def classify(
 ) -> dict[str, float]:
     """`summary` of the readable images, `classes`, and `skipped` (broken images).
 
-    The same on every process and for every number of processes. A collective call.
+    The same on every process and for every number of processes. A collective call. Raises as `collect`.
 
-    Args:
-        classifier: (D, C) float32 on the CPU.
-        encode: as `image_encoder` of the model, which is the default.
-
-    Raises:
-        UserError: as `collect`.
+    classifier: (D, C) float32 on the CPU. encode: as `image_encoder` of the model, which is the default.
     """
 
     def scores(features: Tensor, places: Tensor) -> Tensor:

@@ -26,12 +26,7 @@ _LAST_COLUMNS = ("weights", "date", "file")
 
 
 def described_model(options: Any, loaded: Any) -> dict[str, Any]:
-    """Of a result's or a cached file's description, what model and pictures go through: weights, identity, settings.
-
-    Args:
-        options: of an evaluation command.
-        loaded: the `LoadedModel`.
-    """
+    """Of a result's or a cached file's description, what makes features of pictures: a `LoadedModel`, settings."""
     return {
         "model": loaded.name,
         "weights": loaded.weights_hash,
@@ -70,18 +65,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 class Results:
-    """The results in a folder. Only the main process reads and writes; the others are told.
+    """The results in a folder, made with the first one; None: nowhere. The main process reads and writes.
 
     A piece of work is described by `what`, a dict of plain types that holds all that its numbers depend on (see
-    `described`). Equal descriptions are the same work.
-
-    Args:
-        folder: made when the first result is added; None writes nothing.
-        ranks: this process among the others.
-        redo: do finished work again.
-
-    Raises:
-        UserError: `folder` is a file.
+    `described`). Equal descriptions are the same work, done again only with `redo`.
     """
 
     def __init__(self, folder: Path | None, ranks: Ranks, redo: bool = False):
@@ -97,12 +84,12 @@ class Results:
 
     def find(self, what: dict[str, Any]) -> dict[str, Any] | None:
         """The record of exactly this work, on every process; None if there is none, or with `redo`. Collective."""
-        record = None
-        if self.folder is not None and not self.redo and self.ranks.is_main:
-            record = _read(self.folder / _file_name(what))
-        record = self.ranks.broadcast(record)
+        if self.folder is None or self.redo:
+            return None
+        path = self.folder / _file_name(what)
+        record = self.ranks.broadcast(_read(path) if self.ranks.is_main else None)
         if record is not None:
-            self.found.append(self.folder / _file_name(what))
+            self.found.append(path)
         return record
 
     def shown(self, rows: Sequence[Sequence[str]], legend: str = "") -> str:
@@ -113,9 +100,7 @@ class Results:
     def add(self, what: dict[str, Any], metrics: dict[str, float], info: dict[str, Any] | None = None) -> dict:
         """Writes a record (whole or not at all) and the summaries anew; returns it.
 
-        Args:
-            metrics: the numbers.
-            info: more that is worth keeping, such as the names of skipped pictures; plain types.
+        info: more that is worth keeping, such as the names of skipped pictures; plain types.
         """
         versions = {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}}
         record = {**what, "metrics": metrics, **(info or {}), "versions": versions, "date": time.strftime("%F %T%z")}
@@ -169,11 +154,7 @@ def read_kept(path: Path, ranks: Ranks, redo: bool) -> dict[str, Any] | None:
 
 
 def keep(state: dict[str, Any], path: Path, ranks: Ranks, flag: str) -> None:
-    """Writes tensors and plain types for later runs. A collective call; only the main process writes.
-
-    Raises:
-        UserError: they cannot be written; `flag` is what to change then.
-    """
+    """Writes tensors and plain types for later runs; a UserError names `flag` if that fails. A collective call."""
     with ranks.agree():
         if ranks.is_main:
             try:

@@ -83,7 +83,7 @@ def test_command(run, model, colours, tmp_path, monkeypatch):
     assert f"{record['regularisation']:.4g}" in shown
 
     # Finished: nothing is encoded or fitted again. With another setting only the features are used again.
-    monkeypatch.setattr(features_module, "ImagePass", lambda *args, **kwargs: pytest.fail("features made again"))
+    monkeypatch.setattr(features_module, "_extract", lambda *args: pytest.fail("features made again"))
     monkeypatch.setattr(probe, "sweep", lambda *args: pytest.fail("swept again"))
     (path,) = (tmp_path / "results").glob("*.json")
     assert run() == f"{shown}found, not evaluated again (--redo does it): {path}\n"

@@ -23,11 +23,10 @@ from open_clip_elip import ImageTower
 from open_clip_elip.clip import Shortcuts
 
 from ..data.sets.labelled import LabelledImages
-from ..distributed import Ranks
 from ..errors import UserError, reason
 from ..files import written_whole
 from .feature_rows import FeatureSet
-from .passes import STOP, EncodeSettings, ImagePass
+from .passes import STOP, ImagePass
 from .results import described_data, digest_of
 
 log = logging.getLogger(__name__)
@@ -41,10 +40,7 @@ def feature_encoder(model: nn.Module, layer: str, normalize: bool, compiled: boo
     """(B, 3, H, W) to float32 features (B, D), with all tokens; the model stays as it is.
 
     layer: `projected` into the space that images and texts share, or `pooled`, what is projected there (CLIP's probes
-        use these). normalize: to unit length.
-
-    Raises:
-        UserError: the image tower does not offer that layer.
+    use these); UserError if the image tower does not offer it. normalize: to unit length.
     """
     forward = model.encode_image if layer == "projected" else _pooled(model)
 
@@ -71,15 +67,12 @@ def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def extract_features(
-    encoder: Callable[[Tensor], Tensor],
+    image_pass: ImagePass,
     data: LabelledImages,
-    transform: Callable,
     what: dict[str, Any],
     *,
     dtype: torch.dtype,
     folder: Path,
-    ranks: Ranks,
-    settings: EncodeSettings,
     redo: bool = False,
 ) -> FeatureSet:
     """The features of `data`, from `folder` if they are there, else computed and put there. A collective call.
@@ -88,8 +81,7 @@ def extract_features(
     has a row for each picture, zeros for those that cannot be read. No process holds more than a batch of features.
 
     Args:
-        encoder: see `feature_encoder`.
-        transform: see `ImagePass`.
+        image_pass: over the pictures of `data`, with a `feature_encoder`; not begun.
         what: all that the features depend on besides the data and `dtype`, in plain types.
         redo: compute them anew.
 
@@ -97,6 +89,7 @@ def extract_features(
         UserError: on all processes: no picture can be read, one is broken and none may be (`settings.on_broken`),
             features that are not finite, no room on the disk, or a folder that not all processes see.
     """
+    ranks, settings = image_pass.ranks, image_pass.settings
     key = {"format": _FORMAT, **what, **described_data(data), "dtype": str(dtype).removeprefix("torch.")}
     words = [re.sub(r"[^\w.-]+", "_", word) for word in (data.name, data.split) if word]
     path = folder / ("-".join([*words, digest_of(key)]) + ".npy")
@@ -105,7 +98,7 @@ def extract_features(
     if found:
         log.info(f"{settings.description}: using the features in {path}")
     else:
-        _extract(ImagePass(encoder, data.images, transform, ranks=ranks, settings=settings), data, path, key, dtype)
+        _extract(image_pass, data, path, key, dtype)
     with ranks.agree(), _disk_errors(folder):
         described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         features = torch.from_numpy(np.load(path, mmap_mode="c")).view(dtype)

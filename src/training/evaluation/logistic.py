@@ -19,14 +19,11 @@ LBFGS_BLOCK = 10  # iterations between two looks at how much the objective still
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """When a fit ends, and what it remembers.
+    """When a fit ends, and how many pairs of steps and gradient differences it remembers (`history`).
 
     It ends when no entry of the gradient is larger than `tolerance` times the largest one at zero weights, as a
     fraction of the objective at either point; when ten iterations lower the objective by less than `tolerance` / 10 of
     itself; or after `iterations` (1000 in CLIP).
-
-    Attributes:
-        history: pairs of steps and gradient differences.
     """
 
     iterations: int = 1000

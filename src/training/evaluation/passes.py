@@ -130,10 +130,9 @@ def run_pass(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Places (b,) int64 and the function's rows (b, ...) on the CPU, batch by batch.
 
-    Args:
-        function: see `Halving`; runs without gradients and under the precision's autocast.
-        batches: this process's: places in the whole set, and the function's arguments.
-        name: what the row of a place is called, such as "the features of a/b.png".
+    function: see `Halving`; runs without gradients and under the precision's autocast.
+    batches: this process's: places in the whole set, and the function's arguments.
+    name: what the row of a place is called, such as "the features of a/b.png".
 
     Raises NotFinite for a row with a NaN or an infinite number.
     """

@@ -17,7 +17,7 @@ from ..errors import UserError
 from .feature_rows import FeatureRows, FeatureSet
 from .features import DTYPES, extract_features, feature_encoder
 from .logistic import LinearClassifier, SolverSettings, all_logits, fit, held_out_score
-from .passes import EncodeSettings
+from .passes import EncodeSettings, ImagePass
 from .results import Results, described, described_model, digest_of, keep, read_kept
 from .scores import check_classes, score
 from .sweep import Trial, stratified_sample, sweep
@@ -133,12 +133,11 @@ class Probe:
         options = self.options
         with self.ranks.agree():
             encoder = feature_encoder(self.loaded.model, options.layer, options.normalize, options.torchcompile)
+        settings = EncodeSettings.of(options, f"{data.name} ({data.split})")
+        images = ImagePass(encoder, data.images, self.loaded.preprocess, ranks=self.ranks, settings=settings)
         what = described_model(options, self.loaded) | {"layer": options.layer, "normalize": options.normalize}
-        return extract_features(
-            encoder, data, self.loaded.preprocess, what, dtype=DTYPES[options.feature_dtype],
-            folder=Path(options.cache), redo=options.redo, ranks=self.ranks,
-            settings=EncodeSettings.of(options, f"{data.name} ({data.split})"),
-        )  # fmt: skip
+        dtype, folder = DTYPES[options.feature_dtype], Path(options.cache)
+        return extract_features(images, data, what, dtype=dtype, folder=folder, redo=options.redo)
 
     def classifier(self) -> tuple[LinearClassifier, dict]:
         """The trained probe and what is worth knowing about it, the same on every process; kept beside the features."""

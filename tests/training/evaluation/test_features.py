@@ -18,7 +18,7 @@ from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation import features as module
 from training.evaluation.features import extract_features, feature_encoder
-from training.evaluation.passes import EncodeSettings
+from training.evaluation.passes import EncodeSettings, ImagePass
 
 from ...processes import spawn
 from ..tiny import tiny_clip
@@ -113,10 +113,8 @@ def extract(clip, tmp_path):
         settings = {"batch_size": 2, "workers": 0, "precision": "fp32", "on_broken": "skip"}
         settings |= {name: changes.pop(name) for name in settings if name in changes}
         options = {"dtype": torch.float32, "folder": tmp_path / "cache"} | changes
-        what = {"weights": weights}
-        return extract_features(
-            encoder, data, to_tensor, what, ranks=ranks, settings=EncodeSettings(**settings), **options
-        )
+        images = ImagePass(encoder, data.images, to_tensor, ranks=ranks, settings=EncodeSettings(**settings))
+        return extract_features(images, data, {"weights": weights}, **options)
 
     run.seen = 0
     return run
@@ -263,9 +261,9 @@ def test_two_processes_fill_one_file(extract, tmp_path):
 
 def rank_main(rank, folder):
     clip, ranks = tiny_clip(dtype=torch.float32).eval(), Ranks(torch.device("cpu"), rank, rank, 2)
+    data, what = noise_data(5, broken=(2, 3)), {"weights": "0" * 16}
     for redo in (False, True):
-        found = extract_features(
-            clip.encode_image, noise_data(5, broken=(2, 3)), to_tensor, {"weights": "0" * 16}, dtype=torch.float32,
-            folder=Path(folder), ranks=ranks, settings=EncodeSettings(2, 0, "fp32"), redo=redo,
-        )  # fmt: skip
+        settings = EncodeSettings(2, 0, "fp32")
+        images = ImagePass(clip.encode_image, data.images, to_tensor, ranks=ranks, settings=settings)
+        found = extract_features(images, data, what, dtype=torch.float32, folder=Path(folder), redo=redo)
         assert found.rows.tolist() == [0, 1, 4]

@@ -34,12 +34,8 @@ class FeatureRows:
     """Labelled rows of one or more matrices, one matrix after the other.
 
     Each use of a row copies it to `device` and converts it to float32 (float64 stays), so a matrix may be larger than
-    the memory. The chunks do not depend on where the matrices are: results are the same to the last bit.
-
-    Attributes:
-        num_classes: labels are below it.
-        device: where the rows are worked on.
-        shift, scale: (D,) on the device; a row x is given as (x - shift) / scale. None: as it is.
+    the memory. The chunks do not depend on where the matrices are: results are the same to the last bit. Labels are
+    below `num_classes`. With `shift` and `scale`, (D,) on the device, a row x is given as (x - shift) / scale.
     """
 
     parts: Sequence[FeatureSet]

@@ -56,9 +56,9 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
             trained_as = checkpoint_identity(content)
         if options.model is None and trained_as is not None:
             options.model = trained_as.name
+        if options.model is None and options.pretrained is not None and content is None:
+            raise UserError(f"--pretrained {options.pretrained} is not a file; correct the path, or add --model.")
         if options.model is None:
-            if options.pretrained is not None and content is None:
-                raise UserError(f"--pretrained {options.pretrained} is not a file; correct the path, or add --model.")
             raise UserError(
                 "--model is missing, and only a checkpoint of this trainer as --pretrained tells it by itself."
             )

@@ -22,10 +22,7 @@ _COARSE = 2 * STEPS_PER_DECADE  # two decades
 
 @dataclass(frozen=True)
 class Trial:
-    """A value of the regularisation, and what a classifier with it scores on the held-out rows.
-
-    top1: fraction. loss: mean cross entropy. iterations: what the fit took.
-    """
+    """A regularisation, and the top-1 (a fraction) and mean cross entropy of a classifier with it on held-out rows."""
 
     regularisation: float
     top1: float

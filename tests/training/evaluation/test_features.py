@@ -12,7 +12,6 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torchvision.transforms.functional import to_tensor
 
-from open_clip_elip import TextFirstCLIP
 from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.distributed import Ranks
 from training.errors import UserError
@@ -236,17 +235,6 @@ def test_no_room(extract, monkeypatch, tmp_path):
         extract(noise_data())
     monkeypatch.undo()
     extract(noise_data())  # what is left of the failed one is no result
-
-
-def test_the_elip_model_encodes_with_all_tokens(extract, clip):
-    assert isinstance(clip, TextFirstCLIP)
-    data = noise_data(3)
-    plain = open_clip.CLIP(
-        16, {"image_size": 16, "patch_size": 4, "layers": 6, "width": 32, "head_width": 16},
-        {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2},
-    )  # fmt: skip
-    plain.load_state_dict(clip.state_dict())
-    torch.testing.assert_close(extract(data).features, expected_features(plain.eval(), data))
 
 
 def test_two_processes_fill_one_file(extract, tmp_path):

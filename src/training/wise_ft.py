@@ -30,10 +30,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def interpolate(zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """(1 - alpha) * zero_shot + alpha * fine_tuned, in float32 at least; exactly one of them where alpha is 0 or 1.
 
-    What is not floating point (counters) is the fine-tuned model's.
-
-    Raises:
-        ValueError: the two have different names or shapes.
+    What is not floating point (counters) is the fine-tuned model's. Raises ValueError for other names or shapes.
     """
     if zero_shot.keys() != fine_tuned.keys() or any(zero_shot[k].shape != v.shape for k, v in fine_tuned.items()):
         raise ValueError("The weights to interpolate between are not those of one model.")
@@ -58,10 +55,7 @@ def curve(
 ) -> list[dict[str, float]]:
     """Metrics at each alpha, `alpha` first; the model has its own weights again afterwards. A collective call.
 
-    Args:
-        model: the classifier, sharded or not.
-        zero_shot, fine_tuned: whole state dicts of it, the same on every process.
-        evaluate: metrics of the model as it is.
+    zero_shot, fine_tuned: whole state dicts of the model (sharded or not), the same on every process.
     """
     own = whole_weights(model)
     rows = []
@@ -87,11 +81,7 @@ def describe(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def write(rows: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """`wise_ft.csv`, `wise_ft.json` and `wise_ft.txt` (the table), in an existing folder.
-
-    Raises:
-        UserError: they cannot be written.
-    """
+    """`wise_ft.csv`, `wise_ft.json` and `wise_ft.txt` (the table), in an existing folder, or a UserError."""
     try:
         with (folder / "wise_ft.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -73,10 +73,10 @@ COLOUR_SET = [
 EXPECTED = {"image_to_text_R@1": 1 / 4, "text_to_image_R@1": 4 / 8, "num_images": 4, "num_captions": 8}
 
 
-def evaluate(data, *, rank=0, world_size=1, batch_size=2, workers=0, on_broken="skip", text=encode_text, **kwargs):
-    settings = EncodeSettings(batch_size, workers, "fp32", on_broken)
-    ranks = Ranks(CPU, rank, rank, world_size)
-    return evaluate_captions(data, encode_image, text, tokenizer, to_tensor, ranks=ranks, settings=settings, **kwargs)
+def evaluate(data, *, rank=0, world_size=1, batch_size=2, on_broken="skip", **more):
+    more["settings"] = EncodeSettings(batch_size, 0, "fp32", on_broken)
+    more["ranks"] = Ranks(CPU, rank, rank, world_size)
+    return evaluate_captions(data, encode_image, encode_text, tokenizer, to_tensor, **more)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -112,25 +112,6 @@ def test_broken_images_go_with_their_captions(tmp_path, caplog):
     assert "2 of 6 images cannot be read" in caplog.text
     with pytest.raises(UserError, match="0.png cannot be read"):
         evaluate(data, on_broken="stop")
-
-
-def test_one_image(tmp_path):
-    metrics, _ = evaluate(load_captions(str(write_set(tmp_path, COLOUR_SET[:1]))))
-    assert metrics["image_to_text_R@1"] == metrics["text_to_image_R@1"] == 1
-
-
-def test_out_of_memory_halves_the_captions(tmp_path, caplog):
-    sizes = []
-
-    def small(tokens):
-        sizes.append(len(tokens))
-        if len(tokens) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return encode_text(tokens)
-
-    data = load_captions(str(write_set(tmp_path, COLOUR_SET)))
-    assert evaluate(data, batch_size=5, text=small) == evaluate(data, batch_size=5)
-    assert max(sizes[3:]) == 2 and "Out of memory" in caplog.text
 
 
 # --- the command ---
@@ -198,23 +179,6 @@ def test_command(model, noise_set, tmp_path, capsys):
     assert "equal captions are hits" in capsys.readouterr().out
 
 
-def test_equals_clip_benchmark(model, noise_set, tmp_path):
-    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
-    assert retrieval.main(command(model, noise_set, tmp_path / "results")) == 0
-    ours = written(tmp_path / "results")[0]["metrics"]
-    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
-    data = load_captions(str(noise_set))
-    captions = [[c for c, i in zip(data.captions, data.image_of, strict=True) if i == image] for image in range(12)]
-    pictures = torch.stack([preprocess(data.images.load(i)) for i in range(12)])
-    batches = [(pictures[start : start + 5], captions[start : start + 5]) for start in range(0, 12, 5)]
-    tokenize = open_clip.get_tokenizer(f"local-dir:{model}")
-    result = theirs.evaluate(clip.eval(), batches, tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
-    for name, our_name in (("text", "image_to_text"), ("image", "text_to_image")):
-        for k in (1, 5, 10):
-            recall = result[f"{name}_retrieval_recall@{k}"]
-            assert ours[f"{our_name}_R@{k}"] == pytest.approx(recall, rel=1e-6)  # theirs is a float32
-
-
 @pytest.mark.parametrize(
     ("data", "flags", "message"),
     [
@@ -225,9 +189,7 @@ def test_equals_clip_benchmark(model, noise_set, tmp_path):
         ("mute.json", [], "has no caption for any of 1 images"),
         ("flickr30k", ["--images", "nowhere"], "There is no folder nowhere; correct --images"),
         ("flickr30k", ["--images", ".", "--data", "a", "b"], "--data names 2; run each"),
-        ("flickr30k", ["--captions-per-image", "0"], "--captions-per-image must be a whole number of at least 1"),
         ("flickr30k", ["--download"], "--download fetches no captioned images"),
-        ("flickr30k", ["--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
     ],
 )
 def test_mistakes(model, noise_set, tmp_path, monkeypatch, capsys, data, flags, message):

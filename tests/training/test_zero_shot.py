@@ -116,20 +116,6 @@ class TestClassification:
         assert result == pytest.approx({**self.expected, "skipped": 4}, rel=1e-12)
         assert "4 of 11 images cannot be read" in caplog.text
 
-    def test_only_broken_images(self, tmp_path):
-        root = write_folder(tmp_path, {"a/0.png": BROKEN, "a/1.png": b""}, classnames="red")
-        with pytest.raises(UserError, match="None of the 2 images"):
-            classify(load_data(str(root)))
-
-    def test_fewer_than_five_classes(self, tmp_path):
-        root = write_folder(tmp_path, {"a/0.png": encoded("blue"), "b/1.png": encoded("red")}, classnames="red\nblue")
-        result = classify(load_data(str(root)))
-        assert (result["top1"], result["top5"], result["classes"]) == (0.0, 1.0, 2)
-
-    def test_one_class_and_one_picture(self, tmp_path):
-        result = classify(load_data(str(write_folder(tmp_path, {"a/0.png": encoded("blue")}, classnames="red"))))
-        assert result.pop("skipped") == 0 and set(result.values()) == {1}
-
     def test_features_that_are_no_numbers_are_refused(self, tmp_path):
         pictures = {"a/0.png": encoded("red"), "b/0.png": encoded((0, 0, 0)), "b/1.png": encoded("blue")}
         data = load_data(str(write_folder(tmp_path, pictures, classnames="red\nblue")))
@@ -221,17 +207,12 @@ MODEL = "ViT-Ti-8-64-ELIP"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The same weights as a trainer, a bare OpenCLIP and a DDP checkpoint, and files that are none of them."""
+    """The same weights as a trainer's and as a bare OpenCLIP checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     weights = open_clip.create_model(MODEL).state_dict()
     torch.save({"epoch": 1, "state_dict": weights, "step": 10}, folder / "trainer.pt")
     torch.save(weights, folder / "bare.pt")
-    ddp = {f"module.{k}": v for k, v in weights.items()}
-    torch.save({"epoch": 1, "name": "x", "state_dict": ddp}, folder / "ddp.pt")
-    torch.save({"state_dict": {k: v for k, v in weights.items() if "visual" in k}}, folder / "half.pt")
-    torch.save({"state_dict": {**weights, "ln_final.weight": torch.ones(3)}}, folder / "shape.pt")
-    (folder / "garbage.pt").write_bytes(b"not a checkpoint")
     return folder
 
 
@@ -240,20 +221,7 @@ class TestCommand:
         return ["--model", MODEL, "--pretrained", str(checkpoint), "--data", str(data), "--results", str(out),
                 "--batch-size", "2", "--workers", "0", "--device", "cpu", *more]  # fmt: skip
 
-    def test_checkpoints_of_every_kind(self, tmp_path, checkpoints, capsys):
-        data = colour_folder(tmp_path / "data")
-        records = []
-        for name in ("trainer.pt", "bare.pt", "ddp.pt"):
-            assert zero_shot.main(self.command(data, tmp_path / name, checkpoints / name)) == 0
-            records.append(record_in(tmp_path / name))
-            assert records[-1].pop("pretrained") == str(checkpoints / name)
-        assert records[0] == records[1] == records[2]
-        metrics = records[0]["metrics"]
-        assert metrics["num_samples"] == 7 and metrics["classes"] == 6
-        table = capsys.readouterr().out
-        assert f"{metrics['top1']:.2%}" in table and "16.67%" in table
-
-    def test_equals_the_functions(self, tmp_path, checkpoints):
+    def test_equals_the_functions(self, tmp_path, checkpoints, capsys):
         data = colour_folder(tmp_path / "data")
         assert zero_shot.main(self.command(data, tmp_path / "out", checkpoints / "trainer.pt")) == 0
         model, _, preprocess = open_clip.create_model_and_transforms(MODEL, str(checkpoints / "bare.pt"))
@@ -262,6 +230,9 @@ class TestCommand:
             ranks=ONE, settings=EncodeSettings(2, 0, "fp32"),
         )  # fmt: skip
         assert record_in(tmp_path / "out")["metrics"] == result
+        assert result["num_samples"] == 7 and result["classes"] == 6
+        table = capsys.readouterr().out
+        assert f"{result['top1']:.2%}" in table and "16.67%" in table
 
     def test_a_plain_model_gives_the_same(self, tmp_path, checkpoints):
         """No caption and no reduction at evaluation: the ELIP model is its plain twin. The twin comes by local-dir."""
@@ -329,21 +300,6 @@ class TestCommand:
         assert zero_shot.main(self.command(colour_folder(tmp_path / "d"), tmp_path / "out", tmp_path / "bad.pt")) == 2
         assert f"The weights of {MODEL} are not finite (the first is visual.proj)" in capsys.readouterr().err
 
-    def test_a_checkpoint_of_this_trainer_tells_its_model(self, tmp_path, checkpoints):
-        """Also with the flags that changed it: another image size and context, and the bias of the sigmoid loss."""
-        config = {"model": MODEL, "force_image_size": [48], "force_context_length": 12, "siglip": True}
-        changed = open_clip.create_model(MODEL, force_image_size=48, force_context_length=12, init_logit_bias=-10)
-        weights = changed.state_dict()
-        averages = {name: value * 0.5 for name, value in weights.items()}
-        torch.save({"epoch": 1, "state_dict": weights, "ema": averages, "config": config}, tmp_path / "c.pt")
-        command = self.command(colour_folder(tmp_path / "data"), tmp_path / "out", tmp_path / "c.pt")[2:]
-        assert zero_shot.main(command) == 0
-        record = record_in(tmp_path / "out")
-        assert record["model"] == MODEL and "48" in record["settings"]["transform"]
-        assert zero_shot.main([*command, "--ema"]) == 0
-        found = {json.loads(p.read_text())["weights"] for p in (tmp_path / "out").glob("*.json")}
-        assert found == {hash_weights(weights), hash_weights(averages)}
-
     def test_vision_guided_reduction(self, tmp_path, checkpoints, capsys):
         data = colour_folder(tmp_path / "data")
         command = self.command(data, tmp_path / "out", checkpoints / "bare.pt", "--vision-guided-reduction")
@@ -364,18 +320,12 @@ class TestCommand:
         [
             ({"--data": "missing"}, "missing"),
             ({"--data": "cifar11=x"}, "did you mean cifar10?"),
-            ({"--model": "ViT-Ti-8-64-ELIPS"}, "did you mean ViT-Ti-8-64-ELIP?"),
             ({"--model": None}, "--model is missing"),
-            ({"--pretrained": "missing.pt"}, "neither a file nor a name of weights"),
             ({"--pretrained": None}, "--pretrained is missing"),
             ({"--model": None, "--pretrained": "missing.pt"}, "--pretrained missing.pt is not a file"),
             ({"--model": "local-dir:x", "--pretrained": "openai"}, "local-dir:x brings weights of its own"),
-            ({"--pretrained": "garbage.pt"}, "garbage.pt"),
-            ({"--pretrained": "half.pt"}, MODEL),
-            ({"--pretrained": "shape.pt"}, "ln_final.weight"),
             ({"--results": "bare.pt"}, "--results bare.pt is a file"),
             ({"--results": ""}, "--results is empty"),
-            ({"--batch-size": "0"}, "--batch-size must be a whole number of at least 1"),
             ({"--device": "abacus"}, "There is no device 'abacus'"),
             ({"--templates": "mine"}, "--templates mine is neither a file nor one of openai, simple"),
             ({"--classnames": "mine"}, "There is no file mine"),
@@ -392,11 +342,6 @@ class TestCommand:
         assert message in error and error.startswith("error: ")
         assert all("has no picture of 3 of its 6 classes" in line for line in warnings)
         assert not (tmp_path / "results").exists()
-
-    def test_an_unknown_flag(self, capsys):
-        assert zero_shot.main(["--data", "x", "--precison", "fp32"]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and "--precison" in err and err.count("\n") == 1
 
     def test_cuda_where_there_is_none(self, tmp_path, checkpoints, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

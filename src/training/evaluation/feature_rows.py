@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,16 +15,18 @@ from torch import Tensor
 CHUNK_NUMBERS = 2**24
 
 
-class Part(NamedTuple):
-    """Some rows of one matrix.
+class FeatureSet(NamedTuple):
+    """Features and classes of a data set, or some of its rows.
 
-    features: (M, D) of any floating type, in memory or mapped from a file. labels: (M,) int64 on the CPU.
-    rows: (n,) int64 on the CPU, increasing: the rows of the matrix that are meant.
+    features: (M, D) of any floating type, in memory or mapped from `path`. labels: (M,) int64 on the CPU.
+    rows: (n,) int64 on the CPU, increasing: the rows that are meant. skipped: names of the pictures of others.
     """
 
     features: Tensor
     labels: Tensor
     rows: Tensor
+    skipped: Sequence[str] = ()
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,11 @@ class FeatureRows:
     """Labelled rows of one or more matrices, one matrix after the other.
 
     Each use of a row copies it to `device` and converts it to float32 (float64 stays), so a matrix may be larger than
-    the memory. The chunks do not depend on where the matrices are: results are the same to the last bit.
-
-    Attributes:
-        num_classes: labels are below it.
-        device: where the rows are worked on.
-        shift, scale: (D,) on the device; a row x is given as (x - shift) / scale. None: as it is.
+    the memory. The chunks do not depend on where the matrices are: results are the same to the last bit. Labels are
+    below `num_classes`. With `shift` and `scale`, (D,) on the device, a row x is given as (x - shift) / scale.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[FeatureSet]
     num_classes: int
     device: torch.device
     shift: Tensor | None = None
@@ -55,11 +55,6 @@ class FeatureRows:
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.parts[0].features.dtype, torch.float32)
 
-    @property
-    def labels(self) -> Tensor:
-        """(len,) int64 on the CPU."""
-        return torch.cat([part.labels[part.rows] for part in self.parts])
-
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows in order: features (b, D) and labels (b,), on the device."""
         size = max(1, CHUNK_NUMBERS // max(self.width, self.num_classes))
@@ -67,8 +62,13 @@ class FeatureRows:
         elsewhere = any(part.features.device.type != self.device.type for part in self.parts)
         pin = elsewhere and self.device.type == "cuda"
 
-        def fetch(place: tuple[Part, int]) -> tuple[Tensor, Tensor]:
-            features, labels = _increasing(*place, size)
+        def fetch(place: tuple[FeatureSet, int]) -> tuple[Tensor, Tensor]:
+            part, start = place
+            rows = part.rows[start : start + size]
+            first, last = int(rows[0]), int(rows[-1])
+            if last - first == len(rows) - 1:  # side by side: no copy
+                rows = slice(first, last + 1)
+            features, labels = part.features[rows], part.labels[rows]
             return (features.pin_memory(), labels.pin_memory()) if pin else (features, labels)
 
         # Reading from a file goes on while the chunk before is worked on.
@@ -92,23 +92,9 @@ class FeatureRows:
         return replace(self, shift=mean.to(self.dtype), scale=scale.to(self.dtype))
 
 
-def _increasing(part: Part, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Without a copy where the rows lie side by side."""
-    rows = part.rows[start : start + size]
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first == len(rows) - 1:
-        return part.features[first : last + 1], part.labels[first : last + 1]
-    return part.features[rows.to(part.features.device)], part.labels[rows]
-
-
 def _ahead(function: Callable, arguments: Iterable) -> Iterator:
     """`function` of each, computed by a thread one ahead of the one that is used."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for argument in arguments:
-            following = pool.submit(function, argument)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+        futures = (pool.submit(function, argument) for argument in arguments)
+        for future, _ in pairwise(chain(futures, [None])):
+            yield future.result()

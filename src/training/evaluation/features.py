@@ -6,12 +6,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,47 +23,24 @@ from open_clip_elip import ImageTower
 from open_clip_elip.clip import Shortcuts
 
 from ..data.sets.labelled import LabelledImages
-from ..distributed import Ranks
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import written_whole
-from .passes import STOP, EncodeSettings, ImagePass
+from .feature_rows import FeatureSet
+from .passes import STOP, ImagePass
 from .results import described_data, digest_of
 
 log = logging.getLogger(__name__)
 
-Layer = Literal["pooled", "projected"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ON_DISK = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}  # NumPy has no bfloat16
 _FORMAT = 2  # raise when features would come out differently
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features and classes of a data set.
-
-    Attributes:
-        features: (N, D), a row for each picture, mapped from the file: read when they are used.
-        labels: (N,) int64.
-        rows: (n,) int64, ascending: the pictures that can be read. The features of others are zeros.
-        skipped: names of the others.
-        path: the file, in NumPy's format; its JSON file says what it is.
-    """
-
-    features: Tensor
-    labels: Tensor
-    rows: Tensor
-    skipped: Sequence[str]
-    path: Path
-
-
-def feature_encoder(model: nn.Module, layer: Layer, normalize: bool, compiled: bool = False) -> Callable:
+def feature_encoder(model: nn.Module, layer: str, normalize: bool, compiled: bool = False) -> Callable:
     """(B, 3, H, W) to float32 features (B, D), with all tokens; the model stays as it is.
 
     layer: `projected` into the space that images and texts share, or `pooled`, what is projected there (CLIP's probes
-        use these). normalize: to unit length.
-
-    Raises:
-        UserError: the image tower does not offer that layer.
+    use these); UserError if the image tower does not offer it. normalize: to unit length.
     """
     forward = model.encode_image if layer == "projected" else _pooled(model)
 
@@ -91,24 +67,21 @@ def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def extract_features(
-    encoder: Callable[[Tensor], Tensor],
+    image_pass: ImagePass,
     data: LabelledImages,
-    transform: Callable,
     what: dict[str, Any],
     *,
     dtype: torch.dtype,
     folder: Path,
-    ranks: Ranks,
-    settings: EncodeSettings,
     redo: bool = False,
 ) -> FeatureSet:
     """The features of `data`, from `folder` if they are there, else computed and put there. A collective call.
 
-    A file is there only when it is complete: its JSON is written last. No process holds more than a batch of features.
+    A file, in NumPy's format, is there only when it is complete: its JSON, which says what it is, is written last. It
+    has a row for each picture, zeros for those that cannot be read. No process holds more than a batch of features.
 
     Args:
-        encoder: see `feature_encoder`.
-        transform: see `ImagePass`.
+        image_pass: over the pictures of `data`, with a `feature_encoder`; not begun.
         what: all that the features depend on besides the data and `dtype`, in plain types.
         redo: compute them anew.
 
@@ -116,6 +89,7 @@ def extract_features(
         UserError: on all processes: no picture can be read, one is broken and none may be (`settings.on_broken`),
             features that are not finite, no room on the disk, or a folder that not all processes see.
     """
+    ranks, settings = image_pass.ranks, image_pass.settings
     key = {"format": _FORMAT, **what, **described_data(data), "dtype": str(dtype).removeprefix("torch.")}
     words = [re.sub(r"[^\w.-]+", "_", word) for word in (data.name, data.split) if word]
     path = folder / ("-".join([*words, digest_of(key)]) + ".npy")
@@ -124,7 +98,7 @@ def extract_features(
     if found:
         log.info(f"{settings.description}: using the features in {path}")
     else:
-        _extract(ImagePass(encoder, data.images, transform, ranks=ranks, settings=settings), data, path, key, dtype)
+        _extract(image_pass, data, path, key, dtype)
     with ranks.agree(), _disk_errors(folder):
         described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         features = torch.from_numpy(np.load(path, mmap_mode="c")).view(dtype)
@@ -147,16 +121,20 @@ def _extract(image_pass: ImagePass, data: LabelledImages, path: Path, key: dict[
         with ranks.agree(), _disk_errors(path.parent):
             if ranks.is_main and width:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _check_room(path.parent, len(data) * width * dtype.itemsize)
+                needed, free = len(data) * width * dtype.itemsize, shutil.disk_usage(path.parent).free
+                if free < needed:
+                    raise UserError(
+                        f"The features need {needed / 1e9:.1f} GB in {path.parent}, but {free / 1e9:.1f} GB are free; "
+                        "give another --cache, or --feature-dtype bf16."
+                    )
                 np.lib.format.open_memmap(partial, "w+", _ON_DISK[dtype], (len(data), width))
         places = torch.empty(0, dtype=torch.int64)
         with ranks.agree(), _disk_errors(path.parent):
             if first is not None:
                 places = _write_rows(partial, chain([first], batches), data, dtype)
         skipped = image_pass.all_skipped()
-        unreadable = torch.ones(len(data), dtype=torch.bool)
-        unreadable[torch.cat(ranks.gather(places))] = False
-        more = {"skipped": skipped, "unreadable": unreadable.nonzero()[:, 0].tolist(), "labels": data.labels.tolist()}
+        unreadable = sorted(set(range(len(data))).difference(*(part.tolist() for part in ranks.gather(places))))
+        more = {"skipped": skipped, "unreadable": unreadable, "labels": data.labels.tolist()}
         with ranks.agree(), _disk_errors(path.parent):
             if ranks.is_main:
                 path.with_suffix(".json").unlink(missing_ok=True)
@@ -202,15 +180,6 @@ def _is_complete(path: Path, key: dict[str, Any]) -> bool:
         return False
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"The features need {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are free; give another "
-            "--cache, or --feature-dtype bf16."
-        )
-
-
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
     try:
@@ -218,5 +187,5 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"Not all processes see {folder}; give a --cache folder that all machines share.") from None
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"The features cannot be written to {folder} ({reason}); give another --cache.") from None
+        why = reason(error)
+        raise UserError(f"The features cannot be written to {folder} ({why}); give another --cache.") from None

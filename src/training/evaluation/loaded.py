@@ -22,15 +22,10 @@ from ..models import checkpoint_identity, create_filled, told
 
 @dataclass
 class LoadedModel:
-    """A model with its weights, ready to evaluate.
+    """A model with its weights, on the device and in eval mode.
 
-    Attributes:
-        model: on the device, in eval mode.
-        tokenizer, preprocess: its tokenizer and evaluation transform.
-        transform_key: what the transform does, as text, for cache keys.
-        weights_hash: 16 hexadecimal digits that tell these weights from any others, wherever they came from.
-        name, pretrained: as given on the command line.
-        identity: what the model is.
+    `transform_key` says what the evaluation transform does, and `weights_hash` tells these weights from any others,
+    wherever they came from: both for cache keys. `name` and `pretrained` are those of the command line.
     """
 
     model: nn.Module
@@ -49,19 +44,18 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
     A checkpoint of this trainer tells its model. With the name of another model of the same shape it keeps all but its
     token reduction: picture size, normalisation, activation, ...
 
-    Args:
-        options: `model` (filled in if it is None), `pretrained`, `ema`, `precision`, `vision_guided_reduction` and
-            `image_decode` are read.
-        image_tower: weights of an image tower alone will do, as fine-tuning leaves them; it then gives the features
-            before the projection into CLIP's space where that is gone.
+    options: those of an evaluation; a `model` of None is filled in. image_tower: weights of an image tower alone will
+    do, as fine-tuning leaves them; it then gives the features before the projection into CLIP's space.
 
-    Raises:
-        UserError: no such model, or weights that cannot be had or do not fit.
+    Raises UserError: no such model, or weights that cannot be had or do not fit.
     """
     with told():
-        content, trained_as = _checkpoint(options.pretrained)
-        if options.model is None:
-            options.model = None if trained_as is None else trained_as.name
+        content = trained_as = None
+        if weights.is_file(options.pretrained) and not options.pretrained.endswith(weights.NUMPY):
+            content = weights.read(options.pretrained)
+            trained_as = checkpoint_identity(content)
+        if options.model is None and trained_as is not None:
+            options.model = trained_as.name
         if options.model is None and options.pretrained is not None and content is None:
             raise UserError(f"--pretrained {options.pretrained} is not a file; correct the path, or add --model.")
         if options.model is None:
@@ -75,11 +69,12 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
         source = weights.find(options.model, options.pretrained)
         if source is None:
             raise UserError(f"{options.model} brings no weights along; give them with --pretrained.")
-        averages = (content or {}).get("ema")
-        if options.ema and content is None:
-            raise UserError("--ema needs a checkpoint file of this trainer as --pretrained.")
-        if options.ema and not averages:
-            raise UserError(f"{options.pretrained} has no averaged weights (--ema-decay was off); leave out --ema.")
+        if options.ema:
+            if content is None:
+                raise UserError("--ema needs a checkpoint file of this trainer as --pretrained.")
+            content = content.get("ema")
+            if not content:
+                raise UserError(f"{options.pretrained} has no averaged weights (--ema-decay was off); leave out --ema.")
 
         identity = None if trained_as is None else identities.sibling(trained_as, options.model)
         if identity is None:
@@ -88,36 +83,23 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
                 trained = f"{trained_as.name} with {', '.join(other)}"
                 logging.warning(f"{source} was trained as {trained}, which is not kept.")
         model, report = create_filled(
-            identity, source, options.precision, ranks.device, content=averages if options.ema else content,
-            image_tower=image_tower,
+            identity, source, options.precision, ranks.device, content=content, image_tower=image_tower,
         )  # fmt: skip
         if "visual.proj" in report.new:
             model.visual.proj = None
         tokenizer, (_, preprocess) = identities.tokenizer(identity), identities.transforms(identity)
     if options.vision_guided_reduction:
-        _reduce_by_vision(model, options.model)
+        reduction = getattr(model, "reduction", None)
+        if reduction is None:
+            raise UserError(f"--vision-guided-reduction needs a model with token reduction; {options.model} has none.")
+        if not reduction.works_alone:
+            raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
+        model.tower.vision_guided = True
     preprocess = with_decoding(preprocess, options.image_decode)
     weights_hash = hash_weights(model.state_dict())
     return LoadedModel(
         model.eval(), tokenizer, preprocess, repr(preprocess), weights_hash, options.model, options.pretrained, identity
     )
-
-
-def _checkpoint(pretrained: str | None) -> tuple[dict[str, Any] | None, Identity | None]:
-    """What `--pretrained` holds, and which model it is of; None where it is no file or URL, or does not say."""
-    if not weights.is_file(pretrained) or pretrained.endswith(weights.NUMPY):
-        return None, None
-    content = weights.read(pretrained)
-    return content, checkpoint_identity(content)
-
-
-def _reduce_by_vision(model: nn.Module, name: str) -> None:
-    reduction = getattr(model, "reduction", None)
-    if reduction is None:
-        raise UserError(f"--vision-guided-reduction needs a model with token reduction; {name} has none.")
-    if not reduction.works_alone:
-        raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
-    model.tower.vision_guided = True
 
 
 def hash_weights(state_dict: Mapping[str, Tensor]) -> str:

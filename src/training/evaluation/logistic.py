@@ -19,14 +19,11 @@ LBFGS_BLOCK = 10  # iterations between two looks at how much the objective still
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """When a fit ends, and what it remembers.
+    """When a fit ends, and how many pairs of steps and gradient differences it remembers (`history`).
 
     It ends when no entry of the gradient is larger than `tolerance` times the largest one at zero weights, as a
     fraction of the objective at either point; when ten iterations lower the objective by less than `tolerance` / 10 of
     itself; or after `iterations` (1000 in CLIP).
-
-    Attributes:
-        history: pairs of steps and gradient differences.
     """
 
     iterations: int = 1000
@@ -78,16 +75,10 @@ class Objective:
 
     def __init__(self, rows: FeatureRows, regularisation: float):
         self.rows, self.penalty = rows, 1 / regularisation
-        self.size = rows.num_classes * (rows.width + 1)
-        self.evaluations = 0
-
-    def zeros(self) -> Tensor:
-        """(num_classes * (width + 1),): W row by row, then b."""
-        return torch.zeros(self.size, dtype=self.rows.dtype, device=self.rows.device)
 
     @torch.no_grad()
     def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
-        self.evaluations += 1
+        """theta: (num_classes * (width + 1),), W row by row, then b."""
         grad = torch.zeros_like(theta)
         weight, bias = _split(theta, self.rows.num_classes, self.rows.width)
         weight_grad, bias_grad = _split(grad, self.rows.num_classes, self.rows.width)
@@ -169,8 +160,9 @@ class _Coordinates:
 
 
 def _lbfgs(objective: Objective, settings: SolverSettings) -> tuple[Tensor, int, bool]:
-    coordinates = _Coordinates(objective)
-    theta = objective.zeros().requires_grad_()
+    coordinates, rows = _Coordinates(objective), objective.rows
+    size = rows.num_classes * (rows.width + 1)
+    theta = torch.zeros(size, dtype=rows.dtype, device=rows.device, requires_grad=True)
     last: tuple[Tensor, float, Tensor] | None = None
 
     @torch.no_grad()
@@ -204,5 +196,5 @@ def _lbfgs(objective: Objective, settings: SolverSettings) -> tuple[Tensor, int,
         small = theta.grad.abs().max().item() <= enough * loss
         slow = before - loss <= settings.tolerance / 10 * abs(loss)
         converged = small or slow or not math.isfinite(loss)
-        log.debug(f"L-BFGS: {iterations} iterations, {objective.evaluations} evaluations, objective {loss:.6g}")
+        log.debug(f"L-BFGS: {iterations} iterations, objective {loss:.6g}")
     return coordinates.to_weights(theta.detach()), iterations, converged

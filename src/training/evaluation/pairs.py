@@ -92,11 +92,9 @@ def evaluate_captions(
 ) -> tuple[dict[str, float], list[str]]:
     """Retrieval in both directions, the same on every process and for every number of processes; collective.
 
-    Args:
-        encode_image: (B, 3, H, W) to normalized float32 features (B, D); it never sees a caption.
-        encode_text: tokens (B, T) to normalized float32 features (B, D).
-        equal_captions_are_hits: a caption is right for every image that has one with the same text, see
-            `CaptionedImages.same_text`.
+    encode_image: (B, 3, H, W) to normalized float32 features (B, D); it never sees a caption.
+    encode_text: tokens (B, T) to normalized float32 features (B, D).
+    equal_captions_are_hits: a caption is right for every image that has one with the same text.
 
     Returns `retrieval_metrics`, `num_images` and `num_captions`, and the names of the images that cannot be read, which
     are left out with their captions. Raises as `collect`.

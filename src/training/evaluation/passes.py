@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data.pixels import Images, stack, to_device
 from ..data.sets.labelled import Images as ImageSet
 from ..distributed import Ranks
-from ..errors import UserError
+from ..errors import UserError, reason
 
 SKIP, STOP = "skip", "stop"
 
@@ -33,13 +33,8 @@ class NotFinite(UserError):
 class EncodeSettings:
     """How images and texts are read and encoded.
 
-    Attributes:
-        batch_size: of one process in one step.
-        workers: decoding processes of each process; 0 decodes in the process itself.
-        precision: one of OpenCLIP's names.
-        on_broken: leave a broken picture out ("skip") or end with its name ("stop").
-        progress: show a progress bar on the main process.
-        description: what the bar says.
+    `batch_size` and `workers` (0 decodes in the process itself) are those of one process. With `on_broken` a broken
+    picture is left out ("skip") or ends the pass with its name ("stop"). `description` is what the progress bar says.
     """
 
     batch_size: int
@@ -98,8 +93,7 @@ def check_weights(model: nn.Module, name: str) -> None:
 class Halving:
     """Calls a function on a batch; when the device runs out of memory, on halves of it, from then on.
 
-    Args:
-        function: maps tensors (B, ...) to a tensor (B, ...), each row by itself.
+    The function maps tensors (B, ...) to a tensor (B, ...), each row by itself.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -136,10 +130,9 @@ def run_pass(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Places (b,) int64 and the function's rows (b, ...) on the CPU, batch by batch.
 
-    Args:
-        function: see `Halving`; runs without gradients and under the precision's autocast.
-        batches: this process's: places in the whole set, and the function's arguments.
-        name: what the row of a place is called, such as "the features of a/b.png".
+    function: see `Halving`; runs without gradients and under the precision's autocast.
+    batches: this process's: places in the whole set, and the function's arguments.
+    name: what the row of a place is called, such as "the features of a/b.png".
 
     Raises NotFinite for a row with a NaN or an infinite number.
     """
@@ -192,19 +185,16 @@ def deal(count: int, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
 
 
 def bar(batches: Iterable, ranks: Ranks, settings: EncodeSettings) -> Iterable:
-    hidden = not (settings.progress and ranks.is_main)
-    return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=hidden)
+    shown = settings.progress and ranks.is_main
+    return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=not shown)
 
 
 class ImagePass:
     """Iterates once over this process's share of images; see `run_pass`.
 
-    Args:
-        function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...).
-        transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
-
-    Attributes:
-        skipped: names of the broken pictures that this process has left out so far.
+    function: (B, 3, H, W), on the device and in the precision's input type, to (B, ...).
+    transform: from an RGB picture to (3, H, W), normalised floats or (`PixelTransform`) pixels.
+    skipped: names of the broken pictures that this process has left out so far.
     """
 
     def __init__(
@@ -243,8 +233,8 @@ class ImagePass:
         )
         for images, index, broken in bar(loader, self.ranks, settings):
             if broken and settings.on_broken == STOP:
-                name, reason = broken[0]
-                raise UserError(f"{name} cannot be read ({reason}); mend it, or take --on-broken skip.")
+                name, why = broken[0]
+                raise UserError(f"{name} cannot be read ({why}); mend it, or take --on-broken skip.")
             self.skipped += [name for name, _ in broken]
             if len(index):
                 yield index, (to_device(images, device, input_dtype),)
@@ -308,8 +298,7 @@ class _Decoded(Dataset):
         try:
             image = self.images.load(i)
         except Exception as error:  # broken files make PIL raise almost anything, from OSError to SyntaxError
-            text = str(error).splitlines()[0][:200] if str(error) else ""
-            return self.images.name(i), f"{type(error).__name__}: {text}" if text else type(error).__name__
+            return self.images.name(i), f"{type(error).__name__}: {reason(error)}"
         return self.transform(image), i
 
 

@@ -3,10 +3,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +14,10 @@ from ..data.sets.labelled import LabelledImages
 from ..data.sets.registry import load_data
 from ..distributed import Ranks
 from ..errors import UserError
-from .feature_rows import FeatureRows, Part
-from .features import DTYPES, FeatureSet, extract_features, feature_encoder
+from .feature_rows import FeatureRows, FeatureSet
+from .features import DTYPES, extract_features, feature_encoder
 from .logistic import LinearClassifier, SolverSettings, all_logits, fit, held_out_score
-from .passes import EncodeSettings
+from .passes import EncodeSettings, ImagePass
 from .results import Results, described, described_model, digest_of, keep, read_kept
 from .scores import check_classes, score
 from .sweep import Trial, stratified_sample, sweep
@@ -26,43 +25,34 @@ from .sweep import Trial, stratified_sample, sweep
 SWEEP = "sweep"
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """What a probe is trained and evaluated on. val: for the sweep, if the data have one that is not the test set."""
 
     train: LabelledImages
     val: LabelledImages | None
-    tests: Sequence[LabelledImages]
+    tests: list[LabelledImages]
 
 
 def load_jobs(options: Any) -> list[Splits]:
-    """The splits of each `--data`, and the sets of `--also` with the one whose classes they have.
-
-    Raises:
-        UserError: no training split, or classes that do not fit.
-    """
+    """The splits of each `--data`, and the sets of `--also` with the one whose classes they have, or a UserError."""
     jobs = [load_splits(options, spec) for spec in options.data]
     for spec in options.also:
-        data, problem = load_data(spec, download=options.download), None
-        for i, splits in enumerate(jobs):
+        data, problems = load_data(spec, download=options.download), []
+        for splits in jobs:
             try:
                 check_classes(splits.train, data)
             except UserError as error:
-                problem = problem or error
+                problems.append(error)
             else:
-                jobs[i] = replace(splits, tests=[*splits.tests, data])
+                splits.tests.append(data)
                 break
         else:
-            raise problem
+            raise problems[0]
     return jobs
 
 
 def load_splits(options: Any, spec: str) -> Splits:
-    """The splits of one `--data`.
-
-    Raises:
-        UserError: no training split, one class, or classes that differ between the splits.
-    """
+    """The splits of one `--data`; UserError: no training split, one class, or other classes in another split."""
     train, test = (load_data(spec, split=split, download=options.download) for split in ("train", "test"))
     if len(train.classnames) < 2:
         raise UserError(f"{spec} has one class, {train.classnames[0]!r}; a linear probe needs two.")
@@ -86,11 +76,7 @@ def load_splits(options: Any, spec: str) -> Splits:
 
 
 def check_all_classes(data: LabelledImages, labels: Tensor, max_train_samples: int | None) -> None:
-    """Every class occurs in `labels`.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Raises UserError if a class does not occur in `labels`."""
     missing = (torch.bincount(labels, minlength=len(data.classnames)) == 0).nonzero()[:, 0].tolist()
     if missing:
         remedy = "add some" if max_train_samples is None else "add some, or raise --max-train-samples"
@@ -103,10 +89,7 @@ def check_all_classes(data: LabelledImages, labels: Tensor, max_train_samples: i
 class Probe:
     """One probe: its training data, its test sets, and where things are kept. All methods are collective.
 
-    Args:
-        options: those of `training.linear_probe`.
-        loaded: the `LoadedModel`.
-        ranks: see `sweep.patient`.
+    The options are those of `training.linear_probe`, the model is a `LoadedModel`; for `ranks` see `sweep.patient`.
     """
 
     def __init__(self, options: Any, loaded: Any, splits: Splits, results: Results, ranks: Ranks):
@@ -129,44 +112,35 @@ class Probe:
 
     def run(self) -> list[dict]:
         """The records of all test sets. What is finished is not done again."""
-        tests = self.splits.tests
-        works = [
-            described("linear_probe", self.options, self.loaded, test, classes=_classes(test), **self.training)
-            for test in tests
-        ]
-        records = [self.results.find(work) for work in works]
-        if all(records):
-            return records
-        classifier, found = self.classifier()
-        for i, test in enumerate(tests):
-            if records[i] is None:
-                features = self.features(test)
-                rows = FeatureRows([_part(features)], self.num_classes, self.device)
-                metrics = None
+        records, trained = [], None
+        for test in self.splits.tests:
+            work = described("linear_probe", self.options, self.loaded, test, classes=_classes(test), **self.training)
+            record = self.results.find(work)
+            if record is None:
+                trained = trained or self.classifier()
+                classifier, found = trained
+                features, metrics = self.features(test), None
+                rows = FeatureRows([features], self.num_classes, self.device)
                 with self.ranks.agree():
                     if self.ranks.is_main:
                         metrics = score(all_logits(classifier, rows), test, features.rows)
                 metrics = self.ranks.broadcast(metrics)
-                records[i] = self.results.add(works[i], metrics, {**found, "skipped": list(features.skipped)})
+                record = self.results.add(work, metrics, {**found, "skipped": list(features.skipped)})
+            records.append(record)
         return records
 
     def features(self, data: LabelledImages) -> FeatureSet:
         options = self.options
         with self.ranks.agree():
             encoder = feature_encoder(self.loaded.model, options.layer, options.normalize, options.torchcompile)
+        settings = EncodeSettings.of(options, f"{data.name} ({data.split})")
+        images = ImagePass(encoder, data.images, self.loaded.preprocess, ranks=self.ranks, settings=settings)
         what = described_model(options, self.loaded) | {"layer": options.layer, "normalize": options.normalize}
-        return extract_features(
-            encoder, data, self.loaded.preprocess, what, dtype=DTYPES[options.feature_dtype],
-            folder=Path(options.cache), redo=options.redo, ranks=self.ranks,
-            settings=EncodeSettings.of(options, f"{data.name} ({data.split})"),
-        )  # fmt: skip
+        dtype, folder = DTYPES[options.feature_dtype], Path(options.cache)
+        return extract_features(images, data, what, dtype=dtype, folder=folder, redo=options.redo)
 
     def classifier(self) -> tuple[LinearClassifier, dict]:
-        """The trained probe and what is worth knowing about it, the same on every process; kept beside the features.
-
-        Raises:
-            UserError: its weights are not finite.
-        """
+        """The trained probe and what is worth knowing about it, the same on every process; kept beside the features."""
         options = self.options
         what = [described_model(options, self.loaded), options.on_broken, self.training]
         path = Path(options.cache, f"probe-{digest_of(what)}.pt")
@@ -182,16 +156,15 @@ class Probe:
     def _train(self) -> dict:
         sets = [self.features(data) for data in (self.splits.train, self.splits.val) if data is not None]
         check_all_classes(self.splits.train, sets[0].labels[sets[0].rows], self.options.max_train_samples)
-        parts = [_part(features) for features in sets]
-        if self._fits(parts):
-            parts = [part._replace(features=part.features.to(self.device, copy=True)) for part in parts]
+        if self._fits(sets):
+            sets = [part._replace(features=part.features.to(self.device, copy=True)) for part in sets]
         regularisation, trials = self.options.regularisation, []
         if regularisation == SWEEP:
-            best, trials = self._sweep(parts)
+            best, trials = self._sweep(sets)
             regularisation = best.regularisation
         saved = None
         if self.ranks.is_main:  # it would be the same on all processes
-            rows = self._rows(parts)
+            rows = self._rows(sets)
             classifier = fit(rows, regularisation, self.settings)
             saved = {
                 "weight": classifier.weight.cpu(),
@@ -212,7 +185,7 @@ class Probe:
             raise UserError(f"The fit with regularisation {regularisation} diverged; take another one.")
         return saved
 
-    def _sweep(self, parts: list[Part]) -> tuple[Trial, list[Trial]]:
+    def _sweep(self, parts: list[FeatureSet]) -> tuple[Trial, list[Trial]]:
         """The best regularisation for rows that are not trained on: the val split, or some of the training rows."""
         kept, held_out = parts[:1], parts[1:]
         if not held_out:
@@ -238,11 +211,11 @@ class Probe:
         logging.info(f"chosen: {best.regularisation:.4g}, with {best.top1:.2%} held out")
         return best, trials
 
-    def _rows(self, parts: list[Part]) -> FeatureRows:
+    def _rows(self, parts: list[FeatureSet]) -> FeatureRows:
         rows = FeatureRows(parts, self.num_classes, self.device)
         return rows.standardized() if self.options.standardize else rows
 
-    def _fits(self, parts: list[Part]) -> bool:
+    def _fits(self, parts: list[FeatureSet]) -> bool:
         """Whether the training features are kept on the device; else they are read from their file, again and again."""
         size, given = sum(part.features.nbytes for part in parts), self.options.feature_memory
         if given is not None:
@@ -254,10 +227,6 @@ class Probe:
         where = f"kept on {self.device}" if size <= room else "read from disk in each iteration"
         logging.info(f"{size / 1e9:.2f} GB of training features are {where}")
         return size <= room
-
-
-def _part(features: FeatureSet) -> Part:
-    return Part(features.features, features.labels, features.rows)
 
 
 def _classes(data: LabelledImages) -> str:

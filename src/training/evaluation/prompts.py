@@ -1,8 +1,6 @@
 """Zero-shot classification: a classifier out of prompts, and what it scores; in training and for the command."""
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 
 import open_clip
@@ -23,6 +21,7 @@ from .passes import (
     gather_rows,
     image_encoder,
 )  # fmt: skip
+from .results import digest_of
 from .scores import outcomes, summary
 
 CLASSES_PER_BATCH = 10  # prompts of this many classes go through the text tower together
@@ -31,12 +30,9 @@ CLASSES_PER_BATCH = 10  # prompts of this many classes go through the text tower
 def zero_shot_classifier(
     model: nn.Module, tokenizer: Callable, data: LabelledImages, *, ranks: Ranks, precision: str
 ) -> Tensor:
-    """(D, C) float32 on the CPU: the mean text feature of each class's prompts, normalized. Processes share the work.
+    """(D, C) float32 on the CPU: the mean text feature of each class's prompts, normalized.
 
-    A collective call.
-
-    Raises:
-        NotFinite: a class's feature is no number.
+    A collective call, which shares the work. Raises NotFinite if a class's feature is no number.
     """
     autocast = get_autocast(precision, device_type=ranks.device.type)
 
@@ -58,7 +54,7 @@ def zero_shot_classifier(
 def prompts_key(data: LabelledImages) -> str:
     """A hash of the class names and of what the templates make of a name."""
     shown = [t.format("\0") if isinstance(t, str) else t("\0") for t in data.templates]
-    return hashlib.sha256(json.dumps([list(data.classnames), shown]).encode()).hexdigest()[:16]
+    return digest_of([list(data.classnames), shown])
 
 
 def classify(
@@ -73,14 +69,9 @@ def classify(
 ) -> dict[str, float]:
     """`summary` of the readable images, `classes`, and `skipped` (broken images).
 
-    The same on every process and for every number of processes. A collective call.
+    The same on every process and for every number of processes. A collective call. Raises as `collect`.
 
-    Args:
-        classifier: (D, C) float32 on the CPU.
-        encode: as `image_encoder` of the model, which is the default.
-
-    Raises:
-        UserError: as `collect`.
+    classifier: (D, C) float32 on the CPU. encode: as `image_encoder` of the model, which is the default.
     """
 
     def scores(features: Tensor, places: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ import platform
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
 from ..distributed import Ranks
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import written_whole
 
 VERSIONS = ("open_clip_elip", "open_clip_torch", "torch", "torchvision", "timm")
@@ -25,12 +26,7 @@ _LAST_COLUMNS = ("weights", "date", "file")
 
 
 def described_model(options: Any, loaded: Any) -> dict[str, Any]:
-    """Of a result's or a cached file's description, what model and pictures go through: weights, identity, settings.
-
-    Args:
-        options: of an evaluation command.
-        loaded: the `LoadedModel`.
-    """
+    """Of a result's or a cached file's description, what makes features of pictures: a `LoadedModel`, settings."""
     return {
         "model": loaded.name,
         "weights": loaded.weights_hash,
@@ -49,15 +45,9 @@ def described_data(data: Any) -> dict[str, Any]:
 def described(command: str, options: Any, loaded: Any, data: Any, **settings: Any) -> dict[str, Any]:
     """All that a result depends on, as `Results` takes it; `settings` are the command's own."""
     model = described_model(options, loaded)
-    names = ("model", "weights", "identity")
-    own = {name: value for name, value in model.items() if name not in names}
-    return {
-        "command": command,
-        "pretrained": loaded.pretrained,
-        **{name: model[name] for name in names},
-        **described_data(data),
-        "settings": {**own, "on_broken": options.on_broken, **settings},
-    }
+    own = {name: model.pop(name) for name in ("precision", "transform", "vision_guided_reduction")}
+    settings = {**own, "on_broken": options.on_broken, **settings}
+    return {"command": command, "pretrained": loaded.pretrained, **model, **described_data(data), "settings": settings}
 
 
 def digest_of(what: Any) -> str:
@@ -75,18 +65,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 class Results:
-    """The results in a folder. Only the main process reads and writes; the others are told.
+    """The results in a folder, made with the first one; None: nowhere. The main process reads and writes.
 
     A piece of work is described by `what`, a dict of plain types that holds all that its numbers depend on (see
-    `described`). Equal descriptions are the same work.
-
-    Args:
-        folder: made when the first result is added; None writes nothing.
-        ranks: this process among the others.
-        redo: do finished work again.
-
-    Raises:
-        UserError: `folder` is a file.
+    `described`). Equal descriptions are the same work, done again only with `redo`.
     """
 
     def __init__(self, folder: Path | None, ranks: Ranks, redo: bool = False):
@@ -102,12 +84,12 @@ class Results:
 
     def find(self, what: dict[str, Any]) -> dict[str, Any] | None:
         """The record of exactly this work, on every process; None if there is none, or with `redo`. Collective."""
-        record = None
-        if self.folder is not None and not self.redo and self.ranks.is_main:
-            record = _read(self.folder / _file_name(what))
-        record = self.ranks.broadcast(record)
+        if self.folder is None or self.redo:
+            return None
+        path = self.folder / _file_name(what)
+        record = self.ranks.broadcast(_read(path) if self.ranks.is_main else None)
         if record is not None:
-            self.found.append(self.folder / _file_name(what))
+            self.found.append(path)
         return record
 
     def shown(self, rows: Sequence[Sequence[str]], legend: str = "") -> str:
@@ -118,9 +100,7 @@ class Results:
     def add(self, what: dict[str, Any], metrics: dict[str, float], info: dict[str, Any] | None = None) -> dict:
         """Writes a record (whole or not at all) and the summaries anew; returns it.
 
-        Args:
-            metrics: the numbers.
-            info: more that is worth keeping, such as the names of skipped pictures; plain types.
+        info: more that is worth keeping, such as the names of skipped pictures; plain types.
         """
         versions = {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}}
         record = {**what, "metrics": metrics, **(info or {}), "versions": versions, "date": time.strftime("%F %T%z")}
@@ -167,28 +147,21 @@ def read_kept(path: Path, ranks: Ranks, redo: bool) -> dict[str, Any] | None:
     """What `keep` has written there, on every process; None if it is not there, cut off, or with `redo`. Collective."""
     kept = None
     if ranks.is_main and path.is_file() and not redo:
-        try:
+        with suppress(UserError):  # cut off
             kept = checkpoint.load(path)
             logging.info(f"using {path}")
-        except UserError:  # cut off
-            kept = None
     return ranks.broadcast(kept)
 
 
 def keep(state: dict[str, Any], path: Path, ranks: Ranks, flag: str) -> None:
-    """Writes tensors and plain types for later runs. A collective call; only the main process writes.
-
-    Raises:
-        UserError: they cannot be written; `flag` is what to change then.
-    """
+    """Writes tensors and plain types for later runs; a UserError names `flag` if that fails. A collective call."""
     with ranks.agree():
         if ranks.is_main:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 checkpoint.save(state, path)
             except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{path} cannot be written ({reason}); give another {flag}.") from None
+                raise UserError(f"{path} cannot be written ({reason(error)}); give another {flag}.") from None
 
 
 def _write(path: Path, text: str) -> None:

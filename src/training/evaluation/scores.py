@@ -1,9 +1,8 @@
 """What a classifier scores on a data set, also one with only some of the classes that it was trained for."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
 from ..data.sets.labelled import LabelledImages
@@ -22,14 +21,7 @@ def class_scores(logits: Tensor, data: LabelledImages) -> Tensor:
     has the highest of their scores. This is how ImageNet models are evaluated on ImageNet-R, -A and ObjectNet
     (Hendrycks et al. 2021; Barbu et al. 2019).
 
-    Args:
-        logits: (N, C).
-
-    Returns:
-        (N, len(data.classnames)).
-
-    Raises:
-        UserError: C is neither number of classes.
+    Of (N, C) it makes (N, len(data.classnames)). Raises UserError if C is neither number of classes.
     """
     groups = data.imagenet_classes
     if groups is not None and logits.shape[1] == IMAGENET_CLASSES:
@@ -66,12 +58,8 @@ def summary(outcomes: Tensor, labels: Tensor, num_classes: int) -> dict[str, flo
 def score(logits: Tensor, data: LabelledImages, index: Tensor) -> dict[str, float]:
     """`summary` of a classifier for the classes of `data`, or for ImageNet's (see `class_scores`).
 
-    Args:
-        logits: (N, C), N >= 1.
-        index: (N,) int64, the places in `data` of the samples.
-
-    Raises:
-        UserError: C does not fit, or a score is not finite.
+    logits: (N, C), N >= 1. index: (N,) int64, the places in `data` of the samples.
+    Raises UserError if C does not fit or a score is not finite.
     """
     scores, labels = class_scores(logits, data).cpu(), data.labels[index.cpu()]
     check_finite(scores, index.cpu(), lambda place: f"the scores of {data.images.name(place)}")
@@ -79,11 +67,7 @@ def score(logits: Tensor, data: LabelledImages, index: Tensor) -> dict[str, floa
 
 
 def check_classes(trained: LabelledImages, data: LabelledImages) -> None:
-    """A classifier trained on `trained` can be evaluated on `data`: the same classes, or some of ImageNet's.
-
-    Raises:
-        UserError: it cannot; the sentence says how many classes differ and which is the first.
-    """
+    """Raises UserError unless `data` have the classes of `trained`, or some of ImageNet's where `trained` has these."""
     ours, theirs = list(trained.classnames), list(data.classnames)
     if ours == theirs or (data.imagenet_classes is not None and is_imagenet(trained)):
         return
@@ -103,11 +87,9 @@ def check_classes(trained: LabelledImages, data: LabelledImages) -> None:
 
 def is_imagenet(data: LabelledImages) -> bool:
     """Whether the classes are ImageNet's 1000, in its order."""
-    groups: Sequence[Sequence[int]] | None = data.imagenet_classes
+    groups = data.imagenet_classes
     if groups is not None:
         return [list(group) for group in groups] == [[i] for i in range(IMAGENET_CLASSES)]
-    from open_clip import IMAGENET_CLASSNAMES
-
     return list(data.classnames) == list(IMAGENET_CLASSNAMES)
 
 

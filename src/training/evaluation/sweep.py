@@ -22,10 +22,7 @@ _COARSE = 2 * STEPS_PER_DECADE  # two decades
 
 @dataclass(frozen=True)
 class Trial:
-    """A value of the regularisation, and what a classifier with it scores on the held-out rows.
-
-    top1: fraction. loss: mean cross entropy. iterations: what the fit took.
-    """
+    """A regularisation, and the top-1 (a fraction) and mean cross entropy of a classifier with it on held-out rows."""
 
     regularisation: float
     top1: float
@@ -39,11 +36,8 @@ def sweep(attempt: Callable[[float], Trial], ranks: Ranks) -> tuple[Trial, list[
     First every second power of ten from 1e-6 to 1e6; then the two values half as far around the best so far, again and
     again, down to 8 steps a decade (Radford et al. 2021, appendix A.3).
     The higher top-1 wins, then the lower loss, then the lower value. The candidates of a level are dealt to the
-    processes, and no fit uses another one's result, so the outcome does not depend on how many there are.
-
-    Args:
-        attempt: fits and evaluates one value.
-        ranks: see `patient`. A collective call.
+    processes (see `patient`), and no fit uses another one's result, so the outcome does not depend on how many there
+    are. A collective call.
     """
     low, high = (STEPS_PER_DECADE * decade for decade in (LOWEST, HIGHEST))
     trials: dict[int, Trial] = {}  # by exponent, in steps
@@ -98,14 +92,8 @@ def patient(ranks: Ranks) -> Ranks:
 def stratified_sample(labels: Tensor, count: int, seed: int, leave: int = 0) -> Tensor:
     """About `count` rows, ascending, drawn at random so that each class keeps its share.
 
-    Every class is among them if `count` allows it; at least `leave` rows of each class are left. (If that leaves fewer
-    than `count`, these.)
-
-    Args:
-        labels: (N,) int64.
-
-    Returns:
-        (n,) int64.
+    Of labels (N,) int64, row numbers (n,) int64. Every class is among them if `count` allows it; at least `leave` rows
+    of each class are left. (If that leaves fewer than `count`, these.)
     """
     counts = torch.bincount(labels)
     most = (counts - leave).clamp(min=0)

@@ -12,13 +12,12 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torchvision.transforms.functional import to_tensor
 
-from open_clip_elip import TextFirstCLIP
 from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation import features as module
 from training.evaluation.features import extract_features, feature_encoder
-from training.evaluation.passes import EncodeSettings
+from training.evaluation.passes import EncodeSettings, ImagePass
 
 from ...processes import spawn
 from ..tiny import tiny_clip
@@ -113,10 +112,8 @@ def extract(clip, tmp_path):
         settings = {"batch_size": 2, "workers": 0, "precision": "fp32", "on_broken": "skip"}
         settings |= {name: changes.pop(name) for name in settings if name in changes}
         options = {"dtype": torch.float32, "folder": tmp_path / "cache"} | changes
-        what = {"weights": weights}
-        return extract_features(
-            encoder, data, to_tensor, what, ranks=ranks, settings=EncodeSettings(**settings), **options
-        )
+        images = ImagePass(encoder, data.images, to_tensor, ranks=ranks, settings=EncodeSettings(**settings))
+        return extract_features(images, data, {"weights": weights}, **options)
 
     run.seen = 0
     return run
@@ -240,17 +237,6 @@ def test_no_room(extract, monkeypatch, tmp_path):
     extract(noise_data())  # what is left of the failed one is no result
 
 
-def test_the_elip_model_encodes_with_all_tokens(extract, clip):
-    assert isinstance(clip, TextFirstCLIP)
-    data = noise_data(3)
-    plain = open_clip.CLIP(
-        16, {"image_size": 16, "patch_size": 4, "layers": 6, "width": 32, "head_width": 16},
-        {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2},
-    )  # fmt: skip
-    plain.load_state_dict(clip.state_dict())
-    torch.testing.assert_close(extract(data).features, expected_features(plain.eval(), data))
-
-
 def test_two_processes_fill_one_file(extract, tmp_path):
     """One of the two has broken pictures only."""
     data = noise_data(5, broken=(2, 3))
@@ -263,9 +249,9 @@ def test_two_processes_fill_one_file(extract, tmp_path):
 
 def rank_main(rank, folder):
     clip, ranks = tiny_clip(dtype=torch.float32).eval(), Ranks(torch.device("cpu"), rank, rank, 2)
+    data, what = noise_data(5, broken=(2, 3)), {"weights": "0" * 16}
     for redo in (False, True):
-        found = extract_features(
-            clip.encode_image, noise_data(5, broken=(2, 3)), to_tensor, {"weights": "0" * 16}, dtype=torch.float32,
-            folder=Path(folder), ranks=ranks, settings=EncodeSettings(2, 0, "fp32"), redo=redo,
-        )  # fmt: skip
+        settings = EncodeSettings(2, 0, "fp32")
+        images = ImagePass(clip.encode_image, data.images, to_tensor, ranks=ranks, settings=settings)
+        found = extract_features(images, data, what, dtype=torch.float32, folder=Path(folder), redo=redo)
         assert found.rows.tolist() == [0, 1, 4]

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from training.evaluation import feature_rows
-from training.evaluation.feature_rows import FeatureRows, Part
+from training.evaluation.feature_rows import FeatureRows, FeatureSet
 from training.evaluation.logistic import (
     LinearClassifier,
     Objective,
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def rows_of(features, labels, rows=None, num_classes=None):
     features, labels = torch.as_tensor(features), torch.as_tensor(labels)
     rows = torch.arange(len(labels)) if rows is None else torch.as_tensor(rows)
-    return FeatureRows([Part(features, labels, rows)], num_classes or int(labels.max()) + 1, CPU)
+    return FeatureRows([FeatureSet(features, labels, rows)], num_classes or int(labels.max()) + 1, CPU)
 
 
 def noise_rows(count=50, width=7, num_classes=4, dtype=torch.float64, seed=0):
@@ -126,11 +126,11 @@ def test_standardized_as_in_sklearn(digits):
 def test_centred_and_whitened_coordinates_help():
     """Features as networks have them: far from 0, and a thousand times wider in some directions than in others."""
     rows = noise_rows(400, 12, 3, torch.float32)
-    wild = rows_of(rows.parts[0].features * torch.logspace(-2, 1, 12) + 100, rows.labels)
+    wild = rows_of(rows.parts[0].features * torch.logspace(-2, 1, 12) + 100, rows.parts[0].labels)
     classifier = fit(wild, 1e3, SolverSettings())
     assert classifier.converged and classifier.iterations <= 60
     theta = torch.cat([classifier.weight.flatten(), classifier.bias]).double()
-    precise = rows_of(wild.parts[0].features.double(), wild.labels)
+    precise = rows_of(wild.parts[0].features.double(), rows.parts[0].labels)
     exact = fit(precise, 1e3, SolverSettings())
     objective = Objective(precise, 1e3)
     best, _ = objective(torch.cat([exact.weight.flatten(), exact.bias]))
@@ -164,12 +164,12 @@ def test_chunks_of_some_rows_of_two_matrices(monkeypatch):
     features = torch.arange(40.0).view(10, 4)
     labels = torch.arange(10)
     first, second = torch.tensor([1, 2, 5, 7, 8]), torch.tensor([0, 9])
-    rows = FeatureRows([Part(features, labels, first), Part(features + 100, labels, second)], 3, CPU)
+    rows = FeatureRows([FeatureSet(features, labels, first), FeatureSet(features + 100, labels, second)], 3, CPU)
     wanted = torch.cat([features[first], features[second] + 100])
     x, y = zip(*rows.chunks(), strict=True)
     assert [len(part) for part in x] == [2, 2, 1, 2]
     assert torch.equal(torch.cat(x), wanted) and torch.cat(y).tolist() == [1, 2, 5, 7, 8, 0, 9]
-    assert (len(rows), rows.width, rows.labels.tolist()) == (7, 4, [1, 2, 5, 7, 8, 0, 9])
+    assert (len(rows), rows.width) == (7, 4)
 
 
 def test_reading_ahead_keeps_order_and_errors():

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import pickle
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...errors import UserError
 from .classnames import packaged_lines, read_lines
 from .folders import check_folders, choose_split, find_splits, list_class_pictures, list_folders
-from .labelled import ArrayImages, LabelledImages
+from .labelled import ArrayImages, LabelledImages, check_arrays
 from .registry import NotThere, data_set
 
 SIZES = {"train": 50_000, "test": 10_000}
@@ -33,8 +32,7 @@ BINARY = {
     "cifar10": ("cifar-10-batches-bin", "batches.meta.txt", 1),
     "cifar100": ("cifar-100-binary", "fine_label_names.txt", 2),
 }
-SHAPE = (3, 32, 32)
-PIXELS = math.prod(SHAPE)
+PIXELS = 3 * 32 * 32
 
 
 def load_cifar(name: str, folder: Path, split: str = "test") -> LabelledImages:
@@ -60,10 +58,10 @@ def load_cifar(name: str, folder: Path, split: str = "test") -> LabelledImages:
         parts = [_binary_batch(place / f"{batch}.bin", label_bytes, len(titles)) for batch in batches]
     else:
         return _from_folders(name, folder, split)
-    pixels = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, *SHAPE).transpose(0, 2, 3, 1)
-    labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]).astype(np.int64))
+    pixels = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = ArrayImages(np.ascontiguousarray(pixels), str(place))
     titles = [title.replace("_", " ") for title in titles]
+    labels = torch.cat([labels for _, labels in parts])
     return LabelledImages(images, labels, titles, packaged_lines(TEMPLATES), split=split)
 
 
@@ -106,32 +104,23 @@ def _from_folders(name: str, folder: Path, split: str) -> LabelledImages:
     return LabelledImages(images, labels, titles, packaged_lines(TEMPLATES), split=found, folders=wanted)
 
 
-def _binary_batch(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 3072) uint8 and labels (N,) of one batch: each row is the labels and the pixels."""
+def _binary_batch(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray, Tensor]:
+    """(N, 3072) uint8 pixels and (N,) int64 labels of one batch: each row is the labels and the pixels."""
     if not path.is_file():
         raise UserError(f"There is no {path}; unpack the whole data set.")
     content = np.fromfile(path, np.uint8)
-    if not len(content) or len(content) % (label_bytes + PIXELS):
+    if len(content) % (label_bytes + PIXELS):
         raise UserError(f"{path} must hold rows of {label_bytes + PIXELS} bytes; get it anew.")
     rows = content.reshape(-1, label_bytes + PIXELS)
-    return rows[:, label_bytes:], _checked(rows[:, label_bytes - 1], len(rows), classes, path, "the class")
+    pixels = rows[:, label_bytes:]
+    return pixels, check_arrays(pixels, rows[:, label_bytes - 1], (PIXELS,), classes, path)
 
 
-def _pickled_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 3072) uint8 and labels (N,) of one batch."""
+def _pickled_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, Tensor]:
     batch = _unpickled(path)
     data, labels = _entry(batch, "data", path, np.ndarray), _entry(batch, labels_key, path, (list, np.ndarray))
-    data = data.reshape(len(data), PIXELS) if data.shape[1:] == SHAPE else data
-    if data.dtype != np.uint8 or data.ndim != 2 or not len(data) or data.shape[1] != PIXELS:
-        raise UserError(f"{path} must hold uint8 rows of {PIXELS} values as 'data'; get it anew.")
-    return data, _checked(labels, len(data), classes, path, repr(labels_key))
-
-
-def _checked(labels: Sequence[int], count: int, classes: int, path: Path, what: str) -> np.ndarray:
-    numbers = np.asarray(labels)
-    if numbers.shape != (count,) or numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= classes:
-        raise UserError(f"{path} must hold {count} numbers from 0 to {classes - 1} as {what}; get it anew.")
-    return numbers
+    data = data.reshape(len(data), PIXELS) if data.shape[1:] == (3, 32, 32) else data
+    return data, check_arrays(data, labels, (PIXELS,), classes, path)
 
 
 def _entry(content: object, key: str, path: Path, kind: type | tuple[type, ...]) -> object:

@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ...errors import UserError
 from .cifar import TEMPLATES
 from .classnames import packaged_lines
-from .labelled import ArrayImages, LabelledImages
+from .labelled import ArrayImages, LabelledImages, check_arrays
 from .registry import data_set
 
 SEVERITIES = 5
@@ -37,7 +36,7 @@ def load_new_cifar(folder: Path, split: str = "test") -> LabelledImages:
     files = _new_files(folder)
     if files is None:
         raise UserError(f"{folder} has no cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy; put them there.")
-    return _images([_read(files[0])], _read(files[1]), str(files[0]), "cifar10")
+    return _data([_read(files[0])], _read(files[1]), files[0], "cifar10")
 
 
 def load_corrupted(name: str, folder: Path, split: str = "test") -> LabelledImages:
@@ -73,8 +72,8 @@ def load_corrupted(name: str, folder: Path, split: str = "test") -> LabelledImag
         count = len(labels) // SEVERITIES
         rows = [slice((severity - 1) * count, severity * count) for severity in severities] or [slice(None)]
         parts += [pixels[part] for part in rows]
-    data = _images(parts, np.tile(labels[rows[0]], len(parts)), str(labels_file.parent), CORRUPTED[name][1])
-    return LabelledImages(data.images, data.labels, data.classnames, data.templates, "-".join([name, *chosen]))
+    labels = np.tile(labels[rows[0]], len(parts))
+    return _data(parts, labels, labels_file.parent, CORRUPTED[name][1], "-".join([name, *chosen]))
 
 
 def holds_corrupted(name: str, folder: Path) -> bool:
@@ -99,12 +98,7 @@ def _read(path: Path, mapped: bool = False) -> np.ndarray:
         raise UserError(f"{path} cannot be read as an array ({error}); get it anew.") from None
 
 
-def _images(parts: list[np.ndarray], labels: np.ndarray, origin: str, classes_of: str) -> LabelledImages:
-    names = packaged_lines(f"{classes_of}-classes.txt")
-    pixels = np.concatenate(parts)
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3):
-        raise UserError(f"{origin} must hold {len(labels)} uint8 images of 32 x 32 x 3; get it anew.")
-    if labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0 or labels.max() >= len(names):
-        raise UserError(f"{origin}: the labels must be numbers from 0 to {len(names) - 1}; get them anew.")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return LabelledImages(ArrayImages(pixels, origin), labels, names, packaged_lines(TEMPLATES))
+def _data(parts: list[np.ndarray], labels: np.ndarray, origin: Path, classes_of: str, name: str = "") -> LabelledImages:
+    classes, pixels = packaged_lines(f"{classes_of}-classes.txt"), np.concatenate(parts)
+    labels = check_arrays(pixels, labels, (32, 32, 3), len(classes), origin)
+    return LabelledImages(ArrayImages(pixels, str(origin)), labels, classes, packaged_lines(TEMPLATES), name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..tar import Member, reason, walk
 from .labelled import ImageFiles, Images, TarImages, picture_endings
-from .tar_samples import Member, read_samples
 
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")  # where a sample has several pictures, the first of these
 SPLITS = ("train", "val", "test")
@@ -194,6 +194,27 @@ def some(names: Sequence[str], most: int = 5) -> str:
 def list_shards(folder: Path) -> list[Path]:
     """The visible .tar files in `folder`, by name."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def read_samples(path: Path, wanted: Collection[str]) -> tuple[dict[str, list[Member]], bool]:
+    """The samples of an uncompressed tar file: key -> members, both in the file's order; and whether it is whole.
+
+    Of a file that is cut off or damaged there is what is readable; of its last sample, members can be missing.
+
+    wanted: extensions to read the contents of
+
+    Raises:
+        UserError: it cannot be read, or is no tar file.
+    """
+    samples: dict[str, list[Member]] = {}
+    failures: list[Exception] = []
+    for key, members in walk(str(path.absolute()), failures, wanted, compressed=False):
+        samples.setdefault(key, []).extend(members.values())
+    if failures and isinstance(failures[0], OSError):
+        raise UserError(f"{path} cannot be read ({reason(failures[0])}); correct the path.")
+    if failures and not samples:
+        raise UserError(f"{path} is not a readable tar file ({reason(failures[0])}); mend or remove it.")
+    return samples, not failures
 
 
 def list_shard_pictures(shards: Sequence[Path]) -> tuple[TarImages, Tensor]:

@@ -54,6 +54,12 @@ def imagenet_synsets() -> tuple[str, ...]:
 
 
 @cache
+def class_numbers() -> dict[str, int]:
+    """The number of each synset among the 1000."""
+    return {synset: number for number, synset in enumerate(imagenet_synsets())}
+
+
+@cache
 def subset_synsets(name: str) -> tuple[str, ...]:
     """The 200 synsets of "imagenet-r" or "imagenet-a" in ImageNet's order, from the lists that timm carries.
 
@@ -66,11 +72,12 @@ def subset_synsets(name: str) -> tuple[str, ...]:
     return tuple(sorted(path.read_text(encoding="utf-8").split()))
 
 
-def as_imagenet(data: LabelledImages, classes: Sequence[int]) -> LabelledImages:
-    """`data` with ImageNet's names and prompts. `classes`: the numbers of its classes among the 1000."""
+def as_imagenet(data: LabelledImages) -> LabelledImages:
+    """`data` with ImageNet's names and prompts; its folders are called after synsets, or are all by their numbers."""
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
-    whole = list(classes) == list(range(len(IMAGENET_CLASSNAMES)))
+    classes = [class_numbers().get(folder, place) for place, folder in enumerate(data.folders)]
+    whole = classes == list(range(len(IMAGENET_CLASSNAMES)))
     names = IMAGENET_CLASSNAMES if whole else [IMAGENET_CLASSNAMES[i] for i in classes]
     templates = OPENAI_IMAGENET_TEMPLATES
     return replace(data, classnames=names, templates=templates, imagenet_classes=[[i] for i in classes])
@@ -121,7 +128,7 @@ def load_imagenet(folder: Path, split: str = "val") -> LabelledImages:
         raise folders.nothing_in(place.folder)
     else:
         images, labels = _flat_pictures(place.folder, folder)
-    return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets), range(len(synsets)))
+    return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets))
 
 
 def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImages:
@@ -144,9 +151,7 @@ def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImage
             raise UserError(f"{folder} holds {wrong}; say {other}={folder} for it.")
     classes = _classes_of(name)
     folders.check_folders(folder, folders.list_folders(folder), classes, title)
-    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    data = LabelledImages(*folders.list_class_pictures(folder, classes), (), folders=classes)
-    return as_imagenet(data, [numbers.get(inside, place) for place, inside in enumerate(classes)])
+    return as_imagenet(LabelledImages(*folders.list_class_pictures(folder, classes), (), folders=classes))
 
 
 def _classes_of(name: str) -> Sequence[str]:
@@ -212,10 +217,9 @@ def _flat_pictures(folder: Path, root: Path) -> tuple[ImageFiles, Tensor]:
     synsets = {path: labels.get(int(match[1])) for path, match in matches.items()}
     if missing := next((path for path, synset in synsets.items() if synset is None), None):
         raise UserError(f"{labels_file} has no class for {missing}; use the whole file.")
-    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    if unknown := next((synset for synset in synsets.values() if synset not in numbers), None):
+    if unknown := next((synset for synset in synsets.values() if synset not in class_numbers()), None):
         raise UserError(f"{labels_file} names the class {unknown!r}, which is not one of ImageNet's 1000 synsets.")
-    return ImageFiles(folder, paths), torch.tensor([numbers[synset] for synset in synsets.values()])
+    return ImageFiles(folder, paths), torch.tensor([class_numbers()[synset] for synset in synsets.values()])
 
 
 def _validation_labels(folder: Path, root: Path) -> tuple[Path, dict[int, str]]:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...errors import UserError
 from ..images import load_rgb
 
 with contextlib.suppress(ImportError):  # optional: reads HEIC; here, since every worker process imports this module
@@ -213,6 +214,22 @@ class LabelledImages:
             return False
         pairs = ((_content(self.images, i), _content(other.images, i)) for i in range(len(self)))
         return self.fingerprint() == other.fingerprint() or all(ours == theirs for ours, theirs in pairs)
+
+
+def check_arrays(pixels: np.ndarray, labels: Sequence, shape: Sequence[int], classes: int, origin: object) -> Tensor:
+    """The labels as (N,) int64, if `pixels` are (N, *shape) uint8 and there is one of so many classes for each.
+
+    Raises:
+        UserError: they are anything else, or none.
+    """
+    numbers = np.asarray(labels)
+    fitting = pixels.dtype == np.uint8 and pixels.shape == (numbers.size, *shape) and numbers.ndim == 1
+    fitting = fitting and numbers.size and numbers.dtype.kind in "iu"
+    if not fitting or numbers.min() < 0 or numbers.max() >= classes:
+        found = f"{pixels.dtype} of {' x '.join(map(str, pixels.shape))} and {numbers.size} labels"
+        wanted = f"uint8 images of {' x '.join(map(str, shape))}, each with a label from 0 to {classes - 1}"
+        raise UserError(f"{origin} must hold {wanted}, not {found}; get it anew.")
+    return torch.from_numpy(numbers.astype(np.int64))
 
 
 def _content(images: Images, i: int) -> bytes | None:

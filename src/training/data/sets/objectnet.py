@@ -6,6 +6,7 @@ Its authors allow evaluation only: no model may be trained or tuned on it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import UserError
@@ -65,7 +66,7 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     """
     labels, overlap = _mapping(folder / FOLDER_LABELS, str), _mapping(folder / IMAGENET_LABELS, str)
     lines_of_classes = _mapping(folder / CLASS_LINES, int)
-    lines = [line.strip() for line in _read(folder / LINES).splitlines()]
+    lines = [line.strip() for line in _read(folder / LINES, str.splitlines)]
     if set(lines_of_classes) != {str(i) for i in range(len(imagenet_synsets()))}:
         raise UserError(f"{folder / CLASS_LINES} must have a line number for each of ImageNet's classes 0 to 999.")
     if not all(0 <= line < len(lines) for line in lines_of_classes.values()):
@@ -86,18 +87,15 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     return labels, groups
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, parse: Callable[[str], object]) -> object:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # also of the encoding and of JSON
         raise UserError(f"{path} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
 
 
 def _mapping(path: Path, kind: type) -> dict:
-    try:
-        mapping = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
+    mapping = _read(path, json.loads)
     if not (isinstance(mapping, dict) and mapping and all(type(value) is kind for value in mapping.values())):
         raise UserError(f"{path} must be a JSON object of {'numbers' if kind is int else 'texts'}; get it anew.")
     return mapping

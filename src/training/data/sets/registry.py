@@ -44,10 +44,10 @@ class DataSet:
     name: str
     read: Reader
     splits: Mapping[str, int | None]
-    found_in: Callable[[Path], bool]
-    aliases: Sequence[str]
-    takes_names: bool
-    torchvision: str | None
+    found_in: Callable[[Path], bool] = lambda folder: False
+    aliases: Sequence[str] = ()
+    takes_names: bool = False
+    torchvision: str | None = None
 
 
 SETS: dict[str, DataSet] = {}
@@ -58,18 +58,15 @@ class NotThere(UserError):
 
 
 def data_set(
-    name: str,
-    splits: Mapping[str, int | None] | None = None,
-    *,
-    found_in: Callable[[Path], bool] = lambda folder: False,
-    aliases: Sequence[str] = (),
-    takes_names: bool = False,
-    torchvision: str | None = None,
+    name: str, splits: Mapping[str, int | None] | None = None, **known: object
 ) -> Callable[[Reader], Reader]:
-    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`; see `DataSet`."""
+    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`.
+
+    known: the other attributes of `DataSet`.
+    """
 
     def register(read: Reader) -> Reader:
-        SETS[name] = DataSet(name, read, splits or {}, found_in, aliases, takes_names, torchvision)
+        SETS[name] = DataSet(name, read, splits or {}, **known)
         return read
 
     return register

@@ -11,7 +11,7 @@ import torch
 from ...errors import UserError
 from .classnames import read_lines
 from .folders import check_folders, list_class_pictures, list_folders, list_pictures
-from .imagenet import as_imagenet, imagenet_synsets
+from .imagenet import as_imagenet, class_numbers
 from .labelled import ImageFiles, LabelledImages
 from .registry import data_set
 
@@ -55,12 +55,9 @@ def load_tiny_imagenet(folder: Path, split: str = "val") -> LabelledImages:
         inner = [f"{synset}/images" if (place / synset / "images").is_dir() else synset for synset in synsets]
         images, labels = list_class_pictures(place, inner)  # beside `images` there are files with boxes
     words = dict(line.split("\t", 1) for line in read_lines(root / "words.txt") if "\t" in line)
-    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    known = [synset for synset in synsets if synset in numbers]
-    data = LabelledImages(images, labels, (), split=split, folders=synsets)
-    imagenet = as_imagenet(data, [numbers[synset] for synset in known])
-    if len(known) == len(synsets):
-        return imagenet
-    names = dict(zip(known, imagenet.classnames, strict=True))
-    names = [names.get(synset) or words.get(synset, synset).split(",")[0] for synset in synsets]
-    return replace(imagenet, classnames=names, imagenet_classes=None)
+    data = as_imagenet(LabelledImages(images, labels, (), split=split, folders=synsets))
+    if all(synset in class_numbers() for synset in synsets):
+        return data
+    pairs = zip(synsets, data.classnames, strict=True)
+    names = [name if synset in class_numbers() else words.get(synset, synset).split(",")[0] for synset, name in pairs]
+    return replace(data, classnames=names, imagenet_classes=None)

@@ -334,7 +334,7 @@ class TestShards:
         assert "has no classnames.txt" in message_of(f"folder={tmp_path}")
 
     # Each member takes 1024 bytes: cut between samples, in a header, between cls and image, and in the image.
-    @pytest.mark.parametrize("size,readable", [(4096, 2), (4300, 2), (5120, 2), (5632, 3), (5640, 3), (6144, 3)])
+    @pytest.mark.parametrize("size,readable", [(4096, 2), (4300, 2), (5120, 2), (5632, 2), (5640, 2), (6144, 3)])
     def test_cut_off_shard_gives_what_is_left_and_a_warning(self, tmp_path, caplog, size, readable):
         write_folder(tmp_path, {}, classnames="zero\none\ntwo")
         members = {f"{key}.{kind}": value for key in "abc" for kind, value in (("cls", "1"), ("png", b"1" * 300))}

@@ -10,8 +10,8 @@ import logging
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where one split is: `folder` with class folders or pictures in it, or `shards`, which are in `folder`."""
 
     folder: Path
@@ -79,6 +78,11 @@ def choose_split(splits: dict[str, Place], split: str, folder: Path) -> tuple[st
 def own_split(folder: Path, default: str) -> str:
     """The split that a folder is called after, such as "val" for `imagenet/val`."""
     return SPLIT_WORDS.get(os.path.basename(os.path.abspath(folder)).lower(), default)
+
+
+def inner(folder: Path, *names: str) -> Path:
+    """The first of these folders in `folder` that is there, such as an archive's own; else `folder`."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
 def nothing_in(folder: Path) -> UserError:

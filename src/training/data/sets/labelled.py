@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,24 +36,25 @@ def picture_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _UNDECODED)
 
 
-class Images:
+class Images(ABC):
     """Pictures by number, in a fixed order. Each worker process gets a copy, so it is small."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """Where picture `i` is, for people: a path, a tar file and its member, a file and its row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def content(self, i: int) -> bytes:
         """What picture `i` is decoded from."""
-        raise NotImplementedError
 
     def load(self, i: int) -> Image.Image:
         """Picture `i` as RGB, decoded completely; whatever is wrong with a broken file is raised here."""
         return load_rgb(self.content(i))
 
+    @abstractmethod
     def fingerprint(self, times: bool = True) -> str:
         """A hash of which pictures there are, and of what is in them as far as that shows without reading them.
 
@@ -63,11 +65,10 @@ class Images:
 
         times: False leaves the times out, for what must stay the same where the data are copied.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def subset(self, rows: Tensor) -> Images:
         """The pictures of these numbers, in this order."""
-        raise NotImplementedError
 
 
 class ImageFiles(Images):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import UserError
-from .folders import check_folders, list_class_pictures, list_folders
+from .folders import check_folders, inner, list_class_pictures, list_folders
 from .imagenet import imagenet_synsets
 from .labelled import ImageFiles, LabelledImages
 from .registry import data_set
@@ -25,7 +25,7 @@ BORDER = 2  # the published images have a red border of one pixel; the authors' 
 
 def holds_objectnet(folder: Path) -> bool:
     """Whether `folder` has ObjectNet's mappings."""
-    return any((place / "mappings" / IMAGENET_LABELS).is_file() for place in (folder, folder / ARCHIVE))
+    return (inner(folder, ARCHIVE) / "mappings" / IMAGENET_LABELS).is_file()
 
 
 @data_set("objectnet", {"test": 18_574}, found_in=holds_objectnet)  # of the classes that ImageNet has too
@@ -39,7 +39,7 @@ def load_objectnet(folder: Path, split: str = "test") -> LabelledImages:
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    folder = folder / ARCHIVE if (folder / ARCHIVE).is_dir() else folder
+    folder = inner(folder, ARCHIVE)
     labels, groups = read_mappings(folder / "mappings")
     pictures = folder / "images"
     check_folders(pictures, list_folders(pictures), list(labels), "ObjectNet")

@@ -240,7 +240,6 @@ def _content(images: Images, i: int) -> bytes | None:
 
 def _sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
     """(N, 2) int64 bytes and time of change in ns; zeros for `times` False and for files that cannot be read."""
-
     found = np.zeros((len(paths), 2), dtype=np.int64)
 
     def look(start: int) -> None:

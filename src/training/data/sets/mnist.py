@@ -57,13 +57,12 @@ def _find(name: str, folder: Path, split: str) -> tuple[Path, Path] | None:
     return None
 
 
-def holds_mnist(name: str, folder: Path) -> bool:
+def _holds(name: str, folder: Path) -> bool:
     return any(_find(name, folder, split) for split in PREFIXES)
 
 
 for _name, _class in FOLDERS.items():
-    _register = data_set(_name, SIZES, found_in=partial(holds_mnist, _name), torchvision=_class)
-    _register(partial(load_mnist, _name))
+    data_set(_name, SIZES, found_in=partial(_holds, _name), torchvision=_class)(partial(load_mnist, _name))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -67,10 +67,10 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     labels, overlap = _mapping(folder / FOLDER_LABELS, str), _mapping(folder / IMAGENET_LABELS, str)
     lines_of_classes = _mapping(folder / CLASS_LINES, int)
     lines = [line.strip() for line in _read(folder / LINES, str.splitlines)]
-    if set(lines_of_classes) != {str(i) for i in range(len(imagenet_synsets()))}:
-        raise UserError(f"{folder / CLASS_LINES} must have a line number for each of ImageNet's classes 0 to 999.")
-    if not all(0 <= line < len(lines) for line in lines_of_classes.values()):
-        raise UserError(f"{folder / CLASS_LINES} has numbers of lines that {LINES}, with {len(lines)}, does not have.")
+    there = all(0 <= line < len(lines) for line in lines_of_classes.values())
+    if not there or set(lines_of_classes) != {str(i) for i in range(len(imagenet_synsets()))}:
+        wanted = f"the number of one of the {len(lines)} lines of {LINES} for each of ImageNet's classes 0 to 999"
+        raise UserError(f"{folder / CLASS_LINES} must have {wanted}.")
     classes: dict[str, list[int]] = {}
     for number, line in lines_of_classes.items():
         classes.setdefault(lines[line], []).append(int(number))

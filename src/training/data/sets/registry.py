@@ -57,9 +57,7 @@ class NotThere(UserError):
     """The data set's files are not in the folder; they can be fetched if the data set says how."""
 
 
-def data_set(
-    name: str, splits: Mapping[str, int | None] | None = None, **known: object
-) -> Callable[[Reader], Reader]:
+def data_set(name: str, splits: Mapping[str, int | None] | None = None, **known: object) -> Callable:
     """Registers the function that reads a data set, (folder, split) -> `LabelledImages`.
 
     known: the other attributes of `DataSet`.

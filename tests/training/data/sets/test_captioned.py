@@ -149,10 +149,7 @@ def test_albef_lists(tmp_path):
     assert names(data, tmp_path) == ["val2014/COCO_val2014_2.jpg", "val2014/COCO_val2014_1.jpg"]
     assert data.image_of.tolist() == [0, 0, 0, 0, 0, 1]
     refused(tmp_path, "has no split 'val', only test, train", split="val")
-
-
-def test_repeated_images_are_grouped(tmp_path):
-    data = load(albef(tmp_path), split="train")
+    data = load(tmp_path, split="train")  # repeated images are grouped
     assert [texts for _, texts in contents(data)] == [["three", "three again"], ["one"]]
     assert names(data, tmp_path) == ["train2014/COCO_train2014_3.jpg", "val2014/COCO_val2014_1.jpg"]
 
@@ -210,10 +207,7 @@ def test_files_of_clip_benchmark(tmp_path):
     (tmp_path / "flickr30k_test_karpathy.txt").write_text(lines)
     write_images(tmp_path, ["9.jpg", "10.jpg"])
     data = load(f"flickr30k={tmp_path}")
-    assert [texts for _, texts in contents(data)] == [
-        ["A man, smiling , waves .", "Again ."],
-        ['"quoted", not closed'],
-    ]
+    assert [texts for _, texts in contents(data)] == [["A man, smiling , waves .", "Again ."], ['"quoted", not closed']]
     assert names(data, tmp_path) == ["10.jpg", "9.jpg"]
 
 
@@ -291,16 +285,11 @@ def albef_of(folder, captions, **options):
     return load(write_json(folder / "set.json", entries), **options)
 
 
-def test_line_breaks_in_captions_are_whitespace(tmp_path):
-    data = albef_of(tmp_path, [["A dog\nruns.", " two\r\n\n  lines\t"], "one\n"])
-    assert data.captions == ["A dog runs.", "two lines", "one"]
-    assert data.image_of.tolist() == [0, 0, 1]
-
-
-def test_unicode(tmp_path):
-    texts = ["Ein Hund läuft über die Straße", "一只狗 在跑", "🐕 run", "no\u00a0break\u2028line"]
-    data = albef_of(tmp_path, [texts])
-    assert data.captions == [*texts[:3], "no break line"]
+def test_whitespace_and_unicode(tmp_path):
+    texts = ["Ein Hund läuft über die Straße", "一只狗 在跑", "🐕 run"]
+    data = albef_of(tmp_path, [["A dog\nruns.", " two\r\n\n  lines\t", "no\u00a0break\u2028line"], "one\n", texts])
+    assert data.captions == ["A dog runs.", "two lines", "no break line", "one", *texts]
+    assert data.image_of.tolist() == [0, 0, 0, 1, 2, 2, 2]
 
 
 def test_empty_captions_and_images_without(tmp_path, caplog):

@@ -65,10 +65,8 @@ class TestFolders:
         """Also CLIP_benchmark's, under its own name; what is called templates.txt comes first."""
         theirs = {"zeroshot_classification_templates": "an emoji of {c}\n{c}, a kind of {c}"}
         root = write_folder(tmp_path, {"a/x.png": b""}, classnames="a", **theirs)
-        assert [template.format("cat") for template in load_named(root).templates] == [
-            "an emoji of cat",
-            "cat, a kind of cat",
-        ]
+        templates = [template.format("cat") for template in load_named(root).templates]
+        assert templates == ["an emoji of cat", "cat, a kind of cat"]
         write_folder(root, {}, templates="a {}.\n\n")
         assert load_named(root).templates == ["a {}."]
 
@@ -228,10 +226,8 @@ class TestSplits:
 
     def test_other_words_and_spellings(self, tmp_path):
         make_folders(tmp_path, ["Training", "validation", ".git"])
-        assert {split: place.folder.name for split, place in find_splits(tmp_path).items()} == {
-            "train": "Training",
-            "val": "validation",
-        }
+        splits = {split: place.folder.name for split, place in find_splits(tmp_path).items()}
+        assert splits == {"train": "Training", "val": "validation"}
         (tmp_path / "val").mkdir()
         with pytest.raises(UserError, match="has both val and validation"):
             find_splits(tmp_path)
@@ -257,14 +253,10 @@ class TestSplits:
 
     def test_splits_with_other_classes(self, tmp_path):
         """The names are by place: b would be called as c is in the other split."""
-        root = write_folder(
-            tmp_path,
-            {"train/a/x.png": b"", "train/c/x.png": b"", "val/a/x.png": b"", "val/b/x.png": b""},
-            classnames="a\nb",
-        )
+        pictures = dict.fromkeys(("train/a/x.png", "train/c/x.png", "val/a/x.png", "val/b/x.png"), b"")
+        root = write_folder(tmp_path, pictures, classnames="a\nb")
         message = message_of(f"folder={root}", split="val")
-        assert "1 of the 2 class folders of the val split" in message
-        assert "missing b; unknown: c" in message
+        assert "1 of the 2 class folders of the val split" in message and "missing b; unknown: c" in message
 
     def test_the_archive_next_to_what_it_held(self, tmp_path):
         root = self.divided(tmp_path)

@@ -104,6 +104,8 @@ def load_data(
             data = named(data, classnames)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error}); check its files and permissions.") from None
+    if not len(data):
+        raise UserError(f"{folder} holds no images of {known.name} ({data.split}).")
     expected = known.splits.get(data.split) or len(data)
     if len(data) != expected:
         logging.warning(f"{folder} holds {len(data):,} images of {known.name} ({data.split}), which has {expected:,}.")

@@ -1,5 +1,5 @@
 """Data sets for evaluation and fine-tuning. Each file registers the data sets that it reads."""
 
-from . import any_data, cifar, cifar_tests, imagenet, mnist, objectnet, tiny_imagenet
+from . import any_data, cifar, imagenet, mnist, objectnet
 
-__all__ = ["any_data", "cifar", "cifar_tests", "imagenet", "mnist", "objectnet", "tiny_imagenet"]
+__all__ = ["any_data", "cifar", "imagenet", "mnist", "objectnet"]

@@ -115,9 +115,9 @@ def _json_entries(content: object, split: str | None) -> list[Entry]:
         return [Entry(_text(_field(item, "image")), _texts(_field(item, "caption", "captions"))) for item in content]
     if isinstance(content, dict) and "annotations" in content:
         return _coco(content, split)
-    if isinstance(content, dict) and "images" not in content and any(content.values()):
-        if all(isinstance(value, str | list) for value in content.values()):
-            return [Entry(image, _texts(captions)) for image, captions in content.items()]
+    by_image = isinstance(content, dict) and "images" not in content and any(content.values())
+    if by_image and all(isinstance(value, str | list) for value in content.values()):
+        return [Entry(image, _texts(captions)) for image, captions in content.items()]
     return [_karpathy(item) for item in _field(content, "images")]
 
 

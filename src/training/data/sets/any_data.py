@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import UserError
 from . import folders
 from .classnames import named, read_templates
-from .imagenet import as_imagenet, imagenet_synsets
+from .imagenet import as_imagenet, class_numbers
 from .labelled import LabelledImages
 from .registry import data_set
 
@@ -82,11 +82,10 @@ def _without_names(data: LabelledImages, folder: Path) -> LabelledImages:
         raise UserError(f"{remedy}, or say imagenet={folder} if that is what {shard} holds.")
     if has_names(folder) or any(name.lower() in folders.SPLIT_WORDS for name in data.folders):
         raise UserError(f"{remedy}.")  # other splits have names, or it is not clear what are splits and what classes
-    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    if all(name in numbers for name in data.folders):
-        there = f"{len(data.folders)} of ImageNet's {len(numbers)} classes"
+    if all(name in class_numbers() for name in data.folders):
+        there = f"{len(data.folders)} of ImageNet's {len(class_numbers())} classes"
         logging.warning(f"{folder} has no {NAMES}, but folders of {there}: names and prompts are ImageNet's.")
-        return as_imagenet(data, [numbers[name] for name in data.folders])
+        return as_imagenet(data)
     logging.info(f"{folder} has no {NAMES}: the classes are called as their folders are, {folders.some(data.folders)}.")
     return data
 

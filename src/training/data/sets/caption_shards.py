@@ -10,9 +10,8 @@ from typing import Literal
 import numpy as np
 
 from ...errors import UserError
-from .folders import picture_of
+from .folders import picture_of, read_samples
 from .labelled import TarImages
-from .tar_samples import Member, read_samples
 
 TxtRule = Literal["lines", "whole"]
 
@@ -39,8 +38,10 @@ def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tup
     for number, tar in enumerate(tars):
         samples, whole = read_samples(tar, {"json", "txt"})
         if not whole:
-            if samples and not _is_complete(samples[last := next(reversed(samples))], tar):
-                del samples[last]
+            last = next(reversed(samples), None)
+            kinds = {member.extension for member in samples.get(last, ())}
+            if kinds.isdisjoint(("json", "txt")) or picture_of(samples[last]) is None:
+                samples.pop(last, None)
             logging.warning(f"{tar} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
         for key, members in samples.items():
             picture = picture_of(members)
@@ -76,12 +77,6 @@ def _from_txt(txt: str, rule: TxtRule | None, where: str) -> list[str]:
             "caption (whole)."
         )
     return [txt]
-
-
-def _is_complete(members: Sequence[Member], path: Path) -> bool:
-    """Whether a sample at the end of a file that breaks off has a caption and all of its picture."""
-    picture, captioned = picture_of(members), any(member.content is not None for member in members)
-    return captioned and picture is not None and picture.offset + picture.size <= path.stat().st_size
 
 
 def _from_json(text: str, path: Path, key: str) -> list[str] | None:

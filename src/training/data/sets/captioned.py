@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,78 +117,61 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
         for shards in sets:
             check_present(shards, "--data")
         tars = [Path(url) for shards in sets for url in shards.urls]
-        return _from_shards(name or path.parent.name, _undivided(path, options), tars, options)
+        return _from_shards(name or path.parent.name, path, {None: tars}, options)
     if path.is_dir():
         return _from_folder(name, path, options)
-    name = name or described(path).name
+    near = [path.parent, path.parent.parent]
     if path.suffix.lower() in (".csv", ".tsv"):
         entries = read_table(path, options.csv_separator, options.csv_image_column, options.csv_caption_column)
-        return _from_entries(name, _undivided(path, options), entries, [*_near(path), Path()], path, options)
-    if path.suffix.lower() not in (".json", ".jsonl", ".txt", ".token"):
+        near.append(Path())
+    elif path.suffix.lower() in (".json", ".jsonl", ".txt", ".token"):
+        entries = read_annotations(path)
+    else:
         there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"
         raise UserError(f"{path} {there}; give a data set's folder, its JSON file of captions, a CSV file, or shards.")
-    return _from_file(name, path, options)
+    return _from_entries(name or described(path).name, path, _by_split(entries), near, options)
 
 
 def _from_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
     files = find_annotations(folder)
     files = [file for file in files if file.name == name] or files
+    if not files:
+        tars = list_shards(folder)
+        inside = {} if tars else {place.name: list_shards(place) for place in sorted(folder.iterdir())}
+        splits = {None: tars} if tars else {split: tars for split, tars in inside.items() if tars}
+        return _from_shards(name or folder.name, folder, splits, options)
     names = sorted({file.name for file in files})
     if len(names) > 1:
         raise UserError(f"{folder} holds the captions of {' and '.join(names)}; say which with --data {names[0]}=...")
-    if not files:
-        return _from_shard_folder(name or folder.name, folder, options)
-    there: dict[str, list[Entry] | Path] = {}
+    there: dict[str | None, list[Entry | Path]] = {}
     for file in files:
         if file.split is not None:
-            there.setdefault(file.split, file.path)
+            there.setdefault(file.split, [file.path])
         elif file is files[0]:  # holds all splits
             there = _by_split(read_annotations(file.path))
-    if not there:
-        return _from_file(name or names[0], files[0].path, options)
-    split, chosen = _chosen(there, folder, options)
-    entries = [entry for part in chosen for entry in (read_annotations(part) if isinstance(part, Path) else part)]
-    near = [place for file in files for place in _near(file.path)]
-    return _from_entries(name or names[0], split, entries, near, folder, options)
+    if len(there) > 1:
+        there.pop(None, None)
+    source = files[0].path if None in there else folder
+    near = [place for file in files for place in (file.path.parent, file.path.parent.parent)]
+    return _from_entries(name or names[0], source, there, near, options)
 
 
-def _from_file(name: str, path: Path, options: CaptionOptions) -> CaptionedImages:
-    entries = read_annotations(path)
-    if there := _by_split(entries):
-        split, chosen = _chosen(there, path, options)
-        entries = [entry for part in chosen for entry in part]
-    else:
-        split = _undivided(path, options)
-    return _from_entries(name, split, entries, _near(path), path, options)
-
-
-def _from_shard_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
-    if tars := list_shards(folder):
-        return _from_shards(name, _undivided(folder, options), tars, options)
-    splits = {inside.name: tars for inside in sorted(folder.iterdir()) if (tars := list_shards(inside))}
-    if not splits:
-        raise UserError(
-            f"{folder} holds no captions: there is neither a file like dataset_coco.json, coco_test.json or "
-            "captions_val2017.json, nor a .tar file; name the file itself if it is called otherwise."
-        )
-    split, chosen = _chosen(splits, folder, options)
-    return _from_shards(name, split, [tar for part in chosen for tar in part], options)
-
-
-def _by_split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """In the order of the file; without the entries that are in none."""
-    splits = dict.fromkeys(entry.split for entry in entries if entry.split is not None)
+def _by_split(entries: Sequence[Entry]) -> dict[str | None, list[Entry]]:
+    """In the order of the file, without the entries that are in none; all under None if it has no splits."""
+    splits = dict.fromkeys(entry.split for entry in entries if entry.split is not None) or [None]
     return {split: [entry for entry in entries if entry.split == split] for split in splits}
 
 
-def _chosen(there: dict[str, Any], path: Path, options: CaptionOptions) -> tuple[str, list[Any]]:
-    """What the splits that are wanted are called together, and what is there of each."""
+def _chosen(there: dict[str | None, list], path: Path, options: CaptionOptions) -> tuple[str, list]:
+    """What the splits that are wanted are called together, and all that is there of them."""
+    if None in there:
+        return _undivided(path, options), there[None]
     wanted = list(dict.fromkeys((options.split or DEFAULT_SPLIT).split("+")))
     for split in wanted:
         if split not in there:
             message = f"{path} has no split {split!r}, only {', '.join(there)}; choose with --split."
             raise NoSuchSplit(message, list(there))
-    return "+".join(wanted), [there[split] for split in wanted]
+    return "+".join(wanted), [part for split in wanted for part in there[split]]
 
 
 def _undivided(path: Path, options: CaptionOptions) -> str:
@@ -204,7 +186,15 @@ def _undivided(path: Path, options: CaptionOptions) -> str:
     raise NoSuchSplit(message, [known] if known else [])
 
 
-def _from_shards(name: str, split: str, tars: Sequence[Path], options: CaptionOptions) -> CaptionedImages:
+def _from_shards(
+    name: str, path: Path, splits: dict[str | None, list[Path]], options: CaptionOptions
+) -> CaptionedImages:
+    if not splits:
+        raise UserError(
+            f"{path} holds no captions: there is neither a file like dataset_coco.json, coco_test.json or "
+            "captions_val2017.json, nor a .tar file; name the file itself if it is called otherwise."
+        )
+    split, tars = _chosen(splits, path, options)
     if options.images is not None:
         raise UserError("--images is for captions beside pictures; shards hold their pictures, so leave it out.")
     images, captions = read_caption_shards(tars, options.txt)
@@ -217,14 +207,12 @@ def _from_shards(name: str, split: str, tars: Sequence[Path], options: CaptionOp
     return _assembled(name, split, entries, source, options, find)
 
 
-def _near(file: Path) -> list[Path]:
-    return [file.parent, file.parent.parent]
-
-
 def _from_entries(
-    name: str, split: str, entries: Sequence[Entry], near: Sequence[Path], source: Path, options: CaptionOptions
+    name: str, source: Path, there: dict[str | None, list[Entry | Path]], near: list[Path], options: CaptionOptions
 ) -> CaptionedImages:
     """`near`: folders that the pictures may be in, or in one of `IMAGE_FOLDERS` in them."""
+    split, parts = _chosen(there, source, options)
+    entries = [entry for part in parts for entry in (read_annotations(part) if isinstance(part, Path) else [part])]
     inside = [folder / images for folder in dict.fromkeys(near) for images in IMAGE_FOLDERS]
     roots = inside if options.images is None else [options.images]
     return _assembled(name, split, entries, source, options, lambda kept: _locate(kept, roots, source))

@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..tar import Member, reason, walk
 from .labelled import ImageFiles, Images, TarImages, picture_endings
-from .tar_samples import Member, read_samples
 
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")  # where a sample has several pictures, the first of these
 SPLITS = ("train", "val", "test")
@@ -29,8 +29,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where one split is: `folder` with class folders or pictures in it, or `shards`, which are in `folder`."""
 
     folder: Path
@@ -79,6 +78,11 @@ def choose_split(splits: dict[str, Place], split: str, folder: Path) -> tuple[st
 def own_split(folder: Path, default: str) -> str:
     """The split that a folder is called after, such as "val" for `imagenet/val`."""
     return SPLIT_WORDS.get(os.path.basename(os.path.abspath(folder)).lower(), default)
+
+
+def inner(folder: Path, *names: str) -> Path:
+    """The first of these folders in `folder` that is there, such as an archive's own; else `folder`."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
 def nothing_in(folder: Path) -> UserError:
@@ -194,6 +198,27 @@ def some(names: Sequence[str], most: int = 5) -> str:
 def list_shards(folder: Path) -> list[Path]:
     """The visible .tar files in `folder`, by name."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def read_samples(path: Path, wanted: Collection[str]) -> tuple[dict[str, list[Member]], bool]:
+    """The samples of an uncompressed tar file: key -> members, both in the file's order; and whether it is whole.
+
+    Of a file that is cut off or damaged there is what is readable; of its last sample, members can be missing.
+
+    wanted: extensions to read the contents of
+
+    Raises:
+        UserError: it cannot be read, or is no tar file.
+    """
+    samples: dict[str, list[Member]] = {}
+    failures: list[Exception] = []
+    for key, members in walk(str(path.absolute()), failures, wanted, compressed=False):
+        samples.setdefault(key, []).extend(members.values())
+    if failures and isinstance(failures[0], OSError):
+        raise UserError(f"{path} cannot be read ({reason(failures[0])}); correct the path.")
+    if failures and not samples:
+        raise UserError(f"{path} is not a readable tar file ({reason(failures[0])}); mend or remove it.")
+    return samples, not failures
 
 
 def list_shard_pictures(shards: Sequence[Path]) -> tuple[TarImages, Tensor]:

@@ -1,4 +1,4 @@
-"""ImageNet and the test sets made for its classes: V2, R, A and Sketch.
+"""ImageNet, the test sets made for its classes (V2, R, A and Sketch), and Tiny-ImageNet.
 
 The order of the 1000 classes is that of their sorted synsets (WordNet ids such as n01440764), as everywhere but in the
 numbers of the ILSVRC development kit.
@@ -7,8 +7,8 @@ numbers of the ILSVRC development kit.
 from __future__ import annotations
 
 import csv
+import os
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib import resources
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from . import folders
+from .classnames import read_lines
 from .labelled import ImageFiles, LabelledImages
 from .registry import data_set
 
@@ -40,7 +41,8 @@ TEST_SETS = {
 }
 KAGGLE_LABELS = "LOC_val_solution.csv"
 DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
-DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "ILSVRC/devkit/data")
+DEVKIT_FOLDERS = ("", "data/", "ILSVRC2012_devkit_t12/data/", "devkit/data/", "ILSVRC/devkit/data/")
+TINY = "tiny-imagenet-200"
 SYNSET = re.compile(r"n\d{8}")
 VAL_PICTURE = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 
@@ -51,6 +53,12 @@ def imagenet_synsets() -> tuple[str, ...]:
     from timm.data import ImageNetInfo
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+@cache
+def class_numbers() -> dict[str, int]:
+    """The number of each synset among the 1000."""
+    return {synset: number for number, synset in enumerate(imagenet_synsets())}
 
 
 @cache
@@ -66,11 +74,12 @@ def subset_synsets(name: str) -> tuple[str, ...]:
     return tuple(sorted(path.read_text(encoding="utf-8").split()))
 
 
-def as_imagenet(data: LabelledImages, classes: Sequence[int]) -> LabelledImages:
-    """`data` with ImageNet's names and prompts. `classes`: the numbers of its classes among the 1000."""
+def as_imagenet(data: LabelledImages) -> LabelledImages:
+    """`data` with ImageNet's names and prompts; its folders are called after synsets, or are all by their numbers."""
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
-    whole = list(classes) == list(range(len(IMAGENET_CLASSNAMES)))
+    classes = [class_numbers().get(folder, place) for place, folder in enumerate(data.folders)]
+    whole = classes == list(range(len(IMAGENET_CLASSNAMES)))
     names = IMAGENET_CLASSNAMES if whole else [IMAGENET_CLASSNAMES[i] for i in classes]
     templates = OPENAI_IMAGENET_TEMPLATES
     return replace(data, classnames=names, templates=templates, imagenet_classes=[[i] for i in classes])
@@ -121,7 +130,7 @@ def load_imagenet(folder: Path, split: str = "val") -> LabelledImages:
         raise folders.nothing_in(place.folder)
     else:
         images, labels = _flat_pictures(place.folder, folder)
-    return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets), range(len(synsets)))
+    return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets))
 
 
 def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImages:
@@ -136,35 +145,31 @@ def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImage
     Raises:
         UserError: the class folders are not exactly those of the data set, or those of another variant of V2.
     """
-    title, _, inner = TEST_SETS[name]
-    folder = _inner(folder, inner)
+    title, _, inside = TEST_SETS[name]
+    folder = folders.inner(folder, *inside)
     for other, (title_of_other, _, places) in TEST_SETS.items():
         wrong = next((place for place in places if folder.absolute().name == place or (folder / place).is_dir()), None)
         if wrong is not None and other != name and title_of_other == title:
             raise UserError(f"{folder} holds {wrong}; say {other}={folder} for it.")
     classes = _classes_of(name)
     folders.check_folders(folder, folders.list_folders(folder), classes, title)
-    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    data = LabelledImages(*folders.list_class_pictures(folder, classes), (), folders=classes)
-    return as_imagenet(data, [numbers.get(inside, place) for place, inside in enumerate(classes)])
+    return as_imagenet(LabelledImages(*folders.list_class_pictures(folder, classes), (), folders=classes))
 
 
-def _classes_of(name: str) -> Sequence[str]:
+def _classes_of(name: str) -> list[str]:
     """The class folders of one of `TEST_SETS`."""
     if name.startswith("imagenet-v2"):
         return [str(number) for number in range(len(imagenet_synsets()))]
-    return imagenet_synsets() if name == "imagenet-sketch" else subset_synsets(name)
+    return list(imagenet_synsets() if name == "imagenet-sketch" else subset_synsets(name))
 
 
 def holds_test_set(name: str, folder: Path) -> bool:
     """Whether `folder` has the archive's folder or is it, or has its classes and is no other variant's."""
     title, _, places = TEST_SETS[name]
-    called, root = folder.absolute().name, _inner(folder, places)
+    called, root = folder.absolute().name, folders.inner(folder, *places)
     if title == V2 and (root != folder or any(called in known[2] for known in TEST_SETS.values())):
         return root != folder or called in places
-    classes = folders.list_folders(root)
-    sure = {"imagenet-v2": 1000, "imagenet-r": 200, "imagenet-a": 200}.get(name) == len(classes)
-    return sure and classes == list(_classes_of(name))
+    return name in ("imagenet-v2", "imagenet-r", "imagenet-a") and folders.list_folders(root) == _classes_of(name)
 
 
 for _name, (_, _size, _) in TEST_SETS.items():
@@ -177,23 +182,17 @@ def _splits(folder: Path) -> dict[str, folders.Place]:
     # Folders before .tar files, since those may be the archives that the folders came from (ILSVRC2012_img_train.tar).
     splits = {}
     for split, names in SPLIT_FOLDERS.items():
-        place = next((folder / name for name in names if (folder / name).is_dir()), None)
-        if place is not None:
+        if (place := folders.inner(folder, *names)) != folder:
             splits[split] = folders.Place(place, () if _has_synsets(place) else tuple(folders.list_shards(place)))
-    if splits:
-        return splits
-    if not _has_synsets(folder) and folders.list_shards(folder):
+    if not splits and not _has_synsets(folder) and folders.list_shards(folder):
         return folders.find_splits(folder, "val")
-    there = folders.list_folders(folder) or folders.list_pictures(folder)[0]
-    return {folders.own_split(folder, "val"): folders.Place(folder)} if there else {}
+    if not splits and (folders.list_folders(folder) or folders.list_pictures(folder)[0]):
+        return {folders.own_split(folder, "val"): folders.Place(folder)}
+    return splits
 
 
 def _has_synsets(folder: Path) -> bool:
     return any(SYNSET.fullmatch(name) for name in folders.list_folders(folder))
-
-
-def _inner(folder: Path, names: Sequence[str]) -> Path:
-    return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
 # -------------------------------------------------------------------------------------------- the flat validation set
@@ -212,20 +211,18 @@ def _flat_pictures(folder: Path, root: Path) -> tuple[ImageFiles, Tensor]:
     synsets = {path: labels.get(int(match[1])) for path, match in matches.items()}
     if missing := next((path for path, synset in synsets.items() if synset is None), None):
         raise UserError(f"{labels_file} has no class for {missing}; use the whole file.")
-    numbers = {synset: number for number, synset in enumerate(imagenet_synsets())}
-    if unknown := next((synset for synset in synsets.values() if synset not in numbers), None):
+    if unknown := next((synset for synset in synsets.values() if synset not in class_numbers()), None):
         raise UserError(f"{labels_file} names the class {unknown!r}, which is not one of ImageNet's 1000 synsets.")
-    return ImageFiles(folder, paths), torch.tensor([numbers[synset] for synset in synsets.values()])
+    return ImageFiles(folder, paths), torch.tensor([class_numbers()[synset] for synset in synsets.values()])
 
 
 def _validation_labels(folder: Path, root: Path) -> tuple[Path, dict[int, str]]:
     """The file with labels, and the synset of each picture by its number."""
-    for place in dict.fromkeys((root, folder, *folder.absolute().parents[:5])):
-        if (path := place / KAGGLE_LABELS).is_file():
-            return path, _read_kaggle(path)
-        for name in DEVKIT_FOLDERS:
-            if (path := place / name / DEVKIT_LABELS).is_file():
-                return path, _read_devkit(path)
+    readers = {KAGGLE_LABELS: _read_kaggle} | {f"{inside}{DEVKIT_LABELS}": _read_devkit for inside in DEVKIT_FOLDERS}
+    for place in (root, folder, *folder.absolute().parents[:5]):
+        for name, read in readers.items():
+            if (path := place / name).is_file():
+                return path, read(path)
     raise UserError(f"{folder} has no class folders; put {KAGGLE_LABELS} or the kit ILSVRC2012_devkit_t12 into {root}.")
 
 
@@ -234,11 +231,10 @@ def _read_kaggle(path: Path) -> dict[int, str]:
     labels = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            match = VAL_PICTURE.match(row.get("ImageId") or "")
-            synset = (row.get("PredictionString") or "").split()[:1]
-            if not (match and synset):
+            match, boxes = VAL_PICTURE.match(row.get("ImageId") or ""), (row.get("PredictionString") or "").split()
+            if not (match and boxes):
                 raise UserError(f"{path} must have rows of ImageId and PredictionString; get it anew.")
-            labels[int(match[1])] = synset[0]
+            labels[int(match[1])] = boxes[0]
     return labels
 
 
@@ -261,3 +257,46 @@ def _read_devkit(path: Path) -> dict[int, str]:
         return {picture: synsets[number] for picture, number in enumerate(numbers, start=1)}
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} must hold the number of a class in {meta.name} a line ({error}).") from None
+
+
+# -------------------------------------------------------------------------------------------------------- Tiny-ImageNet
+
+
+def holds_tiny_imagenet(folder: Path) -> bool:
+    """Whether `folder` has its list of classes and of what they are called."""
+    return all((folders.inner(folder, TINY) / name).is_file() for name in ("wnids.txt", "words.txt"))
+
+
+@data_set("tiny-imagenet", {"train": 100_000, "val": 10_000}, found_in=holds_tiny_imagenet, aliases=(TINY,))
+def load_tiny_imagenet(folder: Path, split: str = "val") -> LabelledImages:
+    """The archive as it unpacks, or with class folders in `val` too. Its test set has no public classes.
+
+    Classes are in the order of their synsets. Names: ImageNet's where it has the synset, else the first of words.txt.
+
+    Raises:
+        UserError: a list is missing, or the pictures are not those of the classes.
+    """
+    root = folders.inner(folder, TINY)
+    place, annotations = root / split, root / split / "val_annotations.txt"
+    if not holds_tiny_imagenet(folder) or not place.is_dir():
+        raise UserError(f"{root} needs {split}, wnids.txt and words.txt; unpack the whole archive of Tiny-ImageNet.")
+    synsets = sorted(read_lines(root / "wnids.txt"))
+    if split == "val" and annotations.is_file():
+        rows = {file: synset for file, synset, *_ in (f"{line}\t".split("\t") for line in read_lines(annotations))}
+        paths = folders.list_pictures(place)[0]
+        wrong = next((path for path in paths if rows.get(os.path.basename(path)) not in synsets), None)
+        if wrong:
+            raise UserError(f"{annotations} has no line with {wrong} and one of the classes of wnids.txt; get it anew.")
+        images = ImageFiles(place, paths)
+        labels = torch.tensor([synsets.index(rows[os.path.basename(path)]) for path in paths])
+    else:
+        folders.check_folders(place, folders.list_folders(place), synsets, "Tiny-ImageNet")
+        inner = [f"{synset}/images" if (place / synset / "images").is_dir() else synset for synset in synsets]
+        images, labels = folders.list_class_pictures(place, inner)  # beside `images` there are files with boxes
+    words = dict(line.split("\t", 1) for line in read_lines(root / "words.txt") if "\t" in line)
+    data = as_imagenet(LabelledImages(images, labels, (), split=split, folders=synsets))
+    if all(synset in class_numbers() for synset in synsets):
+        return data
+    pairs = zip(synsets, data.classnames, strict=True)
+    names = [name if synset in class_numbers() else words.get(synset, synset).split(",")[0] for synset, name in pairs]
+    return replace(data, classnames=names, imagenet_classes=None)

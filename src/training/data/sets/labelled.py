@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...errors import UserError
 from ..images import load_rgb
 
 with contextlib.suppress(ImportError):  # optional: reads HEIC; here, since every worker process imports this module
@@ -34,24 +36,25 @@ def picture_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _UNDECODED)
 
 
-class Images:
+class Images(ABC):
     """Pictures by number, in a fixed order. Each worker process gets a copy, so it is small."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """Where picture `i` is, for people: a path, a tar file and its member, a file and its row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def content(self, i: int) -> bytes:
         """What picture `i` is decoded from."""
-        raise NotImplementedError
 
     def load(self, i: int) -> Image.Image:
         """Picture `i` as RGB, decoded completely; whatever is wrong with a broken file is raised here."""
         return load_rgb(self.content(i))
 
+    @abstractmethod
     def fingerprint(self, times: bool = True) -> str:
         """A hash of which pictures there are, and of what is in them as far as that shows without reading them.
 
@@ -62,11 +65,10 @@ class Images:
 
         times: False leaves the times out, for what must stay the same where the data are copied.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def subset(self, rows: Tensor) -> Images:
         """The pictures of these numbers, in this order."""
-        raise NotImplementedError
 
 
 class ImageFiles(Images):
@@ -215,6 +217,22 @@ class LabelledImages:
         return self.fingerprint() == other.fingerprint() or all(ours == theirs for ours, theirs in pairs)
 
 
+def check_arrays(pixels: np.ndarray, labels: Sequence, shape: Sequence[int], classes: int, origin: object) -> Tensor:
+    """The labels as (N,) int64, if `pixels` are (N, *shape) uint8 and there is one of so many classes for each.
+
+    Raises:
+        UserError: they are anything else, or none.
+    """
+    numbers = np.asarray(labels)
+    fitting = pixels.dtype == np.uint8 and pixels.shape == (numbers.size, *shape) and numbers.ndim == 1
+    fitting = fitting and numbers.size and numbers.dtype.kind in "iu"
+    if not fitting or numbers.min() < 0 or numbers.max() >= classes:
+        found = f"{pixels.dtype} of {' x '.join(map(str, pixels.shape))} and {numbers.size} labels"
+        wanted = f"uint8 images of {' x '.join(map(str, shape))}, each with a label from 0 to {classes - 1}"
+        raise UserError(f"{origin} must hold {wanted}, not {found}; get it anew.")
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
 def _content(images: Images, i: int) -> bytes | None:
     with contextlib.suppress(OSError):  # a link to nowhere, say: a broken picture
         return images.content(i)
@@ -222,7 +240,6 @@ def _content(images: Images, i: int) -> bytes | None:
 
 def _sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
     """(N, 2) int64 bytes and time of change in ns; zeros for `times` False and for files that cannot be read."""
-
     found = np.zeros((len(paths), 2), dtype=np.int64)
 
     def look(start: int) -> None:

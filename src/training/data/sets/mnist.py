@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ...errors import UserError
 from .classnames import packaged_lines
-from .labelled import ArrayImages, LabelledImages
+from .labelled import ArrayImages, LabelledImages, check_arrays
 from .registry import NotThere, data_set
 
 SIZES = {"train": 60_000, "test": 10_000}
@@ -40,11 +39,8 @@ def load_mnist(name: str, folder: Path, split: str = "test") -> LabelledImages:
         )
     pixels, labels = read_idx(files[0], 3), read_idx(files[1], 1)
     classes = packaged_lines(f"{name}-classes.txt")
-    if len(pixels) != len(labels):
-        raise UserError(f"{files[0]} has {len(pixels)} images, but {files[1]} has {len(labels)} labels.")
-    if not len(labels) or labels.max() >= len(classes):
-        raise UserError(f"{files[1]} must hold labels from 0 to {len(classes) - 1}, and at least one.")
-    images, labels = ArrayImages(pixels, str(files[0])), torch.from_numpy(labels.astype(np.int64))
+    labels = check_arrays(pixels, labels, pixels.shape[1:], len(classes), files[0])
+    images = ArrayImages(pixels, str(files[0]))
     return LabelledImages(images, labels, classes, packaged_lines(f"{name}-templates.txt"), split=split)
 
 
@@ -61,13 +57,12 @@ def _find(name: str, folder: Path, split: str) -> tuple[Path, Path] | None:
     return None
 
 
-def holds_mnist(name: str, folder: Path) -> bool:
+def _holds(name: str, folder: Path) -> bool:
     return any(_find(name, folder, split) for split in PREFIXES)
 
 
 for _name, _class in FOLDERS.items():
-    _register = data_set(_name, SIZES, found_in=partial(holds_mnist, _name), torchvision=_class)
-    _register(partial(load_mnist, _name))
+    data_set(_name, SIZES, found_in=partial(_holds, _name), torchvision=_class)(partial(load_mnist, _name))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -87,15 +82,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     magic, start = bytes((0, 0, 8, dimensions)), 4 + 4 * dimensions
     if len(content) < start or content[:4] != magic:
         found = content[:4].hex() or "nothing"
-        raise UserError(
-            f"{path} is not an idx file of bytes with {dimensions} dimension{'s' * (dimensions > 1)}: it starts with "
-            f"{found} instead of {magic.hex()}; get it anew."
-        )
+        raise UserError(f"{path} is not an idx file: it starts with {found} instead of {magic.hex()}; get it anew.")
     shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     if len(content) - start != math.prod(shape):
         sizes = " x ".join(map(str, shape))
-        raise UserError(
-            f"{path} is cut off or damaged: its sizes are {sizes}, but it holds {len(content) - start} values; get it "
-            "anew."
-        )
+        held = f"its sizes are {sizes}, but it holds {len(content) - start} values"
+        raise UserError(f"{path} is cut off or damaged: {held}; get it anew.")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

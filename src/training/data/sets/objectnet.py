@@ -6,10 +6,11 @@ Its authors allow evaluation only: no model may be trained or tuned on it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import UserError
-from .folders import check_folders, list_class_pictures, list_folders
+from .folders import check_folders, inner, list_class_pictures, list_folders
 from .imagenet import imagenet_synsets
 from .labelled import ImageFiles, LabelledImages
 from .registry import data_set
@@ -24,7 +25,7 @@ BORDER = 2  # the published images have a red border of one pixel; the authors' 
 
 def holds_objectnet(folder: Path) -> bool:
     """Whether `folder` has ObjectNet's mappings."""
-    return any((place / "mappings" / IMAGENET_LABELS).is_file() for place in (folder, folder / ARCHIVE))
+    return (inner(folder, ARCHIVE) / "mappings" / IMAGENET_LABELS).is_file()
 
 
 @data_set("objectnet", {"test": 18_574}, found_in=holds_objectnet)  # of the classes that ImageNet has too
@@ -38,7 +39,7 @@ def load_objectnet(folder: Path, split: str = "test") -> LabelledImages:
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    folder = folder / ARCHIVE if (folder / ARCHIVE).is_dir() else folder
+    folder = inner(folder, ARCHIVE)
     labels, groups = read_mappings(folder / "mappings")
     pictures = folder / "images"
     check_folders(pictures, list_folders(pictures), list(labels), "ObjectNet")
@@ -65,11 +66,11 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     """
     labels, overlap = _mapping(folder / FOLDER_LABELS, str), _mapping(folder / IMAGENET_LABELS, str)
     lines_of_classes = _mapping(folder / CLASS_LINES, int)
-    lines = [line.strip() for line in _read(folder / LINES).splitlines()]
-    if set(lines_of_classes) != {str(i) for i in range(len(imagenet_synsets()))}:
-        raise UserError(f"{folder / CLASS_LINES} must have a line number for each of ImageNet's classes 0 to 999.")
-    if not all(0 <= line < len(lines) for line in lines_of_classes.values()):
-        raise UserError(f"{folder / CLASS_LINES} has numbers of lines that {LINES}, with {len(lines)}, does not have.")
+    lines = [line.strip() for line in _read(folder / LINES, str.splitlines)]
+    there = all(0 <= line < len(lines) for line in lines_of_classes.values())
+    if not there or set(lines_of_classes) != {str(i) for i in range(len(imagenet_synsets()))}:
+        wanted = f"the number of one of the {len(lines)} lines of {LINES} for each of ImageNet's classes 0 to 999"
+        raise UserError(f"{folder / CLASS_LINES} must have {wanted}.")
     classes: dict[str, list[int]] = {}
     for number, line in lines_of_classes.items():
         classes.setdefault(lines[line], []).append(int(number))
@@ -86,18 +87,15 @@ def read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     return labels, groups
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, parse: Callable[[str], object]) -> object:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # also of the encoding and of JSON
         raise UserError(f"{path} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
 
 
 def _mapping(path: Path, kind: type) -> dict:
-    try:
-        mapping = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} cannot be read ({error}); unpack the whole archive of ObjectNet.") from None
+    mapping = _read(path, json.loads)
     if not (isinstance(mapping, dict) and mapping and all(type(value) is kind for value in mapping.values())):
         raise UserError(f"{path} must be a JSON object of {'numbers' if kind is int else 'texts'}; get it anew.")
     return mapping

@@ -44,10 +44,10 @@ class DataSet:
     name: str
     read: Reader
     splits: Mapping[str, int | None]
-    found_in: Callable[[Path], bool]
-    aliases: Sequence[str]
-    takes_names: bool
-    torchvision: str | None
+    found_in: Callable[[Path], bool] = lambda folder: False
+    aliases: Sequence[str] = ()
+    takes_names: bool = False
+    torchvision: str | None = None
 
 
 SETS: dict[str, DataSet] = {}
@@ -57,19 +57,14 @@ class NotThere(UserError):
     """The data set's files are not in the folder; they can be fetched if the data set says how."""
 
 
-def data_set(
-    name: str,
-    splits: Mapping[str, int | None] | None = None,
-    *,
-    found_in: Callable[[Path], bool] = lambda folder: False,
-    aliases: Sequence[str] = (),
-    takes_names: bool = False,
-    torchvision: str | None = None,
-) -> Callable[[Reader], Reader]:
-    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`; see `DataSet`."""
+def data_set(name: str, splits: Mapping[str, int | None] | None = None, **known: object) -> Callable:
+    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`.
+
+    known: the other attributes of `DataSet`.
+    """
 
     def register(read: Reader) -> Reader:
-        SETS[name] = DataSet(name, read, splits or {}, found_in, aliases, takes_names, torchvision)
+        SETS[name] = DataSet(name, read, splits or {}, **known)
         return read
 
     return register
@@ -111,6 +106,8 @@ def load_data(
             data = named(data, classnames)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error}); check its files and permissions.") from None
+    if not len(data):
+        raise UserError(f"{folder} holds no images of {known.name} ({data.split}).")
     expected = known.splits.get(data.split) or len(data)
     if len(data) != expected:
         logging.warning(f"{folder} holds {len(data):,} images of {known.name} ({data.split}), which has {expected:,}.")

@@ -108,7 +108,7 @@ class TestMNIST:
 
     def test_labels_out_of_range(self, tmp_path):
         self.files(tmp_path, count=11)
-        assert "must hold labels from 0 to 9" in message_of(f"mnist={tmp_path}")
+        assert "each with a label from 0 to 9" in message_of(f"mnist={tmp_path}")
 
 
 class TestCIFAR:
@@ -175,13 +175,13 @@ class TestCIFAR:
     @pytest.mark.parametrize(
         "changes,message",
         [
-            ({"data": np.zeros((2, 3071), np.uint8)}, "uint8 rows of 3072"),
-            ({"data": np.zeros((2, 3072), np.float32)}, "uint8 rows of 3072"),
-            ({"data": np.zeros((0, 3072), np.uint8)}, "uint8 rows of 3072"),
+            ({"data": np.zeros((2, 3071), np.uint8)}, "must hold uint8 images of 3072, each with a label from 0 to 2"),
+            ({"data": np.zeros((2, 3072), np.float32)}, "not float32 of 2 x 3072"),
+            ({"data": np.zeros((0, 3072), np.uint8)}, "not uint8 of 0 x 3072"),
             ({"data": "pixels"}, "has no 'data'"),
-            ({"fine_labels": [2]}, "2 numbers from 0 to 2 as 'fine_labels'"),
-            ({"fine_labels": [2, 3]}, "2 numbers from 0 to 2 as 'fine_labels'"),
-            ({"fine_labels": [2, "cat"]}, "2 numbers from 0 to 2 as 'fine_labels'"),
+            ({"fine_labels": [2]}, "not uint8 of 2 x 3072 and 1 labels"),
+            ({"fine_labels": [2, 3]}, "each with a label from 0 to 2"),
+            ({"fine_labels": [2, "cat"]}, "each with a label from 0 to 2"),
             ({"labels_key": "labels"}, "has no 'fine_labels'"),
         ],
     )

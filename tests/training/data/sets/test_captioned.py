@@ -1,66 +1,18 @@
 """Captioned image sets in the layouts that people have on disk; every file here is made by the test."""
 
 import csv
-import io
 import json
 import os
-import tarfile
 import unicodedata
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from training.data.sets.captioned import CaptionOptions, load_captions
 from training.errors import UserError
 
-from .layout_files import write_shard
+from .caption_files import contents, load, names, refused, write_images, write_json
 
 SPLITS = ("train", "restval", "val", "test")
-
-
-def encoded(number, mode="RGB", format="JPEG"):
-    pixels = np.full((6, 8, 3), number % 256, dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, format)
-    return file.getvalue()
-
-
-def write_images(root, names, **kwargs):
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(10 * number, **kwargs))
-
-
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def load(spec, **options):
-    return load_captions(str(spec), CaptionOptions(**options))
-
-
-def contents(data):
-    """Image name and captions of each image."""
-    captions = [[] for _ in range(len(data))]
-    for caption, image in zip(data.captions, data.image_of.tolist(), strict=True):
-        captions[image].append(caption)
-    return [(data.images.name(i), texts) for i, texts in enumerate(captions)]
-
-
-def names(data, root):
-    return [name.removeprefix(f"{root}/") for name, _ in contents(data)]
-
-
-def refused(spec, message, **options):
-    with pytest.raises(UserError) as error:
-        load(spec, **options)
-    assert message in str(error.value), str(error.value)
-    assert "\n" not in str(error.value)
 
 
 # --- COCO, Karpathy's split ---
@@ -197,10 +149,7 @@ def test_albef_lists(tmp_path):
     assert names(data, tmp_path) == ["val2014/COCO_val2014_2.jpg", "val2014/COCO_val2014_1.jpg"]
     assert data.image_of.tolist() == [0, 0, 0, 0, 0, 1]
     refused(tmp_path, "has no split 'val', only test, train", split="val")
-
-
-def test_repeated_images_are_grouped(tmp_path):
-    data = load(albef(tmp_path), split="train")
+    data = load(tmp_path, split="train")  # repeated images are grouped
     assert [texts for _, texts in contents(data)] == [["three", "three again"], ["one"]]
     assert names(data, tmp_path) == ["train2014/COCO_train2014_3.jpg", "val2014/COCO_val2014_1.jpg"]
 
@@ -258,10 +207,7 @@ def test_files_of_clip_benchmark(tmp_path):
     (tmp_path / "flickr30k_test_karpathy.txt").write_text(lines)
     write_images(tmp_path, ["9.jpg", "10.jpg"])
     data = load(f"flickr30k={tmp_path}")
-    assert [texts for _, texts in contents(data)] == [
-        ["A man, smiling , waves .", "Again ."],
-        ['"quoted", not closed'],
-    ]
+    assert [texts for _, texts in contents(data)] == [["A man, smiling , waves .", "Again ."], ['"quoted", not closed']]
     assert names(data, tmp_path) == ["10.jpg", "9.jpg"]
 
 
@@ -339,16 +285,11 @@ def albef_of(folder, captions, **options):
     return load(write_json(folder / "set.json", entries), **options)
 
 
-def test_line_breaks_in_captions_are_whitespace(tmp_path):
-    data = albef_of(tmp_path, [["A dog\nruns.", " two\r\n\n  lines\t"], "one\n"])
-    assert data.captions == ["A dog runs.", "two lines", "one"]
-    assert data.image_of.tolist() == [0, 0, 1]
-
-
-def test_unicode(tmp_path):
-    texts = ["Ein Hund läuft über die Straße", "一只狗 在跑", "🐕 run", "no\u00a0break\u2028line"]
-    data = albef_of(tmp_path, [texts])
-    assert data.captions == [*texts[:3], "no break line"]
+def test_whitespace_and_unicode(tmp_path):
+    texts = ["Ein Hund läuft über die Straße", "一只狗 在跑", "🐕 run"]
+    data = albef_of(tmp_path, [["A dog\nruns.", " two\r\n\n  lines\t", "no\u00a0break\u2028line"], "one\n", texts])
+    assert data.captions == ["A dog runs.", "two lines", "no break line", "one", *texts]
+    assert data.image_of.tolist() == [0, 0, 0, 1, 2, 2, 2]
 
 
 def test_empty_captions_and_images_without(tmp_path, caplog):
@@ -410,90 +351,6 @@ def test_csv(tmp_path, name, separator):
     assert names(data, tmp_path) == ["pictures/b.jpg", "pictures/a.jpg"]
     assert (data.name, data.split, data.left_out["empty_captions"]) == ("table", "all", 1)
     refused(tmp_path / name, "has no column 'text'", csv_caption_column="text")
-
-
-# --- shards ---
-
-
-def test_shards_with_json(tmp_path):
-    members = {
-        "a.jpg": encoded(1), "a.json": json.dumps({"captions": ["a 1", "a\n2"], "caption": "no"}), "a.txt": "no\nno",
-        "x/b.PNG": encoded(2, format="PNG"), "x/b.json": json.dumps({"caption": "b", "url": "u"}), "x/b.txt": "b",
-        "c.webp": encoded(3, format="WEBP"), "c.json": json.dumps({"caption": ["c 1", "c 2"]}),
-        "d.jpeg": encoded(4, mode="L"), "d.json": "{}", "d.txt": "d",
-    }  # fmt: skip
-    write_shard(tmp_path / "0.tar", members)
-    write_shard(tmp_path / "1.tar", {"a.jpg": encoded(5), "a.txt": "another a"})
-    data = load(tmp_path)
-    texts = [["a 1", "a 2"], ["b"], ["c 1", "c 2"], ["d"], ["another a"]]
-    assert contents(data) == list(
-        zip([*(f"{tmp_path}/0.tar: {n}" for n in ("a.jpg", "x/b.PNG", "c.webp", "d.jpeg")), f"{tmp_path}/1.tar: a.jpg"],
-            texts, strict=True)
-    )  # fmt: skip
-    pixels = [np.asarray(data.images.load(i))[0, 0].tolist() for i in range(5)]
-    assert pixels == [[n] * 3 for n in range(1, 6)]
-    for spec in (tmp_path / "1.tar", f"{tmp_path}/{{1..1}}.tar"):
-        assert load(spec).captions == ["another a"]
-
-
-def test_what_a_txt_is(tmp_path):
-    """Nothing is guessed: several lines are captions only where something says so."""
-    folder = tmp_path / "test"
-    write_shard(folder / "0.tar", {"a.jpg": encoded(1), "a.txt": "one\n\ntwo \\n lines\n", "b.jpg": encoded(2)})
-    refused(folder, "the .txt of a.jpg has 2 lines; say with --txt-captions")
-    assert load(folder, txt="lines").captions == ["one", "two lines"]
-    whole = load(folder, txt="whole")
-    assert whole.captions == ["one two \\n lines"]
-    assert whole.left_out == {"empty_captions": 0, "images_without_caption": 1}
-    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
-    assert load(folder).captions == load(tmp_path).captions == ["one", "two lines"]
-    assert load(tmp_path).split == "test"
-
-
-def test_splits_in_folders_of_shards(tmp_path):
-    for split in ("train", "test"):
-        write_shard(tmp_path / split / "0.tar", {"a.jpg": encoded(1), "a.txt": split})
-    data = load(f"mine={tmp_path}", split="train+test")
-    assert (data.captions, data.name, data.split) == (["train", "test"], "mine", "train+test")
-    assert load(tmp_path / "train", split="train").captions == ["train"]
-    refused(tmp_path / "train", "not divided into splits", split="val")
-    refused(tmp_path, "has no split 'val', only test, train", split="val")
-    refused(tmp_path, "leave it out", images=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("member", "place", "left"),
-    [("c.jpg", "data", "ab"), ("c.jpg", "end", "abc"), ("c.jpg", "header", "ab"), ("c.txt", "data", "ab")],
-)
-def test_damaged_shard(tmp_path, caplog, member, place, left):
-    members = {f"{key}.{kind}": value for key in "abc" for kind, value in (("txt", key), ("jpg", encoded(1)))}
-    path = write_shard(tmp_path / "0.tar", members)
-    with tarfile.open(path) as tar:
-        info = tar.getmember(member)
-    cut = {"header": info.offset + 100, "data": info.offset_data, "end": info.offset_data + info.size}[place]
-    path.write_bytes(path.read_bytes()[:cut])
-    assert load(tmp_path).captions == list(left)
-    assert f"0.tar is cut off or damaged after {len(left)} samples" in caplog.text
-
-
-def test_no_tar(tmp_path):
-    path = tmp_path / "0.tar"
-    path.write_bytes(b"\x1f\x8b something else" * 100)
-    refused(tmp_path, "0.tar is not a readable tar file")
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"a.txt": "a caption"}, "a has a caption and no picture"),
-        ({"a.jpg": b"", "a.json": "{"}, "the JSON of a cannot be read"),
-        ({"a.jpg": b"", "a.json": '{"captions": [1]}'}, "neither a text nor a list of texts"),
-        ({"a.jpg": b""}, "has no caption for any of 1 images"),
-        ({"readme": "x"}, "has no caption for any of 0 images"),
-    ],
-)
-def test_mistakes_in_shards(tmp_path, members, message):
-    refused(write_shard(tmp_path / "0.tar", members), message)
 
 
 # --- mistakes ---

@@ -65,10 +65,8 @@ class TestFolders:
         """Also CLIP_benchmark's, under its own name; what is called templates.txt comes first."""
         theirs = {"zeroshot_classification_templates": "an emoji of {c}\n{c}, a kind of {c}"}
         root = write_folder(tmp_path, {"a/x.png": b""}, classnames="a", **theirs)
-        assert [template.format("cat") for template in load_named(root).templates] == [
-            "an emoji of cat",
-            "cat, a kind of cat",
-        ]
+        templates = [template.format("cat") for template in load_named(root).templates]
+        assert templates == ["an emoji of cat", "cat, a kind of cat"]
         write_folder(root, {}, templates="a {}.\n\n")
         assert load_named(root).templates == ["a {}."]
 
@@ -125,10 +123,6 @@ class TestFolders:
         (root / "a/x.png").unlink()
         assert "hold no images, only 4 file(s) whose endings (.pdf, .raw" in message_of(f"folder={root}")
 
-    def test_one_class_with_one_picture(self, tmp_path):
-        data = load_named(write_folder(tmp_path, {"a/x.png": b"1"}))
-        assert (len(data), list(data.classnames), data.labels.tolist()) == (1, ["a"], [0])
-
     @pytest.mark.parametrize(
         "texts,message",
         [
@@ -144,7 +138,6 @@ class TestFolders:
             ({"classnames": "a\tone\tuno\nb\ttwo"}, "class folder a"),
             ({"classnames": "b\na"}, "in another order than theirs, which starts with a"),
             ({"classnames": "a\tone\nb\ttwo\nc\tthree\nd\tfour"}, "2 of the 4 class folders of classnames.txt are in"),
-            ({"classnames": "a\tone\nb\ttwo\nc\tthree\nd\tfour"}, "missing c, d"),
             ({"classnames": "one\ntwo", "templates": "a photo"}, "'a photo' must have {}"),
             ({"classnames": "one\ntwo", "templates": "a {name}"}, "'a {name}' must have {}"),
             ({"classnames": "one\ntwo", "templates": "a {"}, "'a {' must have {}"),
@@ -157,12 +150,9 @@ class TestFolders:
     def test_no_folder_no_classes_no_images(self, tmp_path):
         assert "There is no folder" in message_of(f"folder={tmp_path / 'missing'}")
         assert "neither class folders nor .tar shards" in message_of(f"folder={tmp_path}")
-        root = write_folder(tmp_path, {"a/x.txt": b""}, classnames="a")
-        assert "hold no images" in message_of(f"folder={root}")
-
-    def test_names_that_are_not_utf8(self, tmp_path):
-        write_folder(tmp_path, {"a/x.png": b""})
-        (tmp_path / "classnames.txt").write_bytes("façade".encode("latin-1"))
+        write_folder(tmp_path, {"a/x.txt": b"", "classnames.txt": b"a"})
+        assert "hold no images" in message_of(f"folder={tmp_path}")
+        write_folder(tmp_path, {"a/x.png": b"", "classnames.txt": "façade".encode("latin-1")})
         assert "UTF-8" in message_of(f"folder={tmp_path}")
 
     def test_the_order_and_the_fingerprint_do_not_depend_on_the_disk(self, tmp_path):
@@ -217,8 +207,7 @@ class TestSplits:
         root = self.divided(tmp_path)
         assert load_named(root).split == "val"
         write_folder(root / "test", {"a/x.png": b"1", "b/x.png": b"2"})
-        data = load_named(root)
-        assert data.split == "test" and contents(data) == [("an a", b"1"), ("a b", b"2")]
+        assert load_named(root).split == "test" and contents(load_named(root)) == [("an a", b"1"), ("a b", b"2")]
 
     def test_names_of_the_split_come_first(self, tmp_path):
         root = self.divided(tmp_path)
@@ -237,10 +226,8 @@ class TestSplits:
 
     def test_other_words_and_spellings(self, tmp_path):
         make_folders(tmp_path, ["Training", "validation", ".git"])
-        assert {split: place.folder.name for split, place in find_splits(tmp_path).items()} == {
-            "train": "Training",
-            "val": "validation",
-        }
+        splits = {split: place.folder.name for split, place in find_splits(tmp_path).items()}
+        assert splits == {"train": "Training", "val": "validation"}
         (tmp_path / "val").mkdir()
         with pytest.raises(UserError, match="has both val and validation"):
             find_splits(tmp_path)
@@ -266,14 +253,10 @@ class TestSplits:
 
     def test_splits_with_other_classes(self, tmp_path):
         """The names are by place: b would be called as c is in the other split."""
-        root = write_folder(
-            tmp_path,
-            {"train/a/x.png": b"", "train/c/x.png": b"", "val/a/x.png": b"", "val/b/x.png": b""},
-            classnames="a\nb",
-        )
+        pictures = dict.fromkeys(("train/a/x.png", "train/c/x.png", "val/a/x.png", "val/b/x.png"), b"")
+        root = write_folder(tmp_path, pictures, classnames="a\nb")
         message = message_of(f"folder={root}", split="val")
-        assert "1 of the 2 class folders of the val split" in message
-        assert "missing b; unknown: c" in message
+        assert "1 of the 2 class folders of the val split" in message and "missing b; unknown: c" in message
 
     def test_the_archive_next_to_what_it_held(self, tmp_path):
         root = self.divided(tmp_path)
@@ -325,13 +308,13 @@ class TestShards:
         write_shard(tmp_path / "0.tar", members)
         assert message in message_of(f"folder={tmp_path}")
 
-    def test_not_a_tar(self, tmp_path):
-        write_folder(tmp_path, {"0.tar": b"\x1f\x8b something else" * 100}, classnames="zero")
-        assert "0.tar is not a readable tar file" in message_of(f"folder={tmp_path}")
-
-    def test_no_classnames(self, tmp_path):
+    def test_not_a_tar_and_no_classnames(self, tmp_path, caplog):
         write_shard(tmp_path / "0.tar", {"a.png": b"1", "a.cls": "0"})
         assert "has no classnames.txt" in message_of(f"folder={tmp_path}")
+        write_folder(tmp_path, {}, classnames="zero")
+        assert len(load_named(tmp_path)) == 1 and caplog.text == ""
+        write_folder(tmp_path, {"0.tar": b"\x1f\x8b something else" * 100})
+        assert "0.tar is not a readable tar file" in message_of(f"folder={tmp_path}")
 
     # Each member takes 1024 bytes: cut between samples, in a header, between cls and image, and in the image.
     @pytest.mark.parametrize("size,readable", [(4096, 2), (4300, 2), (5120, 2), (5632, 2), (5640, 2), (6144, 3)])
@@ -342,12 +325,6 @@ class TestShards:
         shard.write_bytes(shard.read_bytes()[:size])
         assert [label for label, _ in contents(load_named(tmp_path))] == ["one"] * readable
         assert "0.tar is cut off or damaged" in caplog.text
-
-    def test_whole_shard_gives_no_warning(self, tmp_path, caplog):
-        write_folder(tmp_path, {}, classnames="zero")
-        write_shard(tmp_path / "0.tar", {"a.png": b"1", "a.cls": "0"})
-        assert len(load_named(tmp_path)) == 1
-        assert caplog.text == ""
 
 
 def test_clip_benchmark_reads_the_same(tmp_path):
@@ -418,9 +395,3 @@ def test_packaged_names():
     for name in ("cifar", "mnist", "fashion-mnist"):
         for template in packaged_lines(f"{name}-templates.txt"):
             assert template.count("{}") == 1 and not template.startswith("#")
-
-
-def test_listing_does_not_log(tmp_path, caplog):
-    with caplog.at_level(logging.DEBUG):
-        load_data(str(write_folder(tmp_path, {"a/x.png": b""}, classnames="a")))
-    assert caplog.text == ""

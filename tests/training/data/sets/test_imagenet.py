@@ -333,11 +333,8 @@ class TestObjectNet:
     @pytest.mark.parametrize(
         "changes,message",
         [
-            ({"order": list(range(999))}, "a line number for each of ImageNet's classes 0 to 999"),
-            (
-                {"order": list(range(1, 1001))},
-                "numbers of lines that imagenet_to_label_2012_v2, with 1000, does not have",
-            ),
+            ({"order": list(range(999))}, "for each of ImageNet's classes 0 to 999"),
+            ({"order": list(range(1, 1001))}, "one of the 1000 lines of imagenet_to_label_2012_v2 for each"),
             ({"overlap": {"TV": "radio"}}, "names 'radio'"),
             ({"overlap": {"Radio": "analog clock"}}, "no folder for 'Radio'"),
             ({"overlap": {"TV": ["television, tv"]}}, "must be a JSON object of texts"),

@@ -100,8 +100,6 @@ def load_data(
         known = SETS[name or tell_name(folder)]
         data = _read(known, folder, split, classnames, download)
         data = replace(data, name=data.name or known.name)
-        if not len(data):
-            raise UserError(f"{folder} has no images for the {split} split of {known.name}.")
         if classnames is not None and not known.takes_names:
             data = named(data, classnames)
     except OSError as error:

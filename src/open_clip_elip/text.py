@@ -94,7 +94,8 @@ def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multipl
 def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
     """(B,) place of the token at which the tower is pooled."""
     if _pool_type(tower) == "eos":
-        return (text == _eos_id(tower)).int().argmax(dim=-1)
+        eos_id = getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)
+        return (text == eos_id).int().argmax(dim=-1)
     return text.argmax(dim=-1)  # the end-of-text token has the highest number
 
 
@@ -130,7 +131,3 @@ def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
 
 def _pool_type(tower: nn.Module) -> str:
     return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "")
-
-
-def _eos_id(tower: nn.Module) -> int | None:
-    return getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)

@@ -19,9 +19,6 @@ from tqdm import tqdm
 from .errors import UserError, reason
 from .files import append, expendable, written_whole
 
-FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
-DATE = "%Y-%m-%d,%H:%M:%S"
-
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
@@ -42,20 +39,15 @@ def setup_logging(level: int, file: Path | None, console: bool) -> None:
     Without a console (all ranks but the main one), warnings of the data still go to stderr: which worker of which rank
     is stuck is known to that rank alone.
     """
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    shown = _Console()
+    handlers: list[logging.Handler] = [shown := _Console()]
     if not console:
         shown.setLevel(logging.WARNING)
         shown.addFilter(lambda record: record.name.startswith("training.data"))
-    shown.setFormatter(logging.Formatter(FORMAT, DATE))
-    root.addHandler(shown)
     if file is not None:
         with expendable(file):
-            root.addHandler(written := _File(file))
-            written.setFormatter(shown.formatter)
-    root.setLevel(level)
+            handlers.append(_File(file))
+    line, date = "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"
+    logging.basicConfig(level=level, handlers=handlers, format=line, datefmt=date, force=True)
     chatty = "PIL urllib3 fsspec matplotlib botocore aiobotocore s3fs torch._dynamo torch._inductor torch.fx"
     for name in chatty.split():
         logging.getLogger(name).setLevel(max(level, logging.WARNING))

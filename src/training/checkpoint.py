@@ -25,7 +25,7 @@ from .sharding import load_full_state_dict
 
 LATEST = "epoch_latest.pt"  # OpenCLIP's name, written with --save-most-recent
 BEST = "best.pt"
-_NAME = re.compile(r"(epoch|step)_\d+\.pt")
+_NAME = re.compile(r"(epoch|step)_\d+\.pt|epoch_latest\.pt")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -64,8 +64,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    named = [p for p in folder.glob("*.pt") if _NAME.fullmatch(p.name)]
-    return sorted(named + [p for p in [folder / LATEST] if p.is_file()])
+    return sorted(path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name))
 
 
 def _progress(state: dict[str, Any]) -> tuple[int, int]:

@@ -47,20 +47,19 @@ def setup_logging(level: int, file: Path | None, console: bool) -> None:
         with expendable(file):
             handlers.append(_File(file))
     line, date = "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"
-    logging.basicConfig(level=level, handlers=handlers, format=line, datefmt=date, force=True)
+    logging.getLogger().handlers.clear()  # and not `force`, which closes them: that may fail on a full disk
+    logging.basicConfig(level=level, handlers=handlers, format=line, datefmt=date)
     chatty = "PIL urllib3 fsspec matplotlib botocore aiobotocore s3fs torch._dynamo torch._inductor torch.fx"
     for name in chatty.split():
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 class RunLog:
-    """Numbers of a run, on the main rank; on the others every method does nothing.
-
-    A figure that cannot be written, or a file of them that is damaged, is one line of the log and no more.
+    """Numbers of a run. A figure that cannot be written, or a damaged file of them, is one line of the log and no more.
 
     Args:
         folder: the run's folder; None writes no files.
-        enabled: False on all ranks but the main one.
+        enabled: False on all ranks but the main one, where every method does nothing.
         report_to: any of "tensorboard" and "wandb" ("csv" is always written); UserError: it cannot be used.
         step: rows of train.csv from this step on are dropped: they were written after the checkpoint that is resumed.
         wandb_options: project, name, notes, config ... for `wandb.init`.

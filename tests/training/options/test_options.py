@@ -421,8 +421,6 @@ def test_folder_of_a_local_model_may_be_called_anything():
          "--distill-model cannot be used with --accum-freq: leave one out."),
         (["--distill-model", "ViT-B-16", "--distill-pretrained", "openai", "--siglip"],
          "--distill-model needs the softmax loss: leave out --siglip."),
-        (["--token-reduction", "none", "--full-tokens-last", "1ep"],
-         "--full-tokens-last has nothing to end with --token-reduction none: leave one out."),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_sentence(words, sentence):

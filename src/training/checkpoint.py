@@ -29,20 +29,13 @@ _NAME = re.compile(r"(epoch|step)_\d+\.pt|epoch_latest\.pt")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes `state` whole or not at all (`written_whole`).
-
-    `state` holds tensors and plain types only, so that it loads with `weights_only=True`.
-    """
+    """Writes `state`, tensors and plain types only, whole or not at all."""
     with written_whole(path) as file:
         torch.save(state, file)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint (ours, OpenCLIP's, or a bare state dict; local or any fsspec URL) onto the CPU.
-
-    Raises:
-        UserError: there is no such file, or it is not a checkpoint.
-    """
+    """What `weights.read` finds: ours, OpenCLIP's, or a bare state dict. UserError: it is no checkpoint."""
     try:
         return weights.read(path)
     except ModelError as error:
@@ -192,11 +185,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | 
 
 
 def fitting_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The state dict under the model's own names: `module.` prefixes of DDP are understood.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape; the sentence names the first.
-    """
+    """The state dict under the model's own names, without DDP's `module.`; UserError names the first that differs."""
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
     own = model.state_dict()
     found = {k: (_shape(v), _shape(own[k])) for k, v in state_dict.items() if k in own}

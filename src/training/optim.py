@@ -23,8 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     two for each distance from the heads, nearest first, with `lr_scale` = layer_decay ** distance (see
     `distances_from_head`).
 
-    Raises:
-        UserError: layer decay for a tower whose layers are not known.
+    UserError: layer decay for a tower whose layers are not known.
     """
     distances = defaultdict(int) if layer_decay is None else distances_from_head(model)
     groups: dict[int, tuple[list, list]] = defaultdict(lambda: ([], []))
@@ -47,19 +46,15 @@ def distances_from_head(model: nn.Module) -> dict[str, int]:
     """Layers between each parameter and the head of its tower, by parameter name.
 
     0 for what comes after the last block and for what is in no tower (logit scale and bias, a classifier's head); 1 for
-    the last block, L for the first of L, L + 1 for the embeddings.
-
-    Raises:
-        UserError: a tower is not one of OpenCLIP's own transformers.
+    the last block, L for the first of L, L + 1 for the embeddings. UserError: a tower is not one of OpenCLIP's own
+    transformers.
     """
     # open_clip.CLIP holds the parts of its text tower itself; a model for images alone has none.
     text = getattr(model, "text", model if hasattr(model, "transformer") else None)
     for tower in (model.visual, text):
         if tower not in (model, None) and not isinstance(tower, (VisionTransformer, TextTransformer)):
-            raise UserError(
-                f"--layer-decay needs OpenCLIP's own transformers, but this model has a {type(tower).__name__}; "
-                "leave it out."
-            )
+            what = f"but this model has a {type(tower).__name__}"
+            raise UserError(f"--layer-decay needs OpenCLIP's own transformers, {what}; leave it out.")
     distances = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
     for name in distances:
         tower = model.visual if name.startswith("visual.") else text

@@ -278,13 +278,6 @@ def test_an_option_of_another_command_says_where_it_belongs(options, words, sent
     assert complaint(words, options) == sentence
 
 
-def test_an_option_of_another_command_in_a_file(config):
-    file = config("mixup: 0.5\n")
-    assert complaint(file) == (
-        f"--mixup in {file[1]} is an option of training.finetune (augmentation), not of training.main."
-    )
-
-
 def test_evaluation_commands_read_files_too(config, monkeypatch):
     monkeypatch.setenv("DATA", "/data")
     text = "data: [imagenet=$DATA/in, cifar10=$DATA]\ndevice: cpu\ncompile: true\nclassnames: $DATA/names.txt\n"
@@ -606,6 +599,7 @@ def test_of_several_configs_the_later_one_wins(config):
 @pytest.mark.parametrize(
     "text, sentence",
     [
+        ("mixup: 0.5", "--mixup in {file} is an option of training.finetune (augmentation), not of training.main."),
         ("batchsize: 3", "Unknown option batchsize in {file}; did you mean batch_size?"),
         ("no-siglip: true", "Unknown option no-siglip in {file}; did you mean siglip?"),
         ("config: a.yaml", "Unknown option config in {file}; --help lists all options."),

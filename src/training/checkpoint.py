@@ -16,46 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip_elip import weights
+from open_clip_elip.identity import ModelError
+
 from .errors import UserError, reason
 from .files import expendable, written_whole
 from .sharding import load_full_state_dict
 
 LATEST = "epoch_latest.pt"  # OpenCLIP's name, written with --save-most-recent
 BEST = "best.pt"
-_NAME = re.compile(r"(epoch|step)_\d+\.pt")
+_NAME = re.compile(r"(epoch|step)_\d+\.pt|epoch_latest\.pt")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes `state` whole or not at all (`written_whole`).
-
-    `state` holds tensors and plain types only, so that it loads with `weights_only=True`.
-    """
+    """Writes `state`, tensors and plain types only, whole or not at all."""
     with written_whole(path) as file:
         torch.save(state, file)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint (ours, OpenCLIP's, or a bare state dict; local or any fsspec URL) onto the CPU.
-
-    Raises:
-        UserError: there is no such file, or it is not a checkpoint.
-    """
+    """What `weights.read` finds: ours, OpenCLIP's, or a bare state dict. UserError: it is no checkpoint."""
     try:
-        if "://" in str(path):
-            import fsspec
-
-            with fsspec.open(str(path), "rb") as file:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint at {path}; check the path.") from None
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:160]}); take another one.") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary.")
-    return state
+        return weights.read(path)
+    except ModelError as error:
+        raise UserError(str(error)) from error
 
 
 def newest(folder: Path) -> Path | None:
@@ -73,8 +57,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    named = [p for p in folder.glob("*.pt") if _NAME.fullmatch(p.name)]
-    return sorted(named + [p for p in [folder / LATEST] if p.is_file()])
+    return sorted(path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name))
 
 
 def _progress(state: dict[str, Any]) -> tuple[int, int]:
@@ -111,8 +94,13 @@ class Saver:
             for path in _checkpoints(folder):
                 with suppress(UserError):  # told when it is looked for
                     self.written[path.name] = _progress(load(path))
-            if (folder / "best.json").exists():
-                self.best = _read_best(folder / "best.json")
+            record = folder / "best.json"
+            try:
+                self.best = float(json.loads(record.read_bytes())["score"])
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logging.warning(f"{record} cannot be read ({reason(error)}); the next score becomes the best one.")
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint: by the clock, or because the last one could not be written."""
@@ -191,32 +179,17 @@ def _nonfinite(value: Any, name: str = "") -> Iterator[str]:
             yield from _nonfinite(part, f"{name}.{key}".removeprefix("."))
 
 
-def _read_best(record: Path) -> float:
-    try:
-        return float(json.loads(record.read_bytes())["score"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logging.warning(f"{record} cannot be read ({reason(error)}); the next score becomes the best one.")
-        return -math.inf
-
-
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
     """Loads a state dict strictly (see `fitting_weights`)."""
     load_full_state_dict(model, None, fitting_weights(model, state_dict, source), None)
 
 
 def fitting_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The state dict under the model's own names: `module.` prefixes of DDP are understood.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape; the sentence names the first.
-    """
+    """The state dict under the model's own names, without DDP's `module.`; UserError names the first that differs."""
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
     own = model.state_dict()
-    problems = [
-        f"{k} is {_shape(v)} there and {_shape(own[k])} in the model"
-        for k, v in state_dict.items()
-        if k in own and getattr(v, "shape", None) != own[k].shape
-    ]
+    found = {k: (_shape(v), _shape(own[k])) for k, v in state_dict.items() if k in own}
+    problems = [f"{k} is {there} there and {here} in the model" for k, (there, here) in found.items() if there != here]
     problems += [f"{k} is missing" for k in own if k not in state_dict]
     problems += [f"{k} is unknown to the model" for k in state_dict if k not in own]
     if problems:

@@ -19,11 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # torchrun and schedu
 
 
 class Stopped(Exception):
-    """The run ended early, in order and with its state saved.
-
-    Attributes:
-        code: the exit code of the process.
-    """
+    """The run ended early, in order and with its state saved; `code` is the exit code of the process."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -67,16 +63,7 @@ class Control:
         self.signal = number
 
     def agree(self, *, save: bool = False, nonfinite: bool = False, error: UserError | None = None) -> Wishes:
-        """One small exchange between all ranks: what any of them wants, all do.
-
-        Args:
-            save: this rank wants a checkpoint now.
-            nonfinite: this rank's last step was not finite.
-            error: what went wrong on this rank.
-
-        Raises:
-            UserError: on all ranks, if any rank has one.
-        """
+        """One small exchange between all ranks: what any of them wants, all do; any rank's `error` is raised on all."""
         if self.group is None:
             if error is not None:
                 raise error

@@ -22,11 +22,7 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str, default_unit: str) -> Duration:
-        """Reads "10000" (in `default_unit`), "10000steps", "3ep", "0.5epochs", "2.5e6samples" or "5%".
-
-        Raises:
-            ValueError: anything else, in one sentence.
-        """
+        """Reads "10000" (in `default_unit`), "10000steps", "3ep", "2.5e6samples" or "5%"; else ValueError."""
         match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", text.lower())
         suffix = match[2] if match else ""
         unit = _SUFFIXES.get(suffix.removesuffix("s")) if suffix else default_unit
@@ -49,16 +45,11 @@ class Duration:
             global_batch: samples of one optimizer step, over all processes.
             total_steps: length of the run, which a percentage is of; without one it raises ValueError.
         """
-        exact = self.amount
-        if self.unit == "epochs":
-            exact *= steps_per_epoch
-        elif self.unit == "samples":
-            exact /= global_batch
-        elif self.unit == "%":
-            if total_steps is None:
-                raise ValueError(f"{self} is a share of the run, whose length must be given in another unit.")
-            exact = exact * total_steps / 100
-        return max(math.floor(exact + 0.5), int(self.amount > 0))
+        if self.unit == "%" and total_steps is None:
+            raise ValueError(f"{self} is a share of the run, whose length must be given in another unit.")
+        factors = {"epochs": (steps_per_epoch, 1), "samples": (1, global_batch), "%": (total_steps, 100)}
+        times, by = factors.get(self.unit, (1, 1))
+        return max(math.floor(self.amount * times / by + 0.5), int(self.amount > 0))
 
     def __str__(self) -> str:
         return f"{int(self.amount) if self.amount.is_integer() else self.amount!r}{self.unit}"

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .sharding import shard_like
 
 
 class Ema:
@@ -20,20 +22,18 @@ class Ema:
     Args:
         model: the bare model. Its present weights are the average until the first update.
         decay: in [0, 1).
-        warmup: use min(decay, (1 + t) / (10 + t)) in update t (from 0), so that a young average forgets the start.
 
     Attributes:
-        updates: number of updates so far (t); belongs into a checkpoint next to `state_dict`.
+        updates: number of updates so far; belongs into a checkpoint next to `state_dict`.
 
     Raises:
         ValueError: decay out of range.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+    def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"The decay of the weight average must be at least 0 and below 1; got {decay!r}.")
-        self.decay, self.warmup = decay, warmup
-        self.updates = 0
+        self.decay, self.updates = decay, 0
         self.weights = {name: _wide(value).clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
@@ -48,13 +48,8 @@ class Ema:
                 averages.append(average)
                 currents.append(current.to(average.dtype))
         if averages:
-            get_ema_multi_avg_fn(self.decay_now())(averages, currents, self.updates)
+            get_ema_multi_avg_fn(self.decay)(averages, currents, self.updates)
         self.updates += 1
-
-    def decay_now(self) -> float:
-        """Decay of the next update."""
-        t = self.updates
-        return min(self.decay, (1 + t) / (10 + t)) if self.warmup else self.decay
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -80,10 +75,7 @@ class Ema:
         if wrong:
             raise ValueError(f"The weight average does not fit the model: {wrong[0]} differs; resume with its --model.")
         for name, average in self.weights.items():
-            value = weights[name].to(average.device)
-            if isinstance(average, DTensor):
-                value = distribute_tensor(value, average.device_mesh, average.placements, src_data_rank=None)
-            _local(average).copy_(_local(value))
+            _local(average).copy_(_local(shard_like(average, weights[name].to(average.device))))
         self.updates = updates
 
 

@@ -19,9 +19,6 @@ from tqdm import tqdm
 from .errors import UserError, reason
 from .files import append, expendable, written_whole
 
-FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
-DATE = "%Y-%m-%d,%H:%M:%S"
-
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
@@ -42,33 +39,27 @@ def setup_logging(level: int, file: Path | None, console: bool) -> None:
     Without a console (all ranks but the main one), warnings of the data still go to stderr: which worker of which rank
     is stuck is known to that rank alone.
     """
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    shown = _Console()
+    handlers: list[logging.Handler] = [shown := _Console()]
     if not console:
         shown.setLevel(logging.WARNING)
         shown.addFilter(lambda record: record.name.startswith("training.data"))
-    shown.setFormatter(logging.Formatter(FORMAT, DATE))
-    root.addHandler(shown)
     if file is not None:
         with expendable(file):
-            root.addHandler(written := _File(file))
-            written.setFormatter(shown.formatter)
-    root.setLevel(level)
+            handlers.append(_File(file))
+    line, date = "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"
+    logging.getLogger().handlers.clear()  # and not `force`, which closes them: that may fail on a full disk
+    logging.basicConfig(level=level, handlers=handlers, format=line, datefmt=date)
     chatty = "PIL urllib3 fsspec matplotlib botocore aiobotocore s3fs torch._dynamo torch._inductor torch.fx"
     for name in chatty.split():
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 class RunLog:
-    """Numbers of a run, on the main rank; on the others every method does nothing.
-
-    A figure that cannot be written, or a file of them that is damaged, is one line of the log and no more.
+    """Numbers of a run. A figure that cannot be written, or a damaged file of them, is one line of the log and no more.
 
     Args:
         folder: the run's folder; None writes no files.
-        enabled: False on all ranks but the main one.
+        enabled: False on all ranks but the main one, where every method does nothing.
         report_to: any of "tensorboard" and "wandb" ("csv" is always written); UserError: it cannot be used.
         step: rows of train.csv from this step on are dropped: they were written after the checkpoint that is resumed.
         wandb_options: project, name, notes, config ... for `wandb.init`.

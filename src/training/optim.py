@@ -23,8 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     two for each distance from the heads, nearest first, with `lr_scale` = layer_decay ** distance (see
     `distances_from_head`).
 
-    Raises:
-        UserError: layer decay for a tower whose layers are not known.
+    UserError: layer decay for a tower whose layers are not known.
     """
     distances = defaultdict(int) if layer_decay is None else distances_from_head(model)
     groups: dict[int, tuple[list, list]] = defaultdict(lambda: ([], []))
@@ -47,32 +46,25 @@ def distances_from_head(model: nn.Module) -> dict[str, int]:
     """Layers between each parameter and the head of its tower, by parameter name.
 
     0 for what comes after the last block and for what is in no tower (logit scale and bias, a classifier's head); 1 for
-    the last block, L for the first of L, L + 1 for the embeddings.
-
-    Raises:
-        UserError: a tower is not one of OpenCLIP's own transformers.
+    the last block, L for the first of L, L + 1 for the embeddings. UserError: a tower is not one of OpenCLIP's own
+    transformers.
     """
     # open_clip.CLIP holds the parts of its text tower itself; a model for images alone has none.
     text = getattr(model, "text", model if hasattr(model, "transformer") else None)
     for tower in (model.visual, text):
         if tower not in (model, None) and not isinstance(tower, (VisionTransformer, TextTransformer)):
-            raise UserError(
-                f"--layer-decay needs OpenCLIP's own transformers, but this model has a {type(tower).__name__}; "
-                "leave it out."
-            )
-    distances = {}
-    for name, _ in model.named_parameters():
+            what = f"but this model has a {type(tower).__name__}"
+            raise UserError(f"--layer-decay needs OpenCLIP's own transformers, {what}; leave it out.")
+    distances = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
+    for name in distances:
         tower = model.visual if name.startswith("visual.") else text
         if tower is None:
-            distances[name] = 0
             continue
         layers = len(tower.transformer.resblocks)
-        block = re.search(r"\bresblocks\.(\d+)\.", name)
-        if block is not None:
+        if block := re.search(r"\bresblocks\.(\d+)\.", name):
             distances[name] = layers - int(block[1])
-        else:
-            own_name = name.removeprefix("visual.").removeprefix("text.")
-            distances[name] = layers + 1 if own_name.split(".")[0] in _EMBEDDINGS else 0
+        elif name.removeprefix("visual.").removeprefix("text.").split(".")[0] in _EMBEDDINGS:
+            distances[name] = layers + 1
     return distances
 
 
@@ -85,23 +77,20 @@ def create_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> t
         options: opt, lr, wd, beta1, beta2, eps, momentum, layer_decay.
 
     Raises:
-        UserError: unknown optimizer, nothing to train, or layer decay for a model that it does not fit.
+        UserError: an optimizer that timm cannot make, nothing to train, or layer decay for a model without layers.
     """
-    given, layer_decay = isinstance(model_or_groups, list), getattr(options, "layer_decay", None)
+    given, layer_decay = isinstance(model_or_groups, list), options.layer_decay
     if layer_decay is not None and options.lr is None:
         raise UserError("--layer-decay scales the learning rate, so it needs --lr.")
     groups = model_or_groups if given else parameter_groups(model_or_groups, options.wd, layer_decay)
     parameters = [p for group in groups for p in group["params"]]
     if not any(p.requires_grad for p in parameters):
         raise UserError("Every parameter is locked, so there is nothing to train; drop --lock-image or --lock-text.")
-    name = options.opt.lower()
-    if name == "adamw":
+    if options.opt.lower() == "adamw":
         betas, fused = (options.beta1, options.beta2), all(p.device.type in ("cpu", "cuda") for p in parameters) or None
         optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=fused)
-    elif name.startswith("timm/"):
-        optimizer = _timm_optimizer(groups if given or layer_decay is not None else model_or_groups, options)
     else:
-        raise UserError(f"Unknown optimizer {options.opt!r}; use adamw or timm/NAME.")
+        optimizer = _timm_optimizer(groups if given or layer_decay is not None else model_or_groups, options)
     for group in optimizer.param_groups:
         if "lr_scale" in group:
             group["lr"] *= group["lr_scale"]
@@ -121,13 +110,9 @@ def _timm_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> to
 
 
 def create_schedule(
-    optimizer: torch.optim.Optimizer,
-    options: Any,
-    *,
-    total_steps: float,
-    warmup_steps: float,
+    optimizer: torch.optim.Optimizer, options: Any, *, total_steps: float, warmup_steps: float,
     cooldown_steps: float | None = None,
-) -> Callable[[float], float] | None:
+) -> Callable[[float], float] | None:  # fmt: skip
     """A function step -> lr that also sets the optimizer's groups; None with `--skip-scheduler` (lr stays `--lr`).
 
     The lengths and the step are counted in steps of one fixed global batch and need not be whole: a run that goes on

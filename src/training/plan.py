@@ -39,11 +39,8 @@ class Plan:
     def of(cls, options: Any, num_batches: int, world_size: int, reference: dict | None = None) -> Plan:
         """The plan of a run whose epochs have `num_batches` batches on each rank.
 
-        Args:
-            reference: state of the plan whose reference batch and epoch are taken over.
-
-        Raises:
-            UserError: an epoch is shorter than one step, or a duration cannot be read.
+        Of a plan whose state is `reference`, the reference batch and epoch are taken over. UserError: an epoch is
+        shorter than one step, or a duration cannot be read.
         """
         size, accumulated = options.batch_size, options.accum_freq
         steps_per_epoch = num_batches // accumulated
@@ -63,8 +60,7 @@ class Plan:
     def steps_of(self, duration: Any, unit: str = "steps") -> int:
         """A length as an option gives it ("5%", "3ep", a number of `unit`), in steps of the reference batch.
 
-        Raises:
-            UserError: it cannot be read, or it is a share of the run while the run's own length is read.
+        UserError: it cannot be read, or it is a share of the run while the run's own length is read.
         """
         try:
             parsed = Duration.parse(str(duration), unit)
@@ -103,11 +99,9 @@ class Plan:
         At the end of an epoch another number of workers is no such change: it only concerns epochs to come.
         """
         names = {
-            "world_size": "process(es)",
-            "batch_size": "samples in a batch",
-            "accum_freq": "batches in a step",
-            "steps_per_epoch": "steps in an epoch",
-        } | ({"workers": "loader worker(s)"} if mid_epoch else {})
+            "world_size": "process(es)", "batch_size": "samples in a batch", "accum_freq": "batches in a step",
+            "steps_per_epoch": "steps in an epoch", **({"workers": "loader worker(s)"} if mid_epoch else {}),
+        }  # fmt: skip
         changed = {name: getattr(self, name) for name in names if state[name] != getattr(self, name)}
         return ", ".join(f"{state[name]} {names[name]} (now {now})" for name, now in changed.items())
 

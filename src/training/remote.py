@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import logging
 import os
 import re
@@ -13,13 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.dirfs import DirFileSystem
 
 from . import checkpoint
 from .errors import UserError, reason
+from .files import written_whole
 
-_CHECKPOINT = re.compile(r"checkpoints/[^/]+\.pt")
+_CHECKPOINT = re.compile(r"checkpoints/[^./][^/]*\.pt")
 _NUMBERED = re.compile(r"checkpoints/(epoch|step)_\d+\.pt")
-_SMALL = re.compile(r"(checkpoints/)?[^/]+(?<!\.pt)")
+_SMALL = re.compile(r"(checkpoints/)?[^./][^/]*(?<!\.pt)")
 
 
 class RemoteSync:
@@ -31,8 +34,8 @@ class RemoteSync:
 
     def __init__(self, local: Path, target: str, every_seconds: float):
         self.local, self.target, self.every_seconds = local, target, every_seconds
-        self._fs, self._root = _filesystem(target)
-        if "file" in self._fs.protocol and Path(self._root).resolve().is_relative_to(local.resolve()):
+        self._fs = _folder(target)
+        if "file" in self._fs.fs.protocol and Path(self._fs.path).resolve().is_relative_to(local.resolve()):
             raise UserError(f"--remote-sync would copy {local} into itself, to {target}; choose a place outside of it.")
         self._copied: dict[str, tuple[int, int]] = {}  # as `_files`, at the time of the copy
         self._failed: set[str] = set()
@@ -42,17 +45,16 @@ class RemoteSync:
     def start(self) -> None:
         """The first copy, which raises UserError if it fails; from then on one every `every_seconds`."""
         with _explained(f"The run's folder cannot be copied to {self.target}"):
-            there, files = _sizes(self._fs, self._root), _files(self.local)
+            there, files = _sizes(self._fs), _files(self.local)
             # A checkpoint with a number never changes; of other files the size says too little.
             self._copied = {n: s for n, s in files.items() if _NUMBERED.fullmatch(n) and there.get(n) == s[0]}
             self.copy_changes()
         self._thread.start()
 
     def close(self) -> None:
-        """Waits for the copy that is under way, if any, and makes the last one."""
+        """Waits for the copy that is under way, if any, and for the last one."""
         self._stop.set()
         self._thread.join()
-        self._attempt(f"copy {self.local} by hand")
 
     def copy_changes(self) -> list[str]:
         """One copy of all that has changed since the one before; returns the names, and raises whatever fails."""
@@ -67,71 +69,68 @@ class RemoteSync:
             self._copied[name] = files[name]
         # A run deletes a checkpoint because it has a newer one; if there is none at all, that has another reason.
         if any(map(_CHECKPOINT.fullmatch, files)):
-            for name in [name for name in self._copied if _CHECKPOINT.fullmatch(name) and name not in files]:
+            for name in filter(_CHECKPOINT.fullmatch, self._copied.keys() - files.keys()):
                 with suppress(FileNotFoundError):
-                    self._fs.rm_file(f"{self._root}/{name}")
+                    self._fs.rm_file(name)
                 del self._copied[name]
         return changed
 
     def _run(self) -> None:
-        while not self._stop.wait(self.every_seconds):
-            self._attempt(f"training goes on, and the copy is tried again in {self.every_seconds:g} seconds")
-
-    def _attempt(self, otherwise: str) -> None:
-        try:
-            self.copy_changes()
-        except Exception as error:  # each kind of target has exceptions of its own
-            what = f"The run's folder could not be copied to {self.target} ({reason(error)})"
-            logging.warning(f"{what}; {otherwise}.")
+        last = False
+        while not last:
+            last = self._stop.wait(self.every_seconds)
+            try:
+                self.copy_changes()
+            except Exception as error:  # each kind of target has exceptions of its own
+                otherwise = f"training goes on, and the copy is tried again in {self.every_seconds:g} seconds"
+                otherwise = f"copy {self.local} by hand" if last else otherwise
+                what = f"The run's folder could not be copied to {self.target} ({reason(error)})"
+                logging.warning(f"{what}; {otherwise}.")
 
     def _put(self, name: str) -> None:
-        local, remote = self.local / name, f"{self._root}/{name}"
+        local, temporary = str(self.local / name), str(Path(name).with_name(f".{Path(name).name}.tmp"))
         try:
-            if type(self._fs).mv is fsspec.AbstractFileSystem.mv:  # an object store: shows only what is complete
-                self._fs.put_file(str(local), remote)
+            if type(self._fs.fs).mv is fsspec.AbstractFileSystem.mv:  # an object store: shows only what is complete
+                self._fs.put_file(local, name)
             else:
-                folder, _, last = remote.rpartition("/")
-                self._fs.makedirs(folder, exist_ok=True)
-                self._fs.put_file(str(local), f"{folder}/.{last}.tmp")
-                self._fs.mv(f"{folder}/.{last}.tmp", remote)
+                self._fs.makedirs(str(Path(name).parent), exist_ok=True)
+                self._fs.put_file(local, temporary)
+                self._fs.mv(temporary, name)
         except FileNotFoundError:
-            if local.exists():  # else deleted meanwhile
+            if os.path.exists(local):  # else deleted meanwhile
                 raise
 
 
 def check_unused(target: str) -> None:
     """Raises UserError if the target holds a run already, or cannot be read; for a run that starts anew."""
     with _explained(f"Whether there is a run at {target} cannot be found out"):
-        names = _sizes(*_filesystem(target))
+        names = _sizes(_folder(target))
     if "config.yaml" in names or any(map(_CHECKPOINT.fullmatch, names)):
         otherwise = "choose another --name, or continue it with --resume latest"
         raise UserError(f"There is a run at {target} already; {otherwise}.")
 
 
 def fetch_newest(target: str, folder: Path) -> bool:
-    """Brings the run at `target` to a machine that has no readable checkpoint of it; for `--resume latest`.
+    """Brings the run at `target` to a machine that has no readable checkpoint of it; False: there is none there.
 
-    Fetches the readable checkpoint of the last epoch and of the last step, of which `checkpoint.newest` takes the
-    newer, and the small files beside them. None in `folder` is replaced, except an unreadable checkpoint. Returns
-    whether there was something to fetch.
-
-    Raises:
-        UserError: the target cannot be read, or none of its checkpoints: starting anew would overwrite them.
+    These are the small files, and the newest readable checkpoint of each kind, of which `checkpoint.newest` takes one.
+    Nothing in `folder` is replaced but an unreadable checkpoint. UserError: the target cannot be read, or none of its
+    checkpoints: starting anew would overwrite them.
     """
     if checkpoint.newest(folder / "checkpoints") is not None:
         return False
     with _explained(f"The run at {target} cannot be fetched"):
-        fs, root = _filesystem(target)
-        names = [name for name in _sizes(fs, root) if "/." not in f"/{name}"]
+        fs = _folder(target)
+        names = _sizes(fs)
         checkpoints = list(filter(_CHECKPOINT.fullmatch, names))
         for name in names if checkpoints else ():  # first, for once there is a checkpoint here nothing is fetched
             if _SMALL.fullmatch(name) and not (folder / name).exists():
-                _fetch(fs, root, name, folder)
+                _fetch(fs, name, folder)
         fetched = []
         for kind in ("epoch_latest", "epoch_[0-9]*", "step_[0-9]*"):
             of_kind = fnmatch.filter(checkpoints, f"checkpoints/{kind}.pt")
             newest_first = sorted(of_kind, key=lambda name: (len(name), name), reverse=True)
-            fetched += filter(None, [next((n for n in newest_first if _fetch(fs, root, n, folder)), None)])
+            fetched += itertools.islice((name for name in newest_first if _fetch(fs, name, folder)), 1)
     if checkpoints and not fetched:
         what = f"None of the {len(checkpoints)} checkpoint(s) at {target} can be continued from"
         raise UserError(f"{what}; delete them to start anew, or choose another --name.")
@@ -140,35 +139,31 @@ def fetch_newest(target: str, folder: Path) -> bool:
     return bool(fetched)
 
 
-def _fetch(fs: fsspec.AbstractFileSystem, root: str, name: str, folder: Path) -> bool:
-    """Copies one file here, where it appears only when it is complete. False: it is an unreadable checkpoint."""
-    temporary = (folder / name).with_name(f".{Path(name).name}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+def _fetch(fs: DirFileSystem, name: str, folder: Path) -> bool:
+    """Copies one file here, whole or not at all. False: it is an unreadable checkpoint."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     try:
-        fs.get_file(f"{root}/{name}", str(temporary))
-        if name.endswith(".pt"):
-            checkpoint.load(temporary)
-        os.replace(temporary, folder / name)
+        with written_whole(folder / name) as file:
+            fs.get_file(name, str(file.name))
+            if name.endswith(".pt"):
+                checkpoint.load(file.name)
     except UserError as error:
         logging.warning(f"{name} of the run's copy is passed over: {error}")
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 
-def _filesystem(target: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a target, and the path of the target in it."""
+def _folder(target: str) -> DirFileSystem:
     with _explained(f"--remote-sync {target} cannot be used"):
         fs, root = fsspec.core.url_to_fs(os.path.expanduser(target))
-        return fs, root.rstrip("/")
+        return DirFileSystem(root.rstrip("/"), fs)
 
 
-def _sizes(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
-    """Name below `root` -> size in bytes; empty if there is no `root`."""
-    fs.invalidate_cache()
+def _sizes(fs: DirFileSystem) -> dict[str, int]:
+    """Name -> size in bytes; empty if there is no such folder."""
+    fs.fs.invalidate_cache()
     with suppress(FileNotFoundError):
-        return {path.removeprefix(f"{root}/"): info["size"] for path, info in fs.find(root, detail=True).items()}
+        return {name: info["size"] for name, info in fs.find("", detail=True).items()}
     return {}
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -56,11 +55,7 @@ Build = Callable[[TrainingOptions, Ranks, str | None], Parts]
 
 
 def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
-    """Puts the parts together, checks them on all ranks before anything is written, and trains.
-
-    Args:
-        build: makes model, data and task.
-    """
+    """Puts the parts together, checks them on all ranks before anything is written, and trains."""
     # open_clip's loss calls it; nothing a person who trains can change.
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     if ranks.device.type == "cuda":
@@ -69,9 +64,8 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
 
     options.name = ranks.broadcast(options.name or run_folder.default_name(options))
     folder = None if options.logs.lower() == "none" else Path(options.logs) / options.name
-    target = None
-    if options.remote_sync is not None and folder is not None:
-        target = f"{options.remote_sync.rstrip('/')}/{options.name}"
+    synced = options.remote_sync is not None and folder is not None
+    target = f"{options.remote_sync.rstrip('/')}/{options.name}" if synced else None
     with ExitStack() as stack:
         with ranks.agree():
             stack.enter_context(run_folder.claimed(folder if ranks.is_main else None))
@@ -105,7 +99,7 @@ def _run_in(folder: Path | None, target: str | None, options: TrainingOptions, r
             averages = _continue(resume, trainer, model, options)
 
     with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
-        run_log = open_log(options, ranks, folder, config, step=trainer.steps if trainer else 0)
+        run_log = _open_log(options, ranks, folder, config, step=trainer.steps if trainer else 0)
         if ranks.is_main and folder is not None:
             run_folder.create(folder, config, copy_codebase=options.copy_codebase)
     ranks.barrier()
@@ -167,23 +161,16 @@ def _introduce(options: TrainingOptions, ranks: Ranks, parts: Parts) -> None:
     logging.info(text)
 
 
-def open_log(options: TrainingOptions, ranks: Ranks, folder: Path | None, config: dict[str, Any], step: int) -> RunLog:
+def _open_log(options: TrainingOptions, ranks: Ranks, folder: Path | None, config: dict[str, Any], step: int) -> RunLog:
+    reports = frozenset(options.report_to.split(","))
+    wandb_options = {
+        "project": options.wandb_project_name, "name": options.name, "id": options.name, "notes": options.wandb_notes,
+        "resume": "allow" if step else None, "config": config,
+    }  # fmt: skip
     return RunLog(
         folder,
         enabled=ranks.is_main,
-        report_to=reports(options.report_to),
+        report_to=frozenset({"tensorboard", "wandb"}) if "all" in reports else reports,
         step=step,
-        wandb_options={
-            "project": options.wandb_project_name,
-            "name": options.name,
-            "id": options.name,
-            "notes": options.wandb_notes,
-            "resume": "allow" if step else None,
-            "config": config,
-        },
+        wandb_options=wandb_options,
     )
-
-
-def reports(report_to: str) -> frozenset[str]:
-    names = frozenset(filter(None, re.split(r"[,\s]+", report_to)))
-    return frozenset({"tensorboard", "wandb"}) if "all" in names else names

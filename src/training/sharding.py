@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from .distributed import Ranks
 from .errors import UserError
@@ -34,7 +35,6 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
 
     Args:
         model: on the device, its final parameters locked or not; not wrapped or compiled.
-        precision: the option, for what is said to the user.
 
     Raises:
         UserError: the model's batch norm or number formats do not go with sharding.
@@ -174,7 +174,7 @@ def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     """
     states = model.state_dict(), optimizer.state_dict()
     if is_sharded(model):
-        states = tuple(_gather(dict(state), keep=dist.get_rank() == 0) for state in states)
+        states = tuple(tree_map(_whole, dict(state)) for state in states)
         states = states if dist.get_rank() == 0 else ({}, {})
     return states
 
@@ -188,13 +188,13 @@ def load_full_state_dict(
     for the optimizer's state.
     """
     own = model.state_dict()
-    model.load_state_dict({name: _shard_like(own.get(name), value) for name, value in weights.items()})
+    model.load_state_dict({name: shard_like(own.get(name), value) for name, value in weights.items()})
     if optimizer is None:
         return
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     numbers = (i for group in state["param_groups"] for i in group["params"])
     owner = dict(zip(numbers, parameters, strict=False))  # other numbers are refused by load_state_dict below
-    parts = {i: {k: _shard_like(owner.get(i), v) for k, v in values.items()} for i, values in state["state"].items()}
+    parts = {i: {k: shard_like(owner.get(i), v) for k, v in values.items()} for i, values in state["state"].items()}
     optimizer.load_state_dict({**state, "state": parts})
 
 
@@ -231,20 +231,16 @@ def _bare(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # out of torch.compile
 
 
-def _gather(value: Any, keep: bool) -> Any:
-    """Copies tensors, whole, to the CPU, at any depth of dicts and lists; without `keep` each is dropped at once."""
-    if isinstance(value, dict):
-        return {k: _gather(v, keep) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_gather(v, keep) for v in value]
+def _whole(value: Any) -> Any:
+    """A copy of a tensor, whole, on rank 0's CPU; the other ranks drop it at once."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to("cpu", copy=True) if keep else None
+    return value.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
 
 
-def _shard_like(own: Any, value: Any) -> Any:
+def shard_like(own: Any, value: Any) -> Any:
     """This process's part of `value` if it is a tensor that belongs to the sharded tensor `own`, else itself."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
         return value

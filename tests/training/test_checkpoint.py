@@ -36,15 +36,9 @@ def test_newest_looks_at_this_folder_and_at_numbers(tmp_path):
     checkpoint.save({"epoch": 99}, neighbour / "epoch_99.pt")
     (folder / ".epoch_11.pt.123.tmp").write_bytes(b"left over")
     (folder / "tmp.pt").write_bytes(b"left over")
+    whole = (folder / "epoch_10.pt").read_bytes()
+    (folder / "epoch_12.pt").write_bytes(whole[: len(whole) // 2])  # damaged
     assert checkpoint.newest(folder).name == "epoch_10.pt"
-
-
-def test_newest_passes_over_a_damaged_file(tmp_path):
-    checkpoint.save({"epoch": 1}, tmp_path / "epoch_1.pt")
-    checkpoint.save({"epoch": 2, "state_dict": {"w": torch.zeros(1000)}}, tmp_path / "epoch_2.pt")
-    data = (tmp_path / "epoch_2.pt").read_bytes()
-    (tmp_path / "epoch_2.pt").write_bytes(data[: len(data) // 2])
-    assert checkpoint.newest(tmp_path).name == "epoch_1.pt"
 
 
 @pytest.mark.parametrize("latest, expected", [(3, "epoch_latest.pt"), (1, "epoch_2.pt")])
@@ -76,21 +70,20 @@ def test_weights_with_ddp_prefix_load_strictly():
 
 
 @pytest.mark.parametrize(
-    "change, words", [("shape", "is 3x3 there"), ("missing", "is missing"), ("extra", "is unknown")]
+    "change, words",
+    [
+        ({"visual.proj": torch.zeros(3, 3)}, "is 3x3 there"),
+        ({"visual.proj": None}, "is missing"),
+        ({"visual.extra": torch.zeros(1)}, "is unknown"),
+    ],
 )
 def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(change, words):
     model = tiny_clip()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    state = {k: v + 1 for k, v in before.items()}
-    if change == "shape":
-        state["visual.proj"] = torch.zeros(3, 3)
-    elif change == "missing":
-        del state["visual.proj"]
-    else:
-        state["visual.extra"] = torch.zeros(1)
-    with pytest.raises(UserError, match=words) as caught:
+    state = {k: v + 1 for k, v in before.items()} | change
+    state = {k: v for k, v in state.items() if v is not None}
+    with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*$"):
         checkpoint.load_weights(model, state, "x.pt")
-    assert "\n" not in str(caught.value)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 

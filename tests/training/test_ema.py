@@ -55,21 +55,6 @@ def test_equals_torch(dtype):
     assert_equal(weights, expected)
 
 
-def test_decay_warms_up():
-    model = build()
-    ema = Ema(model, 0.25, warmup=True)
-    decays, average = [], None
-    for seed in range(5):
-        decays.append(ema.decay_now())
-        train_one_step(model, seed)
-        weight = model[0].weight.detach().double()
-        average = weight if average is None else decays[-1] * average + (1 - decays[-1]) * weight
-        ema.update(model)
-    assert decays == [0.1, 2 / 11, 0.25, 0.25, 0.25]
-    torch.testing.assert_close(ema.state_dict()["0.weight"].double(), average, rtol=1e-6, atol=1e-6)
-    assert Ema(model, 0.25).decay_now() == 0.25
-
-
 def test_half_precision_is_averaged_in_float32():
     model = build(torch.bfloat16)
     with torch.no_grad():
@@ -110,11 +95,11 @@ def test_applied_swaps_and_restores_bit_for_bit():
 
 def test_goes_on_exactly_where_it_was():
     model = build()
-    ema = Ema(model, 0.9, warmup=True)
+    ema = Ema(model, 0.9)
     for seed in range(3):
         train_one_step(model, seed)
         ema.update(model)
-    other = Ema(build(), 0.9, warmup=True)
+    other = Ema(build(), 0.9)
     other.load_state_dict({k: v.clone() for k, v in ema.state_dict().items()}, ema.updates)
     train_one_step(model, 3)
     ema.update(model)

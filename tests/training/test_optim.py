@@ -57,10 +57,7 @@ def test_without_layer_decay_an_openclip_optimizer_state_loads():
         assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "prefix"),
-    [(open_clip.CLIP, ""), (open_clip.CustomTextCLIP, "text.")],
-)
+@pytest.mark.parametrize(("kind", "prefix"), [(open_clip.CLIP, ""), (open_clip.CustomTextCLIP, "text.")])
 def test_distances(kind, prefix):
     found = distances_from_head(two_towers(kind))
     expected = {"logit_scale": 0, "logit_bias": 0}
@@ -180,8 +177,6 @@ def test_timm_makes_its_own_groups_without_layer_decay():
 
 def test_what_cannot_be_optimized_is_refused_in_a_sentence():
     model = two_towers()
-    with pytest.raises(UserError, match="Unknown optimizer 'nosuch'"):
-        create_optimizer(model, run_options(opt="nosuch"))
     with pytest.raises(UserError, match="timm cannot create the optimizer 'timm/nosuch'"):
         create_optimizer(model, run_options(opt="timm/nosuch"))
     with pytest.raises(UserError, match="--layer-decay scales the learning rate, so it needs --lr"):
@@ -259,13 +254,6 @@ def test_another_batch_size_keeps_the_schedule_in_samples():
     new = create_schedule(two_group_optimizer(), args, total_steps=30.0, warmup_steps=6.0)
     for step in range(0, 20, 2):
         assert new(step * 96 / 64) == old(step * 3 // 2)
-
-
-def test_lr_scale_reaches_its_group_and_not_the_value():
-    optimizer = two_group_optimizer(lr_scale=0.25)
-    schedule = create_schedule(optimizer, schedule_args("const"), total_steps=10, warmup_steps=2)
-    assert schedule(0) == 1.5e-4
-    assert [g["lr"] for g in optimizer.param_groups] == [1.5e-4, 1.5e-4 * 0.25]
 
 
 def test_resuming_does_not_bring_the_old_layer_decay_back():

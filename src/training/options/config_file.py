@@ -101,9 +101,7 @@ def read(
 ) -> dict[str, Setting]:
     """Settings of a config file by option; its own win over those of the files it includes.
 
-    Args:
-        named: the options by the names that a file may use.
-        unknown: makes the error for another name (`_Parser.unknown`).
+    A file may use the names in `named`; `unknown` makes the error for another one (`_Parser.unknown`).
     """
     if file.resolve() in includers:
         raise UserError(f"The config files include each other in a circle: {includers[-1]} includes {file} again.")
@@ -166,12 +164,6 @@ def _expand(text: str) -> str:
     return _VARIABLE.sub(value, SOURCE_SEPARATOR.join(sources))
 
 
-def _unexpand(text: str) -> str:
-    """The text of which `_expand` makes `text`."""
-    sources = (re.sub("^~", "$~", source.replace("$", "$$")) for source in text.split(SOURCE_SEPARATOR))
-    return SOURCE_SEPARATOR.join(sources)
-
-
 def literal(text: str) -> Any:
     """A Python literal if the text is one, or true or false; else the text itself, so that words need no quotes."""
     try:
@@ -195,8 +187,11 @@ def plain(value: Any, path: bool) -> Any:
         return {key: _plain_literal(item) for key, item in value.items()}
     if isinstance(value, list):
         return [plain(item, path) for item in value]
-    value = str(value) if isinstance(value, Path) else value
-    return _unexpand(value) if path and isinstance(value, str) else value
+    if not isinstance(value, (str, Path)):
+        return value
+    # The text of which `_expand` makes this one.
+    parts = (re.sub("^~", "$~", part.replace("$", "$$")) for part in str(value).split(SOURCE_SEPARATOR))
+    return SOURCE_SEPARATOR.join(parts) if path else str(value)
 
 
 def _plain_literal(value: Any) -> Any:

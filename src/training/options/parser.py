@@ -153,20 +153,17 @@ def parse(options: type[T], argv: Sequence[str], *, given: Mapping[str, Any] | N
     """Options of one run, complete and checked; nothing is read but the config files.
 
     Args:
-        argv: the words of the command line, without the program's name.
         given: settings by name, over which config files and flags win.
         about: the command, for its help page.
 
     Raises:
         UserError: an unknown option, a value out of range, options that exclude each other, a bad config file.
-        SystemExit: after `--help`.
     """
     parser = _Parser(options, about)
     # Alone first: the command line's own mistakes are then never blamed on a config file.
     files = getattr(parser.read(argv, argparse.Namespace()), "config", [])
-    settings = {
-        name: config_file.Setting(parser.named[name], value, "What was given") for name, value in (given or {}).items()
-    }
+    given = given or {}
+    settings = {name: config_file.Setting(parser.named[name], given[name], "What was given") for name in given}
     for file in files:
         settings |= config_file.read(Path(file), parser.named, parser.unknown)
     values = argparse.Namespace()
@@ -176,7 +173,8 @@ def parse(options: type[T], argv: Sequence[str], *, given: Mapping[str, Any] | N
         except UserError as error:
             raise UserError(f"{setting.file}: {error}") from None
     parser.read(argv, values)
-    complete = options(**{name: value for name, value in vars(values).items() if name != "config"})
+    vars(values).pop("config", None)
+    complete = options(**vars(values))
     for section in options.__mro__:
         if "check" in vars(section):
             section.check(complete)
@@ -236,12 +234,7 @@ class _Action(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Every complaint is a `UserError`.
-
-    Attributes:
-        named: what a config file may set, by name.
-        flags: section's title by flag.
-    """
+    """Every complaint is a `UserError`."""
 
     def __init__(self, options: type[Section], about: str = ""):
         self.command = options.command
@@ -253,8 +246,8 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,  # a shortened flag could change its meaning whenever a new flag is added
             argument_default=argparse.SUPPRESS,  # the dataclass has the defaults
         )
-        self.named: dict[str, _Action] = {}
-        self.flags: dict[str, str] = {}
+        self.named: dict[str, _Action] = {}  # what a config file may set
+        self.flags: dict[str, str] = {}  # the section's title of each
         help = "Read options from a YAML file. Flags win over it; of several files, later ones win."
         groups = {"": self.add_argument_group("configuration")}
         groups[""].add_argument("--config", metavar="FILE.yaml", action="append", help=help)

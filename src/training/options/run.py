@@ -112,10 +112,9 @@ class OptimizationOptions(Section, title="optimisation"):
         parts = world_size * self.accum_freq
         self.batch_size, rest = divmod(self.global_batch, parts)
         if rest or not self.batch_size:
-            raise UserError(
-                f"The global batch of {self.global_batch} cannot be divided by {world_size} process(es) x --accum-freq "
-                f"{self.accum_freq} = {parts}: change one of them, or give --batch-size."
-            )
+            among = f"{world_size} process(es) x --accum-freq {self.accum_freq} = {parts}"
+            advice = "change one of them, or give --batch-size"
+            raise UserError(f"The global batch of {self.global_batch} cannot be divided by {among}: {advice}.")
 
     @property
     def _timm(self) -> bool:

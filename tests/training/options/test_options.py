@@ -278,13 +278,6 @@ def test_an_option_of_another_command_says_where_it_belongs(options, words, sent
     assert complaint(words, options) == sentence
 
 
-def test_an_option_of_another_command_in_a_file(config):
-    file = config("mixup: 0.5\n")
-    assert complaint(file) == (
-        f"--mixup in {file[1]} is an option of training.finetune (augmentation), not of training.main."
-    )
-
-
 def test_evaluation_commands_read_files_too(config, monkeypatch):
     monkeypatch.setenv("DATA", "/data")
     text = "data: [imagenet=$DATA/in, cifar10=$DATA]\ndevice: cpu\ncompile: true\nclassnames: $DATA/names.txt\n"
@@ -360,19 +353,6 @@ def test_progress_is_undecided_unless_given_and_reports_are_named():
         (["--distill-model", "hf-hub:laion/CoCa-ViT-B-32", "--distill-pretrained", "x"],
          "--distill-model hf-hub:laion/CoCa-ViT-B-32 is a CoCa model: this trainer trains contrastive models only, "
          "choose one."),
-    ],
-)  # fmt: skip
-def test_what_is_not_carried_over_says_what_to_use(words, sentence):
-    assert complaint([*SYNTHETIC, *words]) == sentence
-
-
-def test_folder_of_a_local_model_may_be_called_anything():
-    assert parse_args([*SYNTHETIC, "--model", "local-dir:/home/coca/vit"]).model == "local-dir:/home/coca/vit"
-
-
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
         (["--batchsize", "64"], "Unknown option --batchsize; did you mean --batch-size?"),
         (["--batch", "64"], "Unknown option --batch; did you mean --batch-size?"),
         (["--no-localloss"], "Unknown option --no-localloss; did you mean --no-local-loss?"),
@@ -428,6 +408,8 @@ def test_bad_options_are_one_sentence(words, sentence):
 
 
 def test_values_at_the_edge_are_taken():
+    local = "local-dir:/home/coca/vit"  # a folder may be called anything
+    assert parse_args([*SYNTHETIC, "--model", local]).model == local
     words = "--epochs 0 --workers 0 --warmup 0 --beta1 0 --layer-decay 1 --save-frequency 0 --val-frequency 0"
     assert parse_args([*SYNTHETIC, *words.split(), "--seed", str(2**32 - 1)]).seed == 2**32 - 1
     args = parse_args([*SYNTHETIC, "--lr-scheduler", "const-cooldown", "--epochs", "3", "--epochs-cooldown", "3"])
@@ -446,24 +428,20 @@ def test_something_has_to_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    "words, sentence",
+    "words, factors, sentence",
     [
-        (["--train-data", "a::b"], "--train-data-upsampling-factors needs --dataset-resampled."),
-        (["--train-data", "a::b::c", "--dataset-resampled"],
+        (["--train-data", "a::b"], "1::2", "--train-data-upsampling-factors needs --dataset-resampled."),
+        (["--train-data", "a::b::c", "--dataset-resampled"], "1::2",
          "--train-data-upsampling-factors has 2 factor(s) for 3 source(s) in --train-data: give one for each."),
-        ([*SYNTHETIC, "--dataset-resampled"],
+        ([*SYNTHETIC, "--dataset-resampled"], "1::2",
          "--train-data-upsampling-factors has 2 factor(s) for 0 source(s) in --train-data: give one for each."),
+        *((["--train-data", "a::b", "--dataset-resampled"], f"1::{wrong}",
+           f"Every one of --train-data-upsampling-factors must be a number above 0, not {wrong!r}.")
+          for wrong in ("0", "two", "")),
     ],
 )  # fmt: skip
-def test_upsampling_factors_need_resampling_and_one_for_each_source(words, sentence):
-    assert complaint([*words, "--train-data-upsampling-factors", "1::2"]) == sentence
-
-
-@pytest.mark.parametrize("factor", ["0", "two", ""])
-def test_upsampling_factors_are_numbers_above_0(factor):
-    assert complaint(
-        ["--train-data", "a::b", "--dataset-resampled", "--train-data-upsampling-factors", f"1::{factor}"]
-    ) == (f"Every one of --train-data-upsampling-factors must be a number above 0, not {factor!r}.")
+def test_upsampling_factors_need_resampling_and_a_number_for_each_source(words, factors, sentence):
+    assert complaint([*words, "--train-data-upsampling-factors", factors]) == sentence
 
 
 # --- help and documentation ---
@@ -590,9 +568,10 @@ def test_paths_in_a_config_are_expanded(config, monkeypatch):
     assert parse_args(["--val-data", "$DATA", "--logs=~/x"]).val_data == "$DATA"  # the command line has its shell
 
 
-def test_includes(config):
+def test_includes(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("RECIPES", str(tmp_path / "base"))
     config("epochs: 1\nlogs: one\nname: one\nresume: latest\n", "base/one.yaml")
-    config("include: one.yaml\nlogs: two\n", "base/two.yaml")
+    config("include: $RECIPES/one.yaml\nlogs: two\n", "base/two.yaml")
     config("name: three\n", "three.yaml")
     main = config("name: null\nresume: null\nbatch-size: 8\ninclude: [base/two.yaml, three.yaml]\nval-data: v\n")
     args = parse_args(main)
@@ -617,15 +596,10 @@ def test_of_several_configs_the_later_one_wins(config):
     assert (args.epochs, args.siglip) == (2, False)
 
 
-def test_an_included_file_with_a_variable(config, monkeypatch, tmp_path):
-    monkeypatch.setenv("RECIPES", str(tmp_path / "recipes"))
-    config("epochs: 4\nval-data: v\n", "recipes/base.yaml")
-    assert parse_args(config("include: $RECIPES/base.yaml\n")).epochs == 4
-
-
 @pytest.mark.parametrize(
     "text, sentence",
     [
+        ("mixup: 0.5", "--mixup in {file} is an option of training.finetune (augmentation), not of training.main."),
         ("batchsize: 3", "Unknown option batchsize in {file}; did you mean batch_size?"),
         ("no-siglip: true", "Unknown option no-siglip in {file}; did you mean siglip?"),
         ("config: a.yaml", "Unknown option config in {file}; --help lists all options."),

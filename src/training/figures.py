@@ -42,7 +42,8 @@ class Figures:
     """Counts between two rows of the log, and over the run since this process began.
 
     Attributes:
-        steps, waited: optimizer steps, and seconds without data, since the last row.
+        steps, waited, costs: optimizer steps, seconds without data, and what a sample of each batch costs (None: not
+            known), since the last row.
         evaluations: metrics with `epoch`, in their order.
     """
 
@@ -55,7 +56,7 @@ class Figures:
         self.start()
 
     def start(self) -> None:
-        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.since, self.steps, self.waited, self.costs = time.perf_counter(), 0, 0.0, []
 
     def row(
         self,
@@ -64,7 +65,6 @@ class Figures:
         lr: float,
         global_batch: int,
         columns: Mapping[str, float],
-        cost: Cost | None,
     ) -> dict[str, float]:
         """The next row of train.csv; what has been counted begins anew.
 
@@ -73,6 +73,7 @@ class Figures:
             columns: the task's own.
         """
         steps, seconds, waited = self.steps, time.perf_counter() - self.since, self.waited
+        cost = Cost.mean(self.costs)
         self.start()
         samples = steps * global_batch
         rate = samples / seconds

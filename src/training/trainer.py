@@ -128,9 +128,10 @@ class Trainer:
                 self.act_on_wishes(position, error)
                 window = [to_device(self.task.prepare(b), self.ranks.device, self.input_dtype) for b in window]
                 losses, lr = self.step(window)
+                self.figures.costs += [self.task.cost(batch) for batch in window] if self.ranks.is_main else []
                 bar.update()
                 if (self.epoch_steps - 1) % self.options.log_every_n_steps == 0 or i == left - 1:
-                    self.log_step(losses, lr, window[-1])
+                    self.log_step(losses, lr)
                 if self.options.save_every_n_steps and self.steps % self.options.save_every_n_steps == 0:
                     self.save_step(self.data.state_dict())
         self.act_on_wishes(self.data.state_dict())
@@ -225,11 +226,10 @@ class Trainer:
         if self.ranks.is_main and self.folder is not None:
             append(self.folder / "nonfinite.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
-    def log_step(self, losses: dict[str, Tensor], lr: float, batch: Batch) -> None:
+    def log_step(self, losses: dict[str, Tensor], lr: float) -> None:
         values = self.ranks.mean(losses)  # waits for the device, so the clock is true
-        cost = self.task.cost(batch) if self.ranks.is_main else None
         where = {"step": self.steps - 1, "epoch": self.epoch, "samples": self.samples}
-        row = self.figures.row(where, values, lr, self.plan.global_batch, self.task.log(self.model), cost)
+        row = self.figures.row(where, values, lr, self.plan.global_batch, self.task.log(self.model))
         self.run_log.train(row)
         left = (self.plan.total_samples - self.samples) / row["samples_per_second"]
         place = f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch}"

@@ -69,8 +69,9 @@ COST = Cost(4e10, 273)
 def row(found: Figures, clock: list[float], loss: float, rrt: float = 0.25, cost: Cost | None = COST):
     clock[0] += 1862.5
     found.steps, found.waited = 10, 186.25
+    found.costs = [cost and Cost(share * cost.operations, cost.tokens) for share in (0.5, 1.5)]
     where = {"step": 9, "epoch": 0, "samples": 18625}
-    return found.row(where, {"loss": loss}, lr=1e-3, global_batch=1862.5, columns={"rrt": rrt}, cost=cost)
+    return found.row(where, {"loss": loss}, lr=1e-3, global_batch=1862.5, columns={"rrt": rrt})
 
 
 def test_a_row_and_the_summary(clock, tmp_path):

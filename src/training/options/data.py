@@ -10,7 +10,6 @@ from .config_file import SOURCE_SEPARATOR
 from .parser import (
     COUNT,
     NOT_NEGATIVE,
-    POSITIVE,
     POSITIVE_COUNT,
     SEED,
     Kind,
@@ -31,7 +30,8 @@ class PairOptions(Section, title="training data"):
         "it nothing is trained: the model is evaluated.", metavar="SHARDS|FILE.csv", path=True, joined=SOURCE_SEPARATOR)
     train_data_upsampling_factors: str | None = option(
         None, "One weight for each source of --train-data (1::2::0.5): how likely a shard of the source is drawn, "
-        "compared with the others. Needs --dataset-resampled. Without it all shards are equally likely.",
+        "compared with the others; 0: the source is not read. Needs --dataset-resampled. Without it all shards are "
+        "equally likely.",
         metavar="F::F", joined=SOURCE_SEPARATOR)
     train_num_samples: int | None = option(
         None, "Training samples in one epoch. Needed for shards whose sizes are not noted beside them (sizes.json or "
@@ -58,9 +58,10 @@ class PairOptions(Section, title="training data"):
         factors = self.train_data_upsampling_factors.split(SOURCE_SEPARATOR)
         for factor in factors:
             try:
-                POSITIVE.convert(factor)
+                NOT_NEGATIVE.convert(factor)
             except argparse.ArgumentTypeError as error:
                 raise UserError(f"Every one of --train-data-upsampling-factors {error}.") from None
+        forbid(not any(map(float, factors)), "--train-data-upsampling-factors must not all be 0.")
         sources = self.train_data.split(SOURCE_SEPARATOR) if self.train_data else []
         count = f"{len(factors)} factor(s) for {len(sources)} source(s) in --train-data: give one for each."
         forbid(len(factors) != len(sources), f"--train-data-upsampling-factors has {count}")

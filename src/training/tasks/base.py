@@ -1,6 +1,7 @@
 """What is learnt: a task turns batches into losses. The trainer knows this interface and nothing else of a task."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,6 +39,13 @@ class Cost(NamedTuple):
 
     operations: float
     tokens: float
+
+    @classmethod
+    def mean(cls, costs: Sequence[Cost | None]) -> Cost | None:
+        """Over batches of equal size; None if there is none, or if that of one is not known."""
+        if not costs or None in costs:
+            return None
+        return cls(*(sum(values) / len(costs) for values in zip(*costs, strict=True)))
 
 
 class Engine:

@@ -436,8 +436,10 @@ def test_something_has_to_be_asked_for():
         ([*SYNTHETIC, "--dataset-resampled"], "1::2",
          "--train-data-upsampling-factors has 2 factor(s) for 0 source(s) in --train-data: give one for each."),
         *((["--train-data", "a::b", "--dataset-resampled"], f"1::{wrong}",
-           f"Every one of --train-data-upsampling-factors must be a number above 0, not {wrong!r}.")
-          for wrong in ("0", "two", "")),
+           f"Every one of --train-data-upsampling-factors must be a number of at least 0, not {wrong!r}.")
+          for wrong in ("-1", "nan", "two", "")),
+        (["--train-data", "a::b", "--dataset-resampled"], "0::0",
+         "--train-data-upsampling-factors must not all be 0."),
     ],
 )  # fmt: skip
 def test_upsampling_factors_need_resampling_and_a_number_for_each_source(words, factors, sentence):

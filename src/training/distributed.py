@@ -64,15 +64,15 @@ class Ranks:
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """Runs its block on every rank; a `UserError` on any of them is raised on all of them."""
+        """Runs its block on every rank; a `UserError` on any of them is raised on all of them, of the same class."""
         problem = None
         try:
             yield
         except UserError as error:
-            problem = str(error)
+            problem = type(error)(str(error))  # without what it holds on to
         for found in self.gather(problem):
             if found is not None:
-                raise UserError(found)
+                raise found
 
 
 def launch_rank() -> int:

@@ -30,7 +30,7 @@ from .ema import Ema
 from .errors import UserError
 from .evaluation.loaded import hash_weights
 from .evaluation.prompts import zero_shot_classifier
-from .evaluation.results import Results
+from .evaluation.results import Results, described_data
 from .evaluation.scores import METRICS, check_classes
 from .models import build_model, described_reduction, token_reduction
 from .options import parse
@@ -173,9 +173,7 @@ def _described(
             "model": options.model,
             "pretrained": options.pretrained,
             "weights": weights_hash,
-            "data": name,
-            "split": data.split,
-            "data_fingerprint": data.fingerprint(),
+            **described_data(data),
             "settings": {
                 "precision": options.precision,
                 "transform": repr(task.transform),

@@ -7,6 +7,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip_elip import with_token_reduction
+from open_clip_elip.profile.flops import count
+from open_clip_elip.text import count_columns
 from training import checkpoint
 from training.control import EXIT_NONFINITE, Stopped
 from training.distributed import Ranks
@@ -18,7 +20,7 @@ from training.tasks.contrastive import ContrastiveTask
 from training.trainer import Trainer
 
 from ..processes import spawn
-from .tiny import MemoryData, micro_batches, pairs, run_options, tiny_clip
+from .tiny import VOCABULARY, MemoryData, micro_batches, pairs, run_options, tiny_clip
 
 CPU = torch.device("cpu")
 
@@ -170,6 +172,24 @@ def test_a_finished_loss_is_averaged_over_micro_batches():
         found.append((losses["loss"], trainer.model.weight.grad))
     assert losses["loss"].shape == ()
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_step_costs_what_its_batch_is_counted_at(locked):
+    """Captions of several lengths, counted by themselves, add up to the operations of the whole batch."""
+    model, batch = tiny_clip(dtype=torch.float32), pairs(32, dtype=torch.float32)
+    for length, rows in ((2, slice(0, 9)), (5, slice(9, 20))):
+        batch["text"][rows, length:] = 0
+        batch["text"][rows, length - 1] = VOCABULARY - 1
+    if locked:
+        model.lock_text_tower(freeze_layer_norm=True)
+    trainer = make_trainer(run_options(batch_size=32), model, [batch])
+    batch = trainer.task.prepare(batch)
+    assert len({part.shape[1] for part in batch["text"].parts}) > 1
+    image, text, shapes = batch["image"].to("meta"), batch["text"].to("meta"), trainer.task.shapes
+    cost, counted = trainer.task.cost(batch), count(shapes, lambda: shapes(image, text))
+    assert cost.operations * 32 == counted.total and counted.scoring > 0
+    assert cost.tokens == 16 + count_columns(batch["text"]) / 32
 
 
 def test_distillation_follows_the_teacher():

@@ -67,7 +67,8 @@ def count(model: nn.Module, step: Callable[[], Any]) -> Flops:
             leaves = tree_leaves(step())
         forward = counter.get_total_flops()
         sums = [leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        torch.stack(sums).sum().backward()
+        if sums:  # else all that was called is locked
+            torch.stack(sums).sum().backward()
     model.zero_grad(set_to_none=True)
     return Flops(forward - scoring.flops, counter.get_total_flops() - forward, scoring.flops)
 

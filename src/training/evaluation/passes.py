@@ -158,21 +158,15 @@ def gather_rows(batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> tuple
 
     The same on every process; a collective call, in which a `UserError` of one process is raised on all.
     """
-    places, rows, problem = [torch.empty(0, dtype=torch.int64)], [], None
+    places, rows = [torch.empty(0, dtype=torch.int64)], []
     with ranks.agree():
-        try:
-            for index, values in batches:
-                places.append(index)
-                rows.append(values)
-        except NotFinite as error:
-            problem = str(error)
-    parts = ranks.gather((torch.cat(places), torch.cat(rows) if rows else None, problem))
-    for *_, problem in parts:
-        if problem is not None:
-            raise NotFinite(problem)
-    places = torch.cat([part for part, *_ in parts])
+        for index, values in batches:
+            places.append(index)
+            rows.append(values)
+    parts = ranks.gather((torch.cat(places), torch.cat(rows) if rows else None))
+    places = torch.cat([part for part, _ in parts])
     order = places.argsort()
-    rows = [part for _, part, _ in parts if part is not None]
+    rows = [part for _, part in parts if part is not None]
     return places[order], torch.cat(rows)[order] if rows else None
 
 

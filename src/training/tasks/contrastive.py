@@ -230,26 +230,33 @@ class ContrastiveTask(Task):
         return {"logit_scale": model.logit_scale.detach().exp().mean().item(), "rrt": rrt}
 
     def cost(self, batch: Batch) -> Cost | None:
-        """The mean of the batch's pairs, each counted on a step of the model's shapes: once for each caption length."""
-        text, pairs = batch["text"], len(batch["image"])
-        parts = text.parts if isinstance(text, TextParts) else (text,)
+        """The mean of the batch's pairs, on the model's shapes: the image counted once, a caption for each length."""
         if self.shapes is None:
             return None
+        text, pairs = batch["text"], len(batch["image"])
+        parts = text.parts if isinstance(text, TextParts) else (text,)
         try:
-            each = [(len(part), self.operations(batch["image"][:1], part[:1], text is not part)) for part in parts]
+            captions = sum(len(part) * self.count_caption(part, text is not part) for part in parts) / pairs
+            operations = self.count_image(batch["image"], parts[0], text is not parts[0]) + captions
         except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
             self.shapes = None
             return None
-        tokens = self.tower.num_patches() + count_columns(text) / pairs
-        return Cost(sum(count * operations for count, operations in each) / pairs, tokens)
+        return Cost(operations, self.tower.num_patches() + count_columns(text) / pairs)
 
-    def operations(self, image: Tensor, text: Tensor, is_cut: bool) -> float:
-        """Of one pair, forward, backward and scoring."""
-        key = (self.tower.reduces, text.shape[1], is_cut)
+    def count_caption(self, text: Tensor, is_cut: bool) -> int:
+        """Operations of one caption of that length."""
+        key = (text.shape[1], is_cut)
         if key not in self.costs:
-            self.shapes.tower.reduces, image, text = self.tower.reduces, image.to("meta"), text.to("meta")
-            text = TextParts((text,), torch.zeros(1, dtype=torch.int64, device="meta")) if is_cut else text
-            self.costs[key] = count(self.shapes.train(), lambda: self.shapes(image, text)).total
+            self.costs[key] = count(self.shapes.train(), lambda: self.shapes.encode_text(_one(text, is_cut))).total
+        return self.costs[key]
+
+    def count_image(self, image: Tensor, text: Tensor, is_cut: bool) -> int:
+        """Operations of one image, scoring included: those of a pair, less its caption's."""
+        self.shapes.tower.reduces = key = self.tower.reduces
+        if key not in self.costs:
+            one = image[:1].to("meta")
+            pair = count(self.shapes.train(), lambda: self.shapes(one, _one(text, is_cut)))
+            self.costs[key] = pair.total - self.count_caption(text, is_cut)
         return self.costs[key]
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
@@ -278,3 +285,8 @@ class ContrastiveTask(Task):
                 return sum(metrics[name] for name in names) / len(names)
         return None
 
+
+def _one(text: Tensor, is_cut: bool) -> Tensor | TextParts:
+    """The shape of a single caption."""
+    one = text[:1].to("meta")
+    return TextParts((one,), torch.zeros(1, dtype=torch.int64, device="meta")) if is_cut else one

@@ -4,7 +4,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from open_clip_elip.identity import Identity
 from open_clip_elip.profile.command import main as profile
-from open_clip_elip.reduction import METHODS, Layer, ReductionConfig, TokenReduction, register
-from open_clip_elip.reduction.base import run_plainly
 from training import linear_probe, zero_shot
 from training.data import TrainData
 from training.data.samples import Sample
@@ -39,31 +36,8 @@ CPU = torch.device("cpu")
 # ------------------------------------------------------------------------------------------------------------ a method
 
 
-@pytest.fixture
-def half():
-    @register("half")
-    class Half(TokenReduction):
-        """Keeps the first patches."""
-
-        @dataclass(frozen=True)
-        class Config(ReductionConfig):
-            share: float = 0.5
-
-        def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False):
-            x = x[:, : self.layers(x.shape[1] - 1)[0].attention]
-            for block in blocks:
-                x = run(block, x)
-            return x
-
-        def layers(self, num_patches):
-            tokens = 1 + int(self.config.share * num_patches)
-            return [Layer(tokens, tokens)] * self.num_layers
-
-    yield
-    del METHODS["half"]
-
-
 def test_a_method_is_one_class(half, tmp_path, capsys):
+    """Nothing but the fixture knows of it."""
     runs.register_models(tmp_path)
     shards = runs.write_shards(tmp_path / "shards")
     words = runs.command(shards, tmp_path, "--epochs", "1", "--token-reduction", "half", "share=0.25")

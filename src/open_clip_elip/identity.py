@@ -241,11 +241,10 @@ def tokenizer(identity: Identity, cache_dir: str | None = None) -> Callable:
         return open_clip.get_tokenizer(name, cache_dir=cache_dir)
 
 
-def transforms(identity: Identity, aug_cfg: dict[str, Any] | None = None) -> tuple[Callable, Callable]:
-    """Pictures to tensors: in training (with the augmentation `aug_cfg`), and in evaluation."""
+def transform(identity: Identity, *, train: bool = False, aug_cfg: dict[str, Any] | None = None) -> Callable:
+    """Pictures to tensors, in evaluation or in training (then with the augmentation `aug_cfg`)."""
     with creating(f"{identity.name}'s image transform"):
-        config = _preprocess(identity)
-        return image_transform_v2(config, is_train=True, aug_cfg=aug_cfg), image_transform_v2(config, is_train=False)
+        return image_transform_v2(_preprocess(identity), is_train=train, aug_cfg=aug_cfg)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from .evaluation.loaded import hash_weights
 from .evaluation.prompts import zero_shot_classifier
 from .evaluation.results import Results, described_data
 from .evaluation.scores import METRICS, check_classes
-from .models import build_model, described_reduction, token_reduction
+from .models import build_model, check_works_alone, described_reduction, token_reduction
 from .options import parse
 from .run import Parts, run
 from .tasks.augment import Mix, train_transform
@@ -93,6 +93,8 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
         of_model = replace(options, token_reduction=reduction)
         built = build_model(of_model, ranks.device, image_tower=options.head == "random")
         model = built.model
+        if reduces:
+            check_works_alone(model, options.model)
     data = next(iter(tests.values()))
     common = {"num_classes": len(data.classnames), "reduce": reduces}
     if options.head == "random":

@@ -32,7 +32,7 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         seed_everything(options.seed)
         identity, model, transform, tokenizer = build_model(options, ranks.device)
         lock(model, options)
-        train_transform, _ = identities.transforms(identity, options.aug_cfg)
+        train_transform = identities.transform(identity, train=True, aug_cfg=options.aug_cfg)
         train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}

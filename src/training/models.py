@@ -70,7 +70,7 @@ def build_model(options: Any, device: torch.device, *, image_tower: bool = False
             identity, source, options.precision, device, image_tower=image_tower,
             pretrained_image=options.pretrained_image, cache_dir=options.cache_dir,
         )  # fmt: skip
-        _, transform = identities.transforms(identity)
+        transform = identities.transform(identity)
         tokenizer = identities.tokenizer(identity, options.cache_dir)
     if hasattr(model, "tower"):
         model.tower.shortcuts = options.shortcuts
@@ -88,6 +88,15 @@ def lock(model: nn.Module, options: LockingOptions) -> None:
             model.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
         except AssertionError as error:  # of OpenCLIP's own text tower
             raise UserError(f"{options.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
+
+
+def check_works_alone(model: nn.Module, name: str) -> None:
+    """For `--vision-guided-reduction`: a UserError unless the model's token reduction can do without captions."""
+    reduction = getattr(model, "reduction", None)
+    if reduction is None:
+        raise UserError(f"--vision-guided-reduction needs a model with token reduction; {name} has none.")
+    if not reduction.works_alone:
+        raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
 
 
 def create_filled(

@@ -2,15 +2,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import open_clip
 import pytest
 import torch
 
 from open_clip_elip import ImageTower, with_shortcuts, with_token_reduction, without_token_reduction
-from open_clip_elip.reduction import METHODS, ReductionConfig, TokenReduction, register
-from open_clip_elip.reduction.base import Layer
 from open_clip_elip.registry import plain_name
 
 from .tiny import REDUCTION, config, pairs, plain_model
@@ -80,33 +77,8 @@ def test_copies_and_twins_have_their_own():
     assert model.tower.visual is model.visual and short.tower.visual is short.visual
 
 
-@pytest.fixture
-def half():
-    @register("half")
-    class Half(TokenReduction):
-        """The first patches, by a share."""
-
-        @dataclass(frozen=True)
-        class Config(ReductionConfig):
-            share: float = 0.5
-
-        suffix = "-Half"
-
-        def forward(self, blocks, x, guidance=None, *, run, only_cls=False):
-            x = x[:, : 1 + int(self.config.share * (x.shape[1] - 1))]
-            for block in blocks:
-                x = run(block, x)
-            return x
-
-        def layers(self, num_patches):
-            return [Layer(1 + int(self.config.share * num_patches), 1 + int(self.config.share * num_patches))] * 4
-
-    yield Half
-    del METHODS["half"]
-
-
 def test_a_method_is_one_class_and_one_registration(half):
-    """Proof by use: nothing but the fixture above knows of it."""
+    """Proof by use: nothing but the fixture knows of it."""
     towers = config()
     made = open_clip.create_model(
         "ViT-S-16", **towers, token_reduction={"method": "half", "share": 0.25}, output_dict=True

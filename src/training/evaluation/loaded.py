@@ -17,7 +17,7 @@ from open_clip_elip.identity import Identity
 from ..data.transforms import with_decoding
 from ..distributed import Ranks
 from ..errors import UserError
-from ..models import checkpoint_identity, create_filled, told
+from ..models import check_works_alone, checkpoint_identity, create_filled, told
 
 
 @dataclass
@@ -87,13 +87,9 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
         )  # fmt: skip
         if "visual.proj" in report.new:
             model.visual.proj = None
-        tokenizer, (_, preprocess) = identities.tokenizer(identity), identities.transforms(identity)
+        tokenizer, preprocess = identities.tokenizer(identity), identities.transform(identity)
     if options.vision_guided_reduction:
-        reduction = getattr(model, "reduction", None)
-        if reduction is None:
-            raise UserError(f"--vision-guided-reduction needs a model with token reduction; {options.model} has none.")
-        if not reduction.works_alone:
-            raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
+        check_works_alone(model, options.model)
         model.tower.vision_guided = True
     preprocess = with_decoding(preprocess, options.image_decode)
     weights_hash = hash_weights(model.state_dict())

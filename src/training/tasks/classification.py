@@ -187,8 +187,6 @@ def zero_shot_head(
 
 def _assemble(model: nn.Module, head: nn.Linear, *, normalize: bool, reduce: bool) -> Classifier:
     device = next(model.visual.parameters()).device
-    if reduce and not model.reduction.works_alone:
-        raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
     classifier = Classifier(
         model.visual, head.to(device), normalize=normalize, reduction=model.reduction if reduce else None
     )

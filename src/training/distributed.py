@@ -69,7 +69,7 @@ class Ranks:
         try:
             yield
         except UserError as error:
-            problem = type(error)(str(error))  # without what it holds on to
+            problem = error
         for found in self.gather(problem):
             if found is not None:
                 raise found

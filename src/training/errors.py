@@ -4,7 +4,8 @@
 class UserError(Exception):
     """Bad input. The message is one clear sentence: what is wrong and what to do about it.
 
-    `training.main` prints the message and exits with `EXIT_USER_ERROR` on every rank.
+    `training.main` prints the message and exits with `EXIT_USER_ERROR` on every rank. Ranks send each other
+    errors, so a subclass must be able to do with a message alone; its attributes travel along.
     """
 
 

@@ -1,10 +1,17 @@
-"""How processes of a group end."""
+"""How processes of a group agree on what is wrong, and how they end."""
 import atexit
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+
+from training.data.sets.captioned import NoSuchSplit
+from training.data.sets.registry import NotThere
+from training.distributed import Ranks
+from training.errors import UserError
+from training.evaluation.passes import NotFinite
 
 from ..processes import spawn
 
@@ -24,3 +31,21 @@ def leave_a_busy_thread(rank: int, folder: str) -> None:
     work = dist.all_reduce(torch.ones(1), async_op=True)
     work.get_future().then(lambda _: [time.sleep(0.001) for _ in range(3_000)])
     time.sleep(1.5 - rank)
+
+
+ERRORS = [UserError("a"), NotFinite("b"), NotThere("c"), NoSuchSplit("d", ["test"])]
+
+
+def test_what_one_process_finds_wrong_all_raise_as_it_is():
+    agree_on_errors(0, 1)
+    spawn(agree_on_errors, 2)
+
+
+def agree_on_errors(rank: int, world_size: int) -> None:
+    ranks = Ranks(torch.device("cpu"), rank, rank, world_size)
+    for expected in ERRORS:
+        with pytest.raises(UserError) as found, ranks.agree():
+            if rank == world_size - 1:
+                raise expected
+        assert type(found.value) is type(expected) and str(found.value) == str(expected)
+        assert vars(found.value) == vars(expected)

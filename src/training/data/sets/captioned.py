@@ -29,7 +29,7 @@ IMAGE_FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images",
 class NoSuchSplit(UserError):
     """The split asked for is not there. `there`: those that are; none if the data is not divided."""
 
-    def __init__(self, message: str, there: Sequence[str]):
+    def __init__(self, message: str, there: Sequence[str] = ()):
         super().__init__(message)
         self.there = list(there)
 

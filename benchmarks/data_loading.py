@@ -22,7 +22,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -42,9 +41,10 @@ from open_clip.transform import image_transform
 from photographs import QUALITY, jpeg, photograph
 from webdataset.tariterators import tar_file_expander
 
+from open_clip_elip.profile.report import describe_machine, machine
 from training.data import build_train_data, images
-from training.data.pairs import PairEncoding
 from training.data.pixels import FAST, PLAIN, REDUCED, to_device
+from training.data.samples import PairEncoding
 from training.data.transforms import with_decoding
 
 CROP = 224
@@ -55,7 +55,7 @@ SCALES = {"default": (0.9, 1.0), "strong": (0.08, 1.0)}
 THEIRS, PILLOW, NORMALISED = "open_clip_train", "fast (Pillow)", "fast + normalise"
 IMAGES = {256: 384, 512: 256, 1024: 128}  # in an epoch
 WORDS = "a an the small large red old dog street tree window boat two people standing on near with of in".split()
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "simplejpeg", "numpy")
+PACKAGES = ("torchvision", "webdataset", "pillow", "simplejpeg", "numpy")
 
 Epoch = Callable[[int], int]  # number of the epoch -> how many images it had
 
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rounds = args.rounds or (3 if args.quick else 7)
 
-    report = {"benchmark": "data_loading", "machine": machine(), "versions": versions(), "settings": settings(rounds)}
-    report["results"] = []
+    report = {"benchmark": "data_loading", "machine": machine(torch.device("cpu")), "versions": versions()}
+    report |= {"settings": settings(rounds), "results": []}
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     with one_core(), tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
@@ -120,6 +120,7 @@ def loaders(pattern: str, count: int, scale: tuple[float, float], tokenizer: Cal
     args = argparse.Namespace(
         train_data=pattern, train_num_samples=count, train_data_upsampling_factors=None, dataset_type="webdataset",
         dataset_resampled=False, batch_size=BATCH, workers=0, seed=0, world_size=1, stall_seconds=0,
+        shard_img_key=None, shard_caption_key="txt",
     )  # fmt: skip
     made = {THEIRS: theirs(args, transform, tokenizer)}
     for decoding in (PLAIN, FAST, REDUCED):
@@ -216,20 +217,8 @@ def _summary(rounds: dict[str, list[float]]) -> dict[str, dict]:
 # ---------------------------------------------------------------------- telling
 
 
-def machine() -> dict:
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -264,10 +253,10 @@ def table(results: list[dict], headings: bool = True) -> str:
 
 
 def footer(report: dict) -> str:
-    place, chosen = report["machine"], report["settings"]
+    chosen = report["settings"]
     packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in report["versions"].items())
     return (
-        f"One thread on one core of: {place['cpu']}, {place['cores']} cores, {place['system']}.\n"
+        f"One thread on one core of: {describe_machine(report['machine'])}.\n"
         f"Medians of {chosen['rounds']} rounds in which the loaders take turns, by processor time, in process.\n"
         f"Batches of {chosen['batch_size']}, crops of {chosen['crop']} px (\"crop\" is their share of the area), JPEG "
         f"quality {chosen['jpeg_quality']}, 0 workers.\n{packages}."

@@ -30,18 +30,16 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train import zero_shot as open_clip_zero_shot
 from open_clip_train.precision import get_autocast
 from PIL import Image
+from telling import common_parser, count_rounds, tell
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from open_clip_elip import with_shortcuts
 from open_clip_elip.identity import ModelError
 from open_clip_elip.identity import describe as describe_model
-from open_clip_elip.profile.command import PRECISIONS
-from open_clip_elip.profile.errors import ProfileError
-from open_clip_elip.profile.machine import describe_machine, find_device, machine
-from open_clip_elip.profile.models import Candidate
-from open_clip_elip.profile.report import make_folder, save_tables, text_table
-from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
+from open_clip_elip.profile.measure import in_turn, ratios, spread
+from open_clip_elip.profile.models import Candidate, ProfileError, find_device
+from open_clip_elip.profile.report import describe_machine, machine, make_folder
 from open_clip_elip.registry import plain_name
 from training.data.pixels import FAST, PLAIN, REDUCED
 from training.data.sets.labelled import ImageFiles, LabelledImages
@@ -79,12 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compile": args.compile, "image_decode": args.image_decode, "images": args.images, "image_pixels": args.pixels,
         "classes": args.classes, "templates": args.templates, "vision_guided_reduction": args.vision_guided_reduction,
     }  # fmt: skip
-    text = describe(setting, results, checks)
-    rows = table(results)
-    print(text + "\n\n" + text_table(rows))
-    name = f"evaluation_{device.type}" + ("" if args.name is None else f"_{args.name}")
-    found = {"setting": setting, "results": results, "checks": checks}
-    save_tables(args.results, name, found, "Zero-shot evaluation", text, rows)
+    text, found = describe(setting, results, checks), {"setting": setting, "results": results, "checks": checks}
+    tell(args, f"evaluation_{device.type}", "Zero-shot evaluation", text, table(results), found)
     return 0
 
 
@@ -99,7 +93,7 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> tup
     ours.load_state_dict(theirs.state_dict())
     ours = with_shortcuts(ours)
     if args.vision_guided_reduction:
-        if not hasattr(ours, "reduction"):
+        if ours.reduction is None:
             raise ProfileError(f"--vision-guided-reduction needs an ELIP model; {args.model} is none.")
         ours.tower.vision_guided = True
     preprocess = image_transform_v2(PreprocessCfg(**theirs.visual.preprocess_cfg), is_train=False)
@@ -191,8 +185,8 @@ def compare(
     repeat = 10 if device.type == "cuda" and work == TENSORS else 1
     times = in_turn(functions, device=device, rounds=args.rounds, warmup=1, repeat=repeat, seconds=seconds)
     rounds = ratios(times[THEIRS], times[OURS])
-    rates = {side: Spread.of([amount / t for t in times[side]]).to_dict() for side in (OURS, THEIRS)}
-    return {"work": work, "unit": UNITS[work], "rate": rates, "ratio": Spread.of(rounds).to_dict(), "rounds": rounds}
+    rates = {side: spread([amount / t for t in times[side]]) for side in (OURS, THEIRS)}
+    return {"work": work, "unit": UNITS[work], "rate": rates, "ratio": spread(rounds), "rounds": rounds}
 
 
 def describe(setting: dict[str, Any], results: Sequence[dict[str, Any]], checks: dict[str, Any]) -> str:
@@ -213,15 +207,13 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     for found in results:
         ratio = found["ratio"]
         rates = [f"{found['rate'][side]['median']:,.4g}" for side in (OURS, THEIRS)]
-        spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})"
-        rows.append([found["work"], found["unit"], *rates, spread])
+        ratio = f"{ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})"
+        rows.append([found["work"], found["unit"], *rates, ratio])
     return rows
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = common_parser(__doc__)
     add = parser.add_argument
     add("--model", default="ViT-S-16-ELIP", help="default: %(default)s")
     add("--images", type=int, default=64, metavar="N", help="JPEG files; default: %(default)s")
@@ -231,14 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
     add("--workers", type=int, default=1, metavar="N", help="decoding processes; default: %(default)s")
     add("--image-decode", choices=(PLAIN, FAST, REDUCED), default=PLAIN, help="of ours; default: %(default)s")
-    add("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
-    add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is one")
     add("--vision-guided-reduction", action="store_true", help="ours reduces image tokens, which is not exact")
-    add("--compile", action="store_true", help="torch.compile both sides' image towers")
-    add("--rounds", type=int, default=10, metavar="N", help="at most; default: %(default)s")
-    add("--minutes", type=float, default=4.5, metavar="M", help="no more rounds after that; default: %(default)s")
-    add("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="where results go")
-    add("--name", help="added to the names of the files of results")
+    add("--compile", "--torchcompile", action="store_true", help="torch.compile both sides' image towers")
     return parser
 
 

@@ -15,28 +15,32 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import torch
 from open_clip_train.train import train_one_epoch
+from telling import common_parser, count_rounds, tell
 from torch import Tensor
 
 from open_clip_elip import TextParts
 from open_clip_elip.identity import ModelError
 from open_clip_elip.identity import describe as describe_model
-from open_clip_elip.profile.captions import MEAN, caption_ids, context_length, typical_lengths
-from open_clip_elip.profile.command import PRECISIONS
-from open_clip_elip.profile.errors import ProfileError
 from open_clip_elip.profile.flops import Flops, count_flops
-from open_clip_elip.profile.machine import describe_machine, find_device, machine
-from open_clip_elip.profile.memory import SavedBytes, peak_bytes, prepare_optimizer
-from open_clip_elip.profile.models import Candidate
-from open_clip_elip.profile.report import make_folder, save_tables, text_table
-from open_clip_elip.profile.timing import Spread, count_rounds, in_turn, ratios
+from open_clip_elip.profile.measure import SavedBytes, in_turn, peak_bytes, ratios, spread
+from open_clip_elip.profile.models import (
+    MEAN,
+    Candidate,
+    ProfileError,
+    caption_ids,
+    caption_lengths,
+    context_length,
+    find_device,
+)
+from open_clip_elip.profile.report import describe_machine, machine, make_folder
 from open_clip_elip.registry import plain_name
 from training.data.pixels import Images, to_device
 from training.distributed import Ranks
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModelError, ProfileError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    lengths = typical_lengths(args.batch_size, args.caption_length)
+    lengths = caption_lengths(str(args.caption_length), args.batch_size)
     setting = machine(device) | {
         "batch_size": args.batch_size,
         "precision": args.precision,
@@ -89,10 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "caption_tokens": {"mean": sum(lengths) / len(lengths), "min": min(lengths), "max": max(lengths)},
         "steps_a_round": args.repeat,
     }
+    found = {"setting": setting, "results": results}
     text = describe(setting, results)
-    print(text + "\n\n" + text_table(table(results)))
-    name = f"train_step_{device.type}" + ("" if args.name is None else f"_{args.name}")
-    save_tables(args.results, name, {"setting": setting, "results": results}, "Training step", text, table(results))
+    tell(args, f"train_step_{device.type}", "Training step", text, table(results), found)
     return 0
 
 
@@ -114,7 +117,7 @@ def count(spec: Candidate, args: argparse.Namespace, text: Tensor | TextParts | 
 
 
 def captions(model: torch.nn.Module, args: argparse.Namespace) -> Tensor:
-    return caption_ids(model, typical_lengths(args.batch_size, args.caption_length, context_length(model)))
+    return caption_ids(model, caption_lengths(str(args.caption_length), args.batch_size, context_length(model)))
 
 
 def compare(
@@ -132,19 +135,18 @@ def compare(
 
     sides, figures = {}, {}
     for label, spec in {"": plain, **{spec.label: spec for spec in ours}}.items():
-        others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         sides[label] = side = (OurSide if label else OpenClipSide)(spec, image, text, args, device)
         flops = count(spec, args, side.text()).total
-        figures[label] = memory(side, [image, text], device, others) | {"flops": flops}
+        figures[label] = memory(side, [image, text], device) | {"flops": flops}
     times = in_turn(
-        {label: lambda side=side: side.steps(args.repeat) for label, side in sides.items()},
+        {label: partial(side, args.repeat) for label, side in sides.items()},
         device=device,
         rounds=args.rounds,
         warmup=0 if device.type == "cpu" else 3,
         seconds=seconds - (time.perf_counter() - begin),
     )
     for label, found in figures.items():
-        found["step_seconds"] = Spread.of([t / args.repeat for t in times[label]]).to_dict()
+        found["step_seconds"] = spread([t / args.repeat for t in times[label]])
     base, results = figures[""], []
     for spec in ours:
         own, target = figures[spec.label], TARGETS.get(spec.label)
@@ -155,7 +157,7 @@ def compare(
                 "against": f"open_clip {plain.label}",
                 "pairs": args.batch_size,
                 "flops_ratio": own["flops"] / base["flops"],
-                "time_ratio": Spread.of(rounds).to_dict(),
+                "time_ratio": spread(rounds),
                 "time_ratio_of_each_round": rounds,
                 "saved_ratio": own["saved_bytes"] / base["saved_bytes"],
                 "peak_ratio": own["peak_bytes"] / base["peak_bytes"],
@@ -167,19 +169,19 @@ def compare(
     return results
 
 
-def memory(side: OpenClipSide | OurSide, inputs: Iterable[Tensor], device: torch.device, others: int) -> dict[str, int]:
+def memory(side: OpenClipSide | OurSide, inputs: Sequence[Tensor], device: torch.device) -> dict[str, int]:
     """Bytes that a step keeps for its backward pass, and the most in use; then the side is compiled if it is to be.
 
     What a compiled model keeps is not seen from outside; on CUDA its peak is.
     """
-    prepare_optimizer(side.optimizer)
     if device.type == "cuda":  # they stay on the CPU, and what goes to the device is seen there
         inputs = ()
-    with SavedBytes(side.model) as saved:
-        peak = peak_bytes(lambda: side.steps(1), side.model, side.optimizer, inputs, device, others)
+    saved = SavedBytes(side.model)
+    with saved:
+        peak = peak_bytes(side, inputs)
     if side.compile() and device.type == "cuda":
-        side.steps(1)
-        peak = peak_bytes(lambda: side.steps(1), side.model, side.optimizer, inputs, device, others)
+        side()
+        peak = peak_bytes(side, inputs)
     side.optimizer.zero_grad(set_to_none=True)
     return {"saved_bytes": saved.bytes, "peak_bytes": peak}
 
@@ -217,7 +219,7 @@ class OpenClipSide:
             self.runnable = torch.compile(self.model)
         return self.compiles
 
-    def steps(self, number: int) -> None:
+    def __call__(self, number: int = 1) -> None:
         loader = _Batches([self.batch] * number)
         data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
         train_one_epoch(self.runnable, data, self.loss, 0, self.optimizer, self.scaler, None, None, self.args)
@@ -268,7 +270,7 @@ class OurSide:
             self.trainer.engine.model = wrap(self.model, options, self.trainer.ranks)
         return options.torchcompile
 
-    def steps(self, number: int) -> None:
+    def __call__(self, number: int = 1) -> None:
         for _ in range(number):
             batch = self.trainer.task.prepare(self.batch)
             self.trainer.step([to_device(batch, self.trainer.ranks.device, self.trainer.input_dtype)])
@@ -316,22 +318,14 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = common_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=MODELS, metavar="MODEL", help="NAME or NAME:option=value,...")
     add("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
-    add("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
-    add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is one")
-    add("--compile", action="store_true", help="torch.compile both sides")
+    add("--compile", "--torchcompile", action="store_true", help="torch.compile both sides")
     add("--image-size", type=int, metavar="PIXELS", help="instead of the models' own")
     add("--caption-length", type=float, default=MEAN, metavar="TOKENS", help="on average; default: %(default)s")
-    add("--rounds", type=int, default=10, metavar="N", help="at most; default: %(default)s")
-    add("--minutes", type=float, default=4.5, metavar="M", help="no more rounds after that; default: %(default)s")
     add("--repeat", type=int, metavar="N", help="steps in a round; default: 1 on a CPU, 10 on a GPU")
-    add("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="where results go")
-    add("--name", help="added to the names of the files of results")
     return parser
 
 

@@ -6,6 +6,7 @@
 
 A sample counts if it has an image and a caption, as in training. Only the headers of the tar files are read; with
 --verify the pictures are decoded as well, and neither those that cannot be nor those with a blank caption are counted.
+Captions that are not UTF-8 are used with replacement characters, as in training, and told.
 A shard that breaks off counts up to there and is named.
 
 Shards that are in sizes.json and have not changed since are not read again, unless --force or --verify is given. What
@@ -36,6 +37,7 @@ from training.data.streams import local_path  # noqa: E402
 from training.errors import EXIT_USER_ERROR, UserError  # noqa: E402
 
 EXIT_INTERRUPTED = 130
+EXAMPLES = 3  # of what is wrong in samples
 
 Sources = dict[str, list[str]]  # as they were named -> absolute paths of their shards
 Counts = dict[str, ShardCount | str]  # path -> what is in the shard, or why it cannot be opened
@@ -125,12 +127,14 @@ def report(sources: Sources, counts: Counts, sizes: dict[str, int]) -> str:
         numbers = (len(paths), len(read), sum(sizes.get(path, 0) for path in paths), len(found) - whole)
         return [label, *(f"{number:,}" for number in numbers), reasons or "0"]
 
-    rows = [["source", "shards", "read now", "samples", "broken shards", "unusable samples"]]
+    rows = [["source", "shards", "read now", "samples", "broken shards", "what is wrong in samples"]]
     rows += [row(label, paths) for label, paths in sources.items()]
     if len(sources) > 1:
         rows.append(row("together", distinct(sources)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    examples = itertools.chain.from_iterable(e.examples for e in counts.values() if isinstance(e, ShardCount))
+    lines += [f"for example {example}" for example in itertools.islice(examples, EXAMPLES)]
     for path, entry in sorted(counts.items()):
         if not isinstance(entry, ShardCount):
             lines.append(f"{path} cannot be opened and is not noted: {entry}")

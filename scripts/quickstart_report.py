@@ -29,13 +29,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
-
-    Attributes:
-        config: all options of the run.
-        rows: `train.csv`, at least one row, every value a number.
-        results: the last evaluation; {} if there was none.
-    """
+    """A run's folder, read: all options, `train.csv` (at least one row, every value a number), the last evaluation."""
 
     folder: Path
     config: dict[str, Any]
@@ -44,10 +38,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """
-        Raises:
-            UserError: a file is missing, empty or damaged.
-        """
+        """Raises UserError if a file is missing, empty or damaged."""
         config_file, train_file = folder / "config.yaml", folder / "train.csv"
         results_file = folder / "checkpoints" / "results.jsonl"
         for file in (config_file, train_file):
@@ -77,38 +68,28 @@ def table(run: Run) -> list[tuple[str, str, str]]:
     """Rows (what, result, what guessing would give), as text."""
     results, rows = run.results, run.rows
     # `samples` of the log counts over all processes: the first row tells the global batch.
-    global_batch = rows[0]["samples"] / (rows[0]["step"] + 1)
+    guessing = f"{math.log(rows[0]['samples'] / (rows[0]['step'] + 1)):.3f}"
     last_epoch = [row["loss"] for row in rows if row["epoch"] == rows[-1]["epoch"]]
     lines = [
-        ("loss, first step", f"{rows[0]['loss']:.3f}", f"{math.log(global_batch):.3f}"),
-        ("loss, mean of the last epoch", f"{statistics.fmean(last_epoch):.3f}", f"{math.log(global_batch):.3f}"),
+        ("loss, first step", f"{rows[0]['loss']:.3f}", guessing),
+        ("loss, mean of the last epoch", f"{statistics.fmean(last_epoch):.3f}", guessing),
     ]
-    classes = results.get("zeroshot-val-classes")
-    for k in (1, 5):
-        if classes and f"zeroshot-val-top{k}" in results:
-            accuracy = results[f"zeroshot-val-top{k}"]
-            lines.append((f"zero-shot top-{k}, {classes} classes", *_against_chance(accuracy, k / classes)))
-    # Top-1 flatters a model that knows the largest class only; this weighs all classes alike.
-    if classes and "zeroshot-val-mean_per_class_recall" in results:
-        recall = results["zeroshot-val-mean_per_class_recall"]
-        lines.append((f"zero-shot mean of classes, {classes} classes", *_against_chance(recall, 1 / classes)))
-    pairs = results.get("num_samples")
-    for direction in ("image_to_text", "text_to_image"):
-        for k in (1, 5, 10):
-            if pairs and f"{direction}_R@{k}" in results:
-                recall = results[f"{direction}_R@{k}"]
-                name = f"{direction.replace('_', ' ')} R@{k}, {pairs} pairs"
-                lines.append((name, *_against_chance(recall, k / pairs)))
+    # Top-1 flatters a model that knows the largest class only; the mean weighs all classes alike.
+    zero_shot = {"top-1": ("top1", 1), "top-5": ("top5", 5), "mean of classes": ("mean_per_class_recall", 1)}
+    figures = [(f"zero-shot {name}", f"zeroshot-val-{key}", k) for name, (key, k) in zero_shot.items()]
+    for way in ("image_to_text", "text_to_image"):
+        figures += [(f"{way.replace('_', ' ')} R@{k}", f"{way}_R@{k}", k) for k in (1, 5, 10)]
+    for name, key, k in figures:
+        of, things = ("zeroshot-val-classes", "classes") if key.startswith("zeroshot") else ("num_samples", "pairs")
+        if key in results and results.get(of):
+            chance = min(1.0, k / results[of])
+            against = f"{chance:.1%} (x {results[key] / chance:.1f})"
+            lines.append((f"{name}, {results[of]} {things}", f"{results[key]:.1%}", against))
     lines.append(("removed tokens in training (RRT)", f"{rows[-1].get('rrt', 0):.1%}", ""))
     # The first row's rate has the start-up in it.
     rates = [row["samples_per_second"] for row in rows[1:] or rows]
     lines.append(("samples/s, median", f"{statistics.median(rates):.1f}", ""))
     return lines
-
-
-def _against_chance(value: float, chance: float) -> tuple[str, str]:
-    chance = min(1.0, chance)
-    return f"{value:.1%}", f"{chance:.1%} (x {value / chance:.1f})"
 
 
 def render(run: Run) -> str:

@@ -1,32 +1,16 @@
 """Tiny npm archives in the layout of those that scripts/make_study_data.py reads, for tests."""
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 SUBGROUPS = {"1": "animal-bird", "2": "food-fruit"}
 GROUPS = {"1": "animals-nature", "2": "food-drink"}
 EACH = 24  # concepts in a subgroup
-
-
-def load_script(name: str):
-    """A script as a module; its neighbours can be imported meanwhile."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
 
 
 def read_shards(folder: Path) -> dict[str, dict[str, dict[str, bytes]]]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from training.tasks.base import Task
 
 from .processes import spawn
 from .training import runs
+from .training.tiny import run_options
 
 CPU = torch.device("cpu")
 
@@ -103,22 +103,17 @@ class TwoViews(Task):
 
 
 def train_views(folder: str, name: str, ranks: Ranks, **changes) -> None:
-    options = TrainingOptions(
-        **{
-            "logs": folder, "name": name, "epochs": 2, "batch_size": 8, "accum_freq": 1, "workers": 1, "lr": 0.1,
-            "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "warmup": 2, "precision": "fp32", "device": "cpu",
-            "log_every_n_steps": 1, "progress": False, **changes,
-        }
-    )  # fmt: skip
+    settings = {"logs": folder, "name": name, "epochs": 2, "lr": 0.1, "warmup": 2, "skip_scheduler": False, "wd": 0.2}
+    options = run_options(TrainingOptions, **(settings | {"device": "cpu"} | changes))
 
     def build(options, ranks, resume):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6)).double()
         batches = 32 // (options.batch_size * ranks.world_size)
-        source = RowSource(Views(), options.seed, options.batch_size, batches)
+        source = RowSource(Views(), options.seed, options.batch_size)
         data = TrainData(
             source, ViewEncoding(), options, rank=ranks.rank, world_size=ranks.world_size, num_batches=batches,
-            identity={}, description="views",
+            identity={}, plan=["views"],
         )  # fmt: skip
         return Parts(Identity("views", "two layers", {}, {}), model, TwoViews(ranks), data)
 
@@ -135,20 +130,20 @@ def in_process(rank: int, folder: str) -> None:
     train_views(folder, "two-accumulated", ranks, batch_size=2, accum_freq=2)
 
 
-def tensors(state: dict) -> Iterator[tuple[str, Tensor]]:
-    yield from state["state_dict"].items()
+def tensors(folder: Path, name: str, file: str = "epoch_2.pt") -> dict[str, Tensor]:
+    found = state(folder, name, file)
     # Processes and micro-batches fill the queue in another order.
-    yield "queue", state["task"]["queue"].sort(dim=0).values
+    return {**found["state_dict"], "queue": found["task"]["queue"].sort(dim=0).values}
 
 
 def test_a_task_trains_alike_in_processes_and_under_accumulation(tmp_path):
     train_views(str(tmp_path), "one", Ranks(CPU))
     train_views(str(tmp_path), "accumulated", Ranks(CPU), batch_size=4, accum_freq=2)
     spawn(in_process, str(tmp_path))
-    expected = dict(tensors(state(tmp_path, "one")))
-    assert not torch.equal(expected["0.weight"], dict(tensors(state(tmp_path, "one", "epoch_1.pt")))["0.weight"])
+    expected = tensors(tmp_path, "one")
+    assert not torch.equal(expected["0.weight"], tensors(tmp_path, "one", "epoch_1.pt")["0.weight"])
     for name in ("accumulated", "two", "two-accumulated"):
-        for key, value in tensors(state(tmp_path, name)):
+        for key, value in tensors(tmp_path, name).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-12, msg=f"{name}: {key}")
     with (tmp_path / "one" / "train.csv").open() as file:
         row = next(csv.DictReader(file))

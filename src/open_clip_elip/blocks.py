@@ -1,23 +1,25 @@
 """OpenCLIP's blocks without waste: no transposed copies, and one row where one is all that counts.
 
-The functions compute what the block's own `forward` does, up to rounding, from the block's own modules and weights. So
-they stand in for it only where `is_untouched` says that nobody has changed a block, or hung anything on it.
+Up to rounding it is what a block's own `forward` does with its own modules and weights; so this stands in for it only
+where `is_untouched` says that nobody has changed a block, or hung anything on it.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from open_clip import transformer as openclip
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .reduction.attention import add_attended, add_mlp, check_attention, project, project_row, take_row
+from .reduction.attention import add_mlp, asked_once, attend, check_attention, project, project_row, take_row
 
 _NORMS, _SCALES = (openclip.LayerNorm, openclip.LayerNormFp32), (nn.Identity, openclip.LayerScale)
 _ACTIVATIONS, _LINEAR = (nn.GELU, openclip.QuickGELU), (nn.Linear, NonDynamicallyQuantizableLinear)
-_TOWERS = (openclip.VisionTransformer, openclip.Transformer, openclip.TextTransformer)
+_TOWERS = (openclip.VisionTransformer, openclip.Transformer, openclip.TextTransformer, HFTextEncoder)
 # What OpenCLIP builds its towers of: a class, its children, and the classes that these may have. None: not looked into.
 _PARTS = {
     openclip.ResidualAttentionBlock: {
@@ -29,37 +31,44 @@ _PARTS = {
     **dict.fromkeys((*_NORMS, *_SCALES, *_ACTIVATIONS, *_LINEAR, nn.Embedding), {}),
     **dict.fromkeys(_TOWERS),
 }  # fmt: skip
+_GLOBAL = (
+    all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks, all_modules._global_backward_hooks,
+    all_modules._global_backward_pre_hooks,
+)  # fmt: skip
 _ATTRIBUTES = {kind: frozenset(dir(kind)) for kind in _PARTS}
 _NAMES = ("forward", "attention", "_embeds", "_pool", "_global_pool")
 _METHODS = {(kind, name): getattr(kind, name) for kind in _PARTS for name in _NAMES if hasattr(kind, name)}
 
 
-@torch.compiler.assume_constant_result  # what it says while a model is compiled holds for the graph
+@asked_once
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a module is as OpenCLIP builds it, so that a shortcut may stand in for its forward.
+    """Whether a module is as OpenCLIP builds it, so that a shortcut may stand in for its forward; asked at every step.
 
     It is not with a hook of any kind on it, a method replaced on it or its class, a parametrization, or a child that is
-    touched or another's: wrapped, replaced, quantised, sharded. Of a tower or a stack of blocks, the children are not
-    asked for. A matter of microseconds, so it is asked at every step.
+    touched or another's: wrapped, replaced, quantised, sharded. Of a tower or a stack of blocks, children do not count.
     """
-    return _is_untouched(module) and all(getattr(kind, name) is f for (kind, name), f in _METHODS.items())
+    if any(getattr(kind, name) is not function for (kind, name), function in _METHODS.items()):
+        return False
+    return _is_untouched(module) and not any(map(_is_foreign, itertools.chain(*(hooks.values() for hooks in _GLOBAL))))
+
+
+def _is_foreign(hook: Callable) -> bool:
+    """Whether a hook on all modules may change something: torch's own, of its counter of operations, do not."""
+    return not getattr(hook, "__module__", "").startswith("torch.")
 
 
 def _is_untouched(module: nn.Module) -> bool:
     kind = type(module)
     if kind not in _PARTS or has_hooks(module) or not _ATTRIBUTES[kind].isdisjoint(vars(module)):
         return False
-    if kind is nn.MultiheadAttention and not _is_standard(module):
-        return False
     parts, children = _PARTS[kind], module._modules
     if parts is None or parts.keys() != children.keys():
         return parts is None
+    if kind is nn.MultiheadAttention:
+        packed = module._parameters.get("in_proj_weight") is not None and module.bias_k is None
+        if not packed or module.add_zero_attn or not module.batch_first or module.dropout:
+            return False
     return all(type(child) in parts[name] and _is_untouched(child) for name, child in children.items())
-
-
-def _is_standard(attn: nn.MultiheadAttention) -> bool:
-    packed = attn._parameters.get("in_proj_weight") is not None and attn.bias_k is None
-    return packed and not attn.add_zero_attn and attn.batch_first and not attn.dropout
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -73,19 +82,14 @@ def is_sharded(block: nn.Module) -> bool:
     return hasattr(block, "unshard") and all(map(_is_untouched, block.children()))
 
 
-def run_in_place(module: nn.Module, x: Tensor, function: Callable):
-    """`function(module, x)` in the place of the module's forward: what hangs on the module runs around it.
-
-    What the function returns beside its first value is nobody else's.
-
-    Raises:
-        ValueError: the module's forward is not OpenCLIP's, so nothing can stand in for it.
-    """
-    return function(module, x) if is_untouched(module) else _within_hooks(module, x, function)
+def run_in_place(module: nn.Module, x: Tensor, *more: Tensor, function: Callable):
+    """`function(module, x, *more)` in the place of the module's forward: what hangs on it runs around the first value
+    that it returns. A ValueError if the forward is not OpenCLIP's, so that nothing can stand in for it."""
+    return function(module, x, *more) if is_untouched(module) else _within_hooks(module, x, *more, function=function)
 
 
 @torch.compiler.disable  # as are the hooks of sharded blocks themselves
-def _within_hooks(module: nn.Module, x: Tensor, function: Callable):
+def _within_hooks(module: nn.Module, x: Tensor, *more: Tensor, function: Callable):
     kind = next((kind for kind in (openclip.ResidualAttentionBlock, *_TOWERS) if isinstance(module, kind)), None)
     if kind is None or "forward" in vars(module) or type(module).forward is not _METHODS[kind, "forward"]:
         raise ValueError(
@@ -93,12 +97,12 @@ def _within_hooks(module: nn.Module, x: Tensor, function: Callable):
             "of it; undo the change, or train without token reduction."
         )
     if kind is openclip.ResidualAttentionBlock and not hasattr(module, "unshard"):
-        check_attention(module, split=True)
+        check_attention(module, True)
     rest = ()
 
     def forward(x: Tensor, **_) -> Tensor:
         nonlocal rest
-        out = function(module, x)
+        out = function(module, x, *more)
         out, *rest = out if isinstance(out, tuple) else (out,)
         return out
 
@@ -112,25 +116,21 @@ def _within_hooks(module: nn.Module, x: Tensor, function: Callable):
 
 def run_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
     """The block's output (B, L, D) for `x` (B, L, D); `causal`: a token attends to itself and those before it."""
-    q, k, v = project(block, x)
-    return add_mlp(block, add_attended(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
+    return add_mlp(block, attend(block, x, *project(block, x), is_causal=causal))
 
 
 def run_block_at(block: nn.Module, x: Tensor, row: Tensor | None = None) -> Tensor:
-    """One row of the block's output, (B, 1, D), at the price of two of its six matrices for the other rows.
+    """One row of the output for `x` (B, L, D), (B, 1, D), at the price of two of six matrices for the other rows.
 
-    Args:
-        block: the last one of a tower of which a single row is pooled.
-        x: (B, L, D).
-        row: (B,) which row of each sample; it attends to itself and the rows before it. None: the first row (`[CLS]`),
-            which attends to all.
+    `row` (B,) is that of each sample, which attends to itself and those before it; None: the first (`[CLS]`), to all.
     """
     mask = None if row is None else torch.arange(x.shape[1], device=x.device) <= row[:, None, None, None]
-    q, k, v = project_row(block, x, row)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return add_mlp(block, add_attended(block, take_row(x, row), attended))
+    return add_mlp(block, attend(block, take_row(x, row), *project_row(block, x, row), attn_mask=mask))
 
 
 def is_traced() -> bool:
-    """Whether a graph is recorded that is to fit other inputs too: then all runs as OpenCLIP runs it."""
-    return torch.jit.is_tracing() or torch.jit.is_scripting() or torch.compiler.is_exporting()
+    """Whether a graph is recorded that is to fit other inputs too, or `torch.func` maps over samples, whose lengths it
+    does not tell: then all runs as OpenCLIP runs it."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.jit.is_scripting():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None

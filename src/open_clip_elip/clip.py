@@ -14,8 +14,8 @@ from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncode
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .blocks import has_hooks, is_traced
-from .reduction import METHODS, TokenReduction, check_blocks
+from .blocks import is_traced, is_untouched
+from .reduction import METHODS, TokenReduction, check_blocks, resolve
 from .text import TextParts, can_cut, cut_text, encode_parts
 from .tower import ImageTower
 
@@ -23,20 +23,20 @@ from .tower import ImageTower
 HF_MODELS_WITH_CLS = ("bert", "roberta", "xlm-roberta")
 
 
-class Shortcuts(nn.Module):
-    """Mixin for OpenCLIP's two CLIP classes: the same features, up to rounding, for less time and memory.
+class TextFirst(nn.Module):
+    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption if the method
+    is one that uses it, and the same features, up to rounding, for less time and memory.
 
-    - Captions are cut behind their end (see `text.py`), where the text tower allows it.
-    - Of the last layers only the row that is pooled is computed.
-    - Blocks run without copies (see `blocks.py`).
-
-    What a tower does not allow, or what was changed about it, runs as OpenCLIP runs it.
+    - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
+    - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
+      ever reaches an image feature that is evaluated.
+    - Captions are cut (see `text.py`), of the last layers only the row that is pooled is computed, and blocks run
+      without copies (see `blocks.py`); what does not allow it, or was changed, runs as OpenCLIP runs it.
     """
 
     def __init__(self, *args, token_reduction: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        reduction = None if token_reduction is None else make_reduction(self.visual, token_reduction)
-        self._tower = ImageTower(self.visual, reduction)
+        self._tower = ImageTower(self.visual, make_reduction(self.visual, token_reduction or {"method": "none"}))
 
     @property
     def tower(self) -> ImageTower:
@@ -45,11 +45,16 @@ class Shortcuts(nn.Module):
             self._tower.visual = self.visual
         return self._tower
 
+    @property
+    def reduction(self) -> TokenReduction | None:
+        """The method; has no parameters."""
+        return self.tower.reduction
+
     def encode_text(self, text: Tensor | TextParts, normalize: bool = False) -> Tensor:
         """(B, T) token ids, or what `cut_text` makes of them, to (B, embed_dim), of unit length with `normalize`.
 
-        Token ids are cut here, except where that would make a training step wait for a GPU, or be in a compiled graph.
-        Nothing is cut while a graph is traced or exported, which is to fit other captions too.
+        Token ids are cut here, except where a training step would wait for a GPU, or in a compiled graph. Nothing is
+        cut while a graph is traced or exported, which is to fit other captions too.
         """
         if isinstance(text, TextParts):
             text = text if can_cut(self) else text.whole(self.context_length)
@@ -67,47 +72,23 @@ class Shortcuts(nn.Module):
     def encode_image(
         self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None, reduce: bool | None = None
     ) -> Tensor:
-        """(B, 3, H, W) to (B, embed_dim), of unit length with `normalize`.
-
-        Args:
-            guidance: (B, vision width) from `guidance_from_text`.
-            reduce: remove tokens. None: if there is guidance, or with `tower.vision_guided`.
-        """
+        """(B, 3, H, W) to (B, embed_dim), of unit length with `normalize`; guidance: (B, vision width) from
+        `guidance_from_text`, reduce: remove tokens (None: if there is guidance, or with `tower.vision_guided`)."""
         if guidance is not None:
             _check_pairs(image, guidance)
         features = self.tower.features(image, guidance, reduce=reduce)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return without_token_reduction(self)  # TorchScript compiles OpenCLIP's own
-
-
-class TextFirst(Shortcuts):
-    """Mixin for OpenCLIP's two CLIP classes: token reduction in training, guided by the paired caption if the method
-    is one that uses it.
-
-    - `forward(image, text)` in training mode encodes the text first; its detached feature guides the image tower.
-    - `forward(image, text)` in eval mode, `forward(image=...)` and `encode_image(image)` use all tokens: no caption
-      ever reaches an image feature that is evaluated.
-    """
-
-    @property
-    def reduction(self) -> TokenReduction:
-        """The method; has no parameters."""
-        return self.tower.reduction
-
     def encode_text_and_guidance(self, text: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
-        """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text.
-
-        The guidance is the unit-length text feature (CLIP's counterpart of the text `[CLS]` in Eq. 1), or the projected
-        `[CLS]` of a Hugging Face tower that has one, through the transposed visual projection.
-        """
+        """Text features (B, embed_dim) and the guidance (B, vision width) they give, from one pass over the text: the
+        unit-length text feature (CLIP's counterpart of the text `[CLS]` in Eq. 1), or the projected `[CLS]` of a
+        Hugging Face tower that has one, through the transposed visual projection."""
         tower = getattr(self, "text", None)
-        if _has_unpooled_cls(tower):
+        has_cls = isinstance(tower, HFTextEncoder) and tower.config.model_type in HF_MODELS_WITH_CLS
+        if has_cls and not isinstance(tower.pooler, (ClsPooler, ClsLastHiddenStatePooler)):
             mask = (text != tower.config.pad_token_id).long()
             out = tower.transformer(input_ids=text, attention_mask=mask)
-            touched = has_hooks(tower) or "forward" in vars(tower)
-            features = tower(text) if touched else tower.proj(tower.pooler(out, mask))
+            features = tower.proj(tower.pooler(out, mask)) if is_untouched(tower) else tower(text)
             cls_features = tower.proj(out.last_hidden_state[:, 0])
             features = F.normalize(features, dim=-1) if normalize else features
         else:
@@ -121,11 +102,10 @@ class TextFirst(Shortcuts):
         return features if self.visual.proj is None else features @ self.visual.proj.detach().t()
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None):
-        """As OpenCLIP's: a dict (or tuple) of unit-length image_features, text_features, and logit_scale (logit_bias).
-
-        Raises:
-            ValueError: in training mode, image and text are not pairs.
-        """
+        """As OpenCLIP's: a dict (or tuple) of unit-length image_features, text_features, and logit_scale (logit_bias);
+        a ValueError if, in training mode, image and text are not pairs."""
+        if self.reduction is None:
+            return super().forward(image, text)
         image_features = text_features = guidance = reduce = None
         if text is not None:
             if self.training and image is not None:
@@ -139,44 +119,32 @@ class TextFirst(Shortcuts):
                 _check_pairs(image, text_features)
             image_features = self.encode_image(image, normalize=True, guidance=guidance, reduce=reduce)
 
-        scale = self.logit_scale.exp()
-        if self.output_dict:
-            out = {"image_features": image_features, "text_features": text_features, "logit_scale": scale}
-            return out if self.logit_bias is None else out | {"logit_bias": self.logit_bias}
-        out = (image_features, text_features, scale)
-        return out if self.logit_bias is None else (*out, self.logit_bias)
+        out = {"image_features": image_features, "text_features": text_features, "logit_scale": self.logit_scale.exp()}
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out if self.output_dict else tuple(out.values())
 
-
-class ShortcutCLIP(Shortcuts, open_clip.CLIP):
-    """`open_clip.CLIP` with the exact shortcuts, and no token reduction."""
-
-
-class ShortcutCustomTextCLIP(Shortcuts, open_clip.CustomTextCLIP):
-    """`open_clip.CustomTextCLIP` with the exact shortcuts, and no token reduction."""
+    def __prepare_scriptable__(self) -> nn.Module:
+        return without_token_reduction(self)  # TorchScript compiles OpenCLIP's own
 
 
 class TextFirstCLIP(TextFirst, open_clip.CLIP):
-    """`open_clip.CLIP` with token reduction; takes its arguments plus `token_reduction` (see `make_reduction`)."""
+    """`open_clip.CLIP` with token reduction."""
 
 
 class TextFirstCustomTextCLIP(TextFirst, open_clip.CustomTextCLIP):
     """`open_clip.CustomTextCLIP` with token reduction, for any text tower, Hugging Face's included."""
 
 
-SHORTCUT = {open_clip.CLIP: ShortcutCLIP, open_clip.CustomTextCLIP: ShortcutCustomTextCLIP}
 TEXT_FIRST = {open_clip.CLIP: TextFirstCLIP, open_clip.CustomTextCLIP: TextFirstCustomTextCLIP}
 
 
-def make_reduction(visual: nn.Module, token_reduction: dict) -> TokenReduction:
-    """The method of options such as `{"method": "elip", "lam": 0.6}` for the image tower of a CLIP model.
-
-    Raises:
-        ValueError: unknown method or option, or an image tower that cannot be reduced.
-    """
-    options = dict(token_reduction)
-    method = options.pop("method", None)
-    if method not in METHODS:
-        raise ValueError(f"Unknown token reduction method {method!r}; known are {', '.join(METHODS)}.")
+def make_reduction(visual: nn.Module, token_reduction: dict) -> TokenReduction | None:
+    """The method of options such as `{"method": "elip", "lam": 0.6}` for the image tower of a CLIP model; a ValueError
+    if there is no such method or option, or if the tower cannot be reduced."""
+    if token_reduction.get("method") == "none":
+        return None
+    method, config = resolve(token_reduction)
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
             f"Token reduction needs OpenCLIP's own ViT as the image tower; this model has a {type(visual).__name__}."
@@ -188,30 +156,21 @@ def make_reduction(visual: nn.Module, token_reduction: dict) -> TokenReduction:
     width = visual.transformer.width
     if width != (visual.output_dim if visual.proj is None else visual.proj.shape[0]):
         raise ValueError("Token reduction needs an image tower whose pooled features have the width of its tokens.")
-    kind = METHODS[method]
-    return kind(kind.Config.from_dict(options), len(blocks))
+    return METHODS[method](config, len(blocks))
 
 
 def with_token_reduction(model: nn.Module, method: str = "elip", **options) -> nn.Module:
-    """The text-first version of an OpenCLIP model, which stays as it is; they share weights and the towers' modules, so
-    that `train()`, `eval()` and gradient checkpointing on one show in the other.
-
-    Args:
-        model: an `open_clip.CLIP` or `open_clip.CustomTextCLIP` with a ViT, plain or already text-first.
-        method: name of the reduction method.
-        options: the method's options, e.g. `lam=0.5` or `keep_ratio=(1, .9, .4, .4)`.
-
-    Raises:
-        ValueError: another kind of model, or an option that does not fit it.
-    """
-    plain = _plain_class(model)
-    return _twin(model, TEXT_FIRST[plain], make_reduction(model.visual, {"method": method, **options}))
+    """The text-first version of an `open_clip.CLIP` or `open_clip.CustomTextCLIP` with a ViT, plain or text-first
+    already, which stays as it is; they share weights and the towers' modules, so that `train()`, `eval()` and gradient
+    checkpointing on one show in the other. Options are the method's, e.g. `lam=0.5` or `keep_ratio=(1, .9, .4, .4)`;
+    what does not fit is a ValueError."""
+    return _twin(model, TEXT_FIRST[_plain_class(model)], make_reduction(model.visual, {"method": method, **options}))
 
 
 def with_shortcuts(model: nn.Module) -> nn.Module:
     """A plain OpenCLIP model, else a ValueError, with the exact shortcuts, sharing its weights; ours as they are."""
     plain = _plain_class(model)
-    return _twin(model, SHORTCUT[plain]) if type(model) is plain else model
+    return _twin(model, TEXT_FIRST[plain]) if type(model) is plain else model
 
 
 def without_token_reduction(model: nn.Module) -> nn.Module:
@@ -229,7 +188,7 @@ def _check_pairs(image: Tensor, captions: Tensor) -> None:
 
 def _plain_class(model: nn.Module) -> type[nn.Module]:
     for plain, text_first in TEXT_FIRST.items():
-        if type(model) in (plain, text_first, SHORTCUT[plain]):
+        if type(model) in (plain, text_first):
             return plain
     raise ValueError(
         f"Token reduction applies to open_clip.CLIP and open_clip.CustomTextCLIP models, not to {type(model).__name__}"
@@ -245,14 +204,6 @@ def _twin(model: nn.Module, cls: type[nn.Module], reduction: TokenReduction | No
         twin.__dict__[registry] = dict(model.__dict__[registry])
     tower = copy.copy(twin.__dict__.pop("_tower", None)) or ImageTower(model.visual)
     tower.reduction = reduction
-    if issubclass(cls, Shortcuts):
+    if issubclass(cls, TextFirst):
         twin._tower = tower
     return twin
-
-
-def _has_unpooled_cls(tower: nn.Module | None) -> bool:
-    return (
-        isinstance(tower, HFTextEncoder)
-        and tower.config.model_type in HF_MODELS_WITH_CLS
-        and not isinstance(tower.pooler, (ClsPooler, ClsLastHiddenStatePooler))
-    )

@@ -1,8 +1,7 @@
 """Makes the models with token reduction known to open_clip. The one place that touches open_clip's internals.
 
-`open_clip.factory.create_model` passes an unknown top-level key of a model's JSON on to the model class, and looks that
-class up as a module global. The globals are replaced by builders that return our class when the JSON has
-`token_reduction`, and open_clip's own class, untouched, otherwise.
+Its `create_model` passes unknown keys of a model's JSON on to the model class, which it looks up as a module global.
+These are replaced by builders that return our class for a JSON with `token_reduction`, and else open_clip's, untouched.
 """
 from __future__ import annotations
 
@@ -23,15 +22,12 @@ MODEL_CONFIGS = Path(__file__).parent / "model_configs"
 
 def register() -> None:
     """Registers the model configurations and the builders. Calling it again changes nothing."""
-    if getattr(factory.CLIP, "builds_text_first", False):
-        return
     for plain in (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa):
         setattr(factory, plain.__name__, _builder(plain))
     open_clip.add_model_config(MODEL_CONFIGS)
     # The weights are the plain model's, so its pretrained tags are valid here too.
     for path in MODEL_CONFIGS.glob("*.json"):
-        tags = pretrained._PRETRAINED.get(plain_name(path.stem))
-        if tags:
+        if tags := pretrained._PRETRAINED.get(plain_name(path.stem)):
             pretrained._PRETRAINED.setdefault(path.stem, tags)
 
 
@@ -50,22 +46,19 @@ def _builder(plain: type):
         return TEXT_FIRST[plain](*args, token_reduction=token_reduction, **kwargs)
 
     build.__name__ = plain.__name__  # create_model logs it
-    build.builds_text_first = True
     return build
 
 
 @contextmanager
 def registered(name: str, config: dict[str, Any]) -> Iterator[None]:
-    """Within it, open_clip knows `config` by this name; what else it knew by the name is there again afterwards."""
-    before = factory._MODEL_CONFIGS.get(name)
+    """Within it, open_clip knows `config` by this name; afterwards it knows what it knew before."""
+    before = dict(factory._MODEL_CONFIGS)
     factory._MODEL_CONFIGS[name] = config
     try:
         yield
     finally:
-        if before is None:
-            del factory._MODEL_CONFIGS[name]
-        else:
-            factory._MODEL_CONFIGS[name] = before
+        factory._MODEL_CONFIGS.clear()
+        factory._MODEL_CONFIGS.update(before)
 
 
 def model_folder(name: str, cache_dir: str | None = None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Text towers without the padding: a causal tower that is pooled at the end of text never needs what comes after it.
 
-Exact: no token sees a later one, and only the feature at the end-of-text token is used. Captions of 15 tokens then cost
-15 tokens, not the 77 of the context.
+Exact: no token sees a later one. Captions of 15 tokens then cost 15 tokens, not the 77 of the context.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,26 +22,23 @@ MIN_ROWS = 8  # of a part: fewer captions at a time do not fill a matrix product
 
 
 class TextParts(NamedTuple):
-    """A batch of B tokenized captions, sorted by length and cut.
+    """A batch of B tokenized captions, sorted by length and cut."""
 
-    Attributes:
-        parts: (b, T) long each, of equal b up to one; together they are all captions, the shortest first.
-        place: (B,) long, where each caption of the batch is among them.
-    """
-
-    parts: tuple[Tensor, ...]
-    place: Tensor
+    parts: tuple[Tensor, ...]  # (b, T) long each, of equal b up to one; all captions, the shortest first
+    place: Tensor  # (B,) long, where each caption of the batch is among them
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TextParts:
-        parts = tuple(part.to(device, non_blocking=non_blocking) for part in self.parts)
-        return TextParts(parts, self.place.to(device, non_blocking=non_blocking))
+        return self._map(lambda ids: ids.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TextParts:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TextParts:
+        return TextParts(tuple(map(function, self.parts)), function(self.place))
 
     def whole(self, length: int) -> Tensor:
         """The captions as they were, (B, T) for a context of T = `length`, padded with 0."""
         return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in self.parts]).index_select(0, self.place)
-
-    def pin_memory(self) -> TextParts:
-        return TextParts(tuple(part.pin_memory() for part in self.parts), self.place.pin_memory())
 
 
 def count_columns(text: TextParts | Tensor) -> int:
@@ -62,21 +59,15 @@ def can_cut(model: nn.Module) -> bool:
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
     if not causal or _pool_type(tower) not in ("argmax", "eos") or not tower.transformer.batch_first:
         return False
-    parts = [tower.token_embedding, tower.transformer, tower.ln_final, tower.text_projection]
-    parts = [part for part in parts if isinstance(part, nn.Module)] + [*tower.transformer.resblocks]
-    return all(is_untouched(part) or is_sharded(part) for part in parts)
+    ends = tower.token_embedding, tower.transformer, tower.ln_final, tower.text_projection
+    parts = [*ends, *tower.transformer.resblocks]
+    return all(is_untouched(part) or is_sharded(part) for part in parts if isinstance(part, nn.Module))
 
 
 def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multiple: int = 1) -> TextParts | Tensor:
-    """Captions cut behind their ends, in up to `max_parts` parts of like length; or as they are.
-
-    They stay as they are if the tower needs all of them, or if the model has no shortcuts (see `with_shortcuts`).
-
-    Args:
-        text: (B, T) token ids. On a GPU this waits for the device, so call it before the batch goes there.
-        model: whose text tower is meant.
-        multiple: round each part's length up to a multiple of this, for fewer different shapes.
-    """
+    """Captions (B, T) cut behind their ends, in up to `max_parts` parts of like length, a multiple of `multiple`; or as
+    they are, if the model's text tower needs all of them, or if it has no shortcuts (see `with_shortcuts`). For token
+    ids on a GPU this waits for the device, so call it before the batch goes there."""
     image_tower = getattr(model, "tower", None)
     if image_tower is None or not image_tower.shortcuts or not can_cut(model) or not len(text):
         return text
@@ -86,8 +77,7 @@ def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multipl
     parts = []
     for rows in order.tensor_split(count):
         length = min(-(-int(lengths[rows[-1]]) // multiple) * multiple, text.shape[1])
-        rows = rows.to(text.device)
-        parts.append(text.index_select(0, rows)[:, :length].contiguous())
+        parts.append(text.index_select(0, rows.to(text.device))[:, :length].contiguous())
     return TextParts(tuple(parts), order.argsort().to(text.device))
 
 

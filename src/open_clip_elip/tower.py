@@ -18,56 +18,35 @@ class ImageTower:
 
     What was changed about the tower, or hangs on it, runs as in OpenCLIP: a block with a hook by its own forward, a
     tower or a stack of blocks with one whole. Hooks on `visual` see the image and what was asked for: tokens, pooled
-    features, or features.
-
-    Args:
-        visual: the model's tower. Any that is not OpenCLIP's own ViT answers `features` only, by its own forward.
-        reduction: how tokens are removed; None: not at all.
-
-    Attributes:
-        shortcuts: leave out what changes no number beyond rounding; the model's captions too are cut only then.
-        reduces: False trains with all tokens, as the last stretch of a run may (`--full-tokens-last`).
-        vision_guided: reduce tokens without a caption too, scored by the image alone (ELIP: lam = 1; Sec. 4.4.5).
-            Faster, at some loss of quality; off unless it is asked for.
+    features, or features, of `image` (B, 3, H, W), with these arguments:
+        guidance: (B, D) text vector at the tower's width.
+        reduce: remove tokens. None: if there is guidance, or with `vision_guided`.
+    Any that is not OpenCLIP's own ViT answers `features` only. A change that does not let reduce is a ValueError.
     """
 
-    shortcuts: bool = True
-    reduces: bool = True
+    shortcuts: bool = True  # leave out what changes no number beyond rounding; captions too are cut only then
+    reduces: bool = True  # False trains with all tokens, as the last stretch of a run may (`--full-tokens-last`)
+    # Reduce tokens without a caption too, scored by the image alone (ELIP: lam = 1; Sec. 4.4.5): faster, at some loss.
     vision_guided: bool = False
 
     def __init__(self, visual: nn.Module, reduction: TokenReduction | None = None):
         self.visual, self.reduction = visual, reduction
 
     def tokens(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
-        """All tokens after the last layer, (B, L, D), `[CLS]` first, L the reduced length: in every mode, always.
-
-        Args:
-            image: (B, 3, H, W).
-            guidance: (B, D) text vector at the tower's width.
-            reduce: remove tokens. None: if there is guidance, or with `vision_guided`.
-
-        Raises:
-            ValueError: a tower of another kind, or a change to it that the reduction cannot work with.
-        """
-        return self._run(image, lambda visual, image: self._layers(image, guidance, reduce))
+        """All tokens after the last layer, (B, L, D), `[CLS]` first, L the reduced length: in every mode, always."""
+        return self._run(image, lambda _, image: self._layers(image, guidance, reduce))
 
     def pooled(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
-        """Features before the projection, (B, width), of which the last layer may compute no more than is pooled.
-
-        Arguments and errors as `tokens`.
-        """
-        return self._run(image, lambda visual, image: self._pool(image, guidance, reduce))
+        """Before the projection, (B, width); the last layer may compute no more than is pooled."""
+        return self._run(image, lambda _, image: self._pool(image, guidance, reduce))
 
     def features(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
-        """Features, (B, output_dim); arguments and errors as `tokens`."""
+        """(B, output_dim)."""
         if not (self._is_reduced(guidance, reduce) or self._takes_shortcuts()):
             return self.visual(image)
-
-        def project(visual: nn.Module, image: Tensor) -> Tensor:
-            pooled = self._pool(image, guidance, reduce)
-            return pooled if visual.proj is None else pooled @ visual.proj
-
-        return self._run(image, project)
+        if self.visual.proj is None:
+            return self.pooled(image, guidance, reduce=reduce)
+        return self._run(image, lambda visual, image: self._pool(image, guidance, reduce) @ visual.proj)
 
     def num_patches(self) -> int:
         """Patch tokens that enter the first layer in training (M): the grid, less what patch dropout removes."""
@@ -93,14 +72,14 @@ class ImageTower:
 
     def _takes_shortcuts(self) -> bool:
         """Whether the layers of all tokens may be driven from here."""
-        if not self.shortcuts or is_traced() or not is_untouched(self.visual):
+        if not self.shortcuts or is_traced() or not is_untouched(self.visual) or self.visual.output_tokens:
             return False
         return is_untouched(self.visual.transformer) and self.visual.transformer.batch_first
 
     def _run(self, image: Tensor, function: Callable) -> Tensor:
         if not isinstance(self.visual, VisionTransformer):
             raise ValueError(f"Only OpenCLIP's own ViT has tokens here; this tower is a {type(self.visual).__name__}.")
-        return run_in_place(self.visual, image, function)
+        return run_in_place(self.visual, image, function=function)
 
     def _pool(self, image: Tensor, guidance: Tensor | None, reduce: bool | None) -> Tensor:
         visual = self.visual
@@ -120,7 +99,7 @@ class ImageTower:
             def reduced(transformer: nn.Module, x: Tensor) -> Tensor:
                 return self.reduction(transformer.resblocks, x, guidance, run=run, only_cls=cut is not None)
 
-            return run_in_place(self.visual.transformer, x, reduced)
+            return run_in_place(self.visual.transformer, x, function=reduced)
         if not self._takes_shortcuts():
             return self.visual.transformer(x)
         for block in self.visual.transformer.resblocks:
@@ -132,14 +111,10 @@ class ImageTower:
     ):
         """One layer, checkpointed if the tower is; `function(block, x, *more)` stands in for the block's forward."""
         if function is not None:
-            function = functools.partial(_in_place, function=function)
+            function = functools.partial(run_in_place, function=function)
         elif self.shortcuts and not is_traced() and is_untouched(block):
             function = run_block_at if block is cut else run_block
         run, recomputed = function or block, self.visual.transformer.grad_checkpointing and torch.is_grad_enabled()
         if function is None:  # as OpenCLIP's transformer calls it
             return checkpoint(run, x, None, None, None, use_reentrant=False) if recomputed else run(x, attn_mask=None)
         return checkpoint(run, block, x, *more, use_reentrant=False) if recomputed else run(block, x, *more)
-
-
-def _in_place(block: nn.Module, x: Tensor, *more: Tensor, function: Callable):
-    return run_in_place(block, x, lambda block, x: function(block, x, *more))

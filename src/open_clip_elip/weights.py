@@ -8,9 +8,9 @@ import argparse
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import open_clip
@@ -19,67 +19,54 @@ import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.transformer import QuickGELU
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .identity import ModelError
 from .registry import weights_in_folder
 
-NUMPY = (".npz", ".npy")  # big_vision's, which open_clip reads into its models of SigLIP
+_NUMPY = "big_vision"  # what stands for the content of its files, which open_clip reads by itself
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by torch's own wrappers
-_IGNORED = {"input_resolution", "context_length", "vocab_size"}  # OpenAI's
-_IGNORED |= {"n_averaged", "text.transformer.embeddings.position_ids"}
+_IGNORED = {  # OpenAI's, those of averages, and older transformers'
+    "input_resolution", "context_length", "vocab_size", "n_averaged", "text.transformer.embeddings.position_ids",
+}  # fmt: skip
 # The projection of an image tower into the space that it shares with text: a fine-tuned classifier may have dropped it.
 _PROJECTION = re.compile(r"visual\.(proj$|head\.(proj|mlp)\.)")
 
 
-@dataclass
-class Report:
-    """What became of each tensor, by name: `loaded`, some of them `resized`; in the file and `unused`; in the model and
-    as `new` as before. `notes` are sentences on what the person should know besides."""
+class Report(NamedTuple):
+    """What became of each tensor, by name, and sentences on what the person should know besides."""
 
     source: str
     loaded: list[str]
-    resized: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    resized: list[str] = []  # some of those loaded
+    unused: list[str] = []  # of the file
+    new: list[str] = []  # of the model, as before
+    notes: list[str] = []
 
     def sentences(self) -> list[str]:
         """What is worth a warning; [] if the file is the model's."""
         parts = (("resized", self.resized), ("not used", self.unused), ("not in the file, so left as new", self.new))
-        told = [f"{what}: {_some(names)}" for what, names in parts if names]
-        return ([f"Of the weights in {self.source}, " + "; ".join(told) + "."] if told else []) + self.notes
+        told = "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
+        return ([f"Of the weights in {self.source}, {told}."] if told else []) + self.notes
 
 
 def find(name: str, pretrained: str | None, cache_dir: str | None = None) -> str | None:
-    """The file or URL of the weights that a person means; None: weights at random.
-
-    Args:
-        name: of the model. `local-dir:` and `hf-hub:` bring weights along, which a file in `pretrained` replaces.
-        pretrained: a file, a URL, or for a model of open_clip's a tag, whose file is downloaded.
-
-    Raises:
-        ModelError: `pretrained` is nothing of this, or cannot be downloaded.
-    """
+    """The file or URL of the weights that a person means, by a file, a URL, or a tag of open_clip's, whose file is
+    downloaded; None: weights at random. `local-dir:` and `hf-hub:` bring weights along, which a file replaces.
+    A ModelError: it is nothing of this, or cannot be downloaded."""
     if is_file(pretrained):
         return pretrained
-    if ":" in name:
-        if pretrained:
-            raise ModelError(
-                f"--pretrained {pretrained} is not a file, and {name} brings weights of its own; correct the path, or "
-                "leave out --pretrained."
-            )
-        return weights_in_folder(name, cache_dir)
     if not pretrained:
-        return None
-    name = name.replace("/", "-")
-    if not open_clip.is_pretrained_cfg(name, pretrained):
-        raise ModelError(
-            f"--pretrained {pretrained} is neither a file nor a name of weights for {name}; correct it, or name a file."
-        )
+        return weights_in_folder(name, cache_dir) if ":" in name else None
+    tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
+    if not tag:
+        way_out = f"leave it out, for {name} brings weights of its own" if ":" in name else "name a file"
+        what = f"--pretrained {pretrained} is neither a file nor a name of weights for {name}"
+        raise ModelError(f"{what}; correct it, or {way_out}.")
     try:
-        return open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained), cache_dir=cache_dir)
+        return open_clip.download_pretrained(tag, cache_dir=cache_dir)
     except Exception as error:  # of any kind, from the network or a full disk
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"The weights {pretrained} of {name} cannot be downloaded: {reason}") from error
@@ -91,99 +78,81 @@ def is_file(pretrained: str | None) -> bool:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """What a file, or what a URL of any kind that fsspec knows stands for, holds: a checkpoint or a state dict.
-
-    No code of the file is run. Of OpenAI's TorchScript archives the weights are returned.
-
-    Raises:
-        ModelError: there is no such file, or it is no checkpoint.
-    """
+    """What a file, or what a URL of any kind that fsspec knows stands for, holds: a checkpoint or a state dict; that of
+    the weights in a TorchScript archive. No code of the file is run. ModelError: it is no checkpoint."""
     source = str(source)
     try:
-        if "://" in source:
-            with fsspec.open(source, "rb") as file:
-                content = _parse(file, source)
-        else:
-            content = _parse(source, source)
+        with fsspec.open(source, "rb") if "://" in source else nullcontext(source) as file:
+            content = _parse(file, source)
+            if not isinstance(content, dict):
+                raise TypeError(f"it holds a {type(content).__name__}, not a dictionary")
     except FileNotFoundError:
         raise ModelError(f"There is no checkpoint at {source}; check the path.") from None
-    except ModelError:
-        raise
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        text = str(error)
+        text = str(error) or type(error).__name__
         if held := re.search(r"GLOBAL (\S+) was not an allowed", text):
             raise ModelError(
                 f"{source} holds a Python object ({held[1]}), which is not read, for it could run code; save its "
                 "weights alone, with torch.save(model.state_dict(), FILE)."
             ) from error
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise ModelError(f"{source} cannot be read as a checkpoint ({reason[:160]}); take another one.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{source} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary.")
+        reason = text.splitlines()[0][:160]
+        raise ModelError(f"{source} cannot be read as a checkpoint ({reason}); take another one.") from error
     return content
 
 
 def _parse(file: Any, source: str) -> Any:
+    """Of an open file, or of the path, which is mapped into memory."""
+    is_path = isinstance(file, str)
+    if source.endswith((".npz", ".npy")):
+        return {_NUMPY: source}
     if source.endswith(".safetensors"):
-        return safetensors.load_file(file) if isinstance(file, str) else safetensors.load(file.read())
+        return safetensors.load_file(file) if is_path else safetensors.load(file.read())
+    is_script = False
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # TorchScript, as OpenAI's are
-                return torch.jit.load(_again(file), map_location="cpu").state_dict()
-    with torch.serialization.safe_globals([argparse.Namespace]):  # which many trainers keep beside the weights
-        return torch.load(_again(file), map_location="cpu", weights_only=True, mmap=isinstance(file, str))
-
-
-def _again(file: Any) -> Any:
-    """From the start, if it is an open file."""
-    if not isinstance(file, str):
+            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    if not is_path:
         file.seek(0)
-    return file
+    if is_script:  # as OpenAI's are
+        return torch.jit.load(file, map_location="cpu").state_dict()
+    with torch.serialization.safe_globals([argparse.Namespace]):  # which many trainers keep beside the weights
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path)
 
 
 def load(
     model: nn.Module,
-    source: str | Path | Mapping[str, Any],
+    content: Mapping[str, Any],
     *,
     name: str = "this model",
-    label: str | None = None,
+    source: str = "the checkpoint",
     image_tower: bool = False,
     strict: bool = True,
 ) -> Report:
-    """Fills a model from a file, or from what `read` returned for it.
-
-    Prefixes and wrappers of other programs are taken off, older names are translated, and position embeddings are
-    resized to the model's.
+    """Fills a model from what `read` returned, with names translated and position embeddings resized to the model's.
 
     Args:
-        name: of the model, for what is said.
-        label: of the source, for what is said.
+        name, source: of the model and of the file, for what is said.
         image_tower: take a file that holds an image tower alone too, as fine-tuning leaves it, without its head. Where
             it has lost the projection into the space of text, the model's is new.
-        strict: every tensor of the model is in the file and every tensor of the file in the model, in the right shape;
-            else, what fits is loaded.
-
-    Raises:
-        ModelError: the file cannot be read, or does not fit; the sentence names the first difference.
+        strict: a ModelError unless both have the same tensors in the same shapes; else, what fits is loaded.
     """
-    label = label or ("the checkpoint" if isinstance(source, Mapping) else str(source))
-    if not isinstance(source, Mapping) and str(source).endswith(NUMPY):
-        return _load_big_vision(model, str(source), name)
-    state = tensors(read(source) if not isinstance(source, Mapping) else source, label)
-    own, notes, openai = model.state_dict(), [], "input_resolution" in state
-    state = _own_names(state, model, label)
+    if _NUMPY in content:
+        return _load_big_vision(model, content[_NUMPY], name)
+    state = tensors(content, source)
+    own, openai = model.state_dict(), "input_resolution" in state
+    state = _own_names(state, model, source)
     tower_only = all(key.startswith(("visual.", "head.")) for key in state)
     if tower_only and not image_tower:
         raise ModelError(
-            f"{label} holds an image tower without a text tower"
+            f"{source} holds an image tower without a text tower"
             + (", fine-tuned for classification" if "head.weight" in state else "")
-            + f", and {name} needs both here; training.linear_probe and training.finetune take it."
+            + f", and {name} needs both here; training.linear_probe takes it, and training.finetune with --head random."
         )
     before = {key: value.shape for key, value in state.items()}
     try:
         resize_pos_embed(state, model)
         resize_text_pos_embed(state, model)
-        _resize_trunk(state, model)
+        _resize_trunk(state, getattr(model.visual, "trunk", None))
     except (AssertionError, AttributeError, RuntimeError):
         pass  # another shape altogether: told below
     resized = [key for key, value in state.items() if value.shape != before[key]]
@@ -198,30 +167,32 @@ def load(
     problems += [f"{key} is missing" for key in missing] + [f"{key} is unknown to the model" for key in unknown]
     if strict and problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise ModelError(f"{label} does not fit {name}: {problems[0]}{more}; check --model and --pretrained.")
+        raise ModelError(f"{source} does not fit {name}: {problems[0]}{more}; check --model and --pretrained.")
     fitting = {key: value for key, value in state.items() if key in own and key not in wrong}
     if not fitting:
-        raise ModelError(f"{label} has nothing that fits {name}: the first of its names is {next(iter(state), None)}.")
+        raise ModelError(f"{source} has nothing that fits {name}: the first of its names is {next(iter(state), None)}.")
     model.load_state_dict(fitting, strict=False)
+    report = Report(source, list(fitting), resized, unused + wrong, new + wrong, [])
     if openai and not any(isinstance(module, QuickGELU) for module in model.modules()):
-        notes.append(f"{label} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
-    return Report(label, list(fitting), resized, unused + wrong, new + wrong, notes)
+        report.notes.append(f"{source} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
+    return report
 
 
-def tensors(content: Mapping[str, Any], label: str = "the checkpoint") -> dict[str, Tensor]:
+def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The state dict in a checkpoint of this trainer or of another: below `state_dict`, `model`, ... or by itself."""
     inner = content
-    while isinstance(inner, Mapping) and not any(isinstance(value, Tensor) for value in inner.values()):
+    while inner is not None:
+        if found := {key: value for key, value in inner.items() if isinstance(value, Tensor)}:
+            return found
         inner = next((inner[key] for key in _WRAPPERS if isinstance(inner.get(key), Mapping)), None)
-    if not isinstance(inner, Mapping):
-        raise ModelError(f"{label} holds no weights, only {_some(list(map(str, content)))}.")
-    return {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}.")
 
 
-def _own_names(state: dict[str, Tensor], model: nn.Module, label: str) -> dict[str, Tensor]:
+def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
     """Another program's names as OpenCLIP's, of the kind of model that it is for."""
     state = {_INSERTED.sub("", key): value for key, value in state.items()}
-    for prefix in ("module.", "model.", "module."):  # DDP, Lightning, DDP within it
+    whole = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]  # before all names
+    for prefix in (*whole[:1], "module.", "model.", "module."):  # DDP, Lightning, DDP within it
         if sum(key.startswith(prefix) for key in state) > len(state) / 2:
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key not in _IGNORED}
@@ -229,14 +200,13 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, label: str) -> dict[s
         state = {f"visual.{key}": value for key, value in state.items()}
     if any(key.startswith("vision_model.") for key in state):
         raise ModelError(
-            f"{label} is a model of transformers, whose layers have other parts; take the same weights from open_clip "
+            f"{source} is a model of transformers, whose layers have other parts; take the same weights from open_clip "
             "(a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
         )
     state = convert_state_dict(model, state)
-    plain_text = hasattr(model, "positional_embedding")
-    if "positional_embedding" in state and not plain_text:
-        state = convert_to_custom_text_state_dict(state)
-    elif "text.positional_embedding" in state and plain_text:
+    if not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state) if "positional_embedding" in state else state
+    elif "text.positional_embedding" in state:
         state = {key.removeprefix("text."): value for key, value in state.items()}
     for key in ("logit_scale", "logit_bias"):
         own = getattr(model, key, None)
@@ -247,17 +217,13 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, label: str) -> dict[s
     return state
 
 
-def _resize_trunk(state: dict[str, Tensor], model: nn.Module) -> None:
+def _resize_trunk(state: dict[str, Tensor], trunk: nn.Module | None) -> None:
     """Position embeddings of timm's ViT, as its own `set_input_size` does it."""
-    key, own = "visual.trunk.pos_embed", getattr(getattr(model.visual, "trunk", None), "pos_embed", None)
-    if own is None or key not in state or state[key].shape == own.shape:
-        return
-    from timm.layers import resample_abs_pos_embed
-
-    trunk = model.visual.trunk
-    prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
-    size = list(trunk.patch_embed.grid_size)
-    state[key] = resample_abs_pos_embed(state[key], new_size=size, num_prefix_tokens=prefix)
+    key, own = "visual.trunk.pos_embed", getattr(trunk, "pos_embed", None)
+    if own is not None and key in state and state[key].shape != own.shape:
+        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+        size = list(trunk.patch_embed.grid_size)
+        state[key] = resample_abs_pos_embed(state[key], new_size=size, num_prefix_tokens=prefix)
 
 
 def _load_big_vision(model: nn.Module, path: str, name: str) -> Report:

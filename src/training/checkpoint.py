@@ -1,24 +1,24 @@
 """Checkpoints: written whole or not at all, read without running code, found without guessing."""
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves_with_path
 
 from open_clip_elip import weights
 from open_clip_elip.identity import ModelError
 
+from .ema import Ema
 from .errors import UserError, reason
 from .files import expendable, written_whole
 from .sharding import load_full_state_dict
@@ -44,69 +44,55 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of this folder, and of no other, that is furthest in training; passes over unreadable files."""
-    best, furthest = None, (-1, -1)
-    for path in _checkpoints(folder):
+    found = progress_in(folder)
+    return max(found, key=found.get, default=None)
+
+
+def progress_in(folder: Path, level: int = logging.WARNING) -> dict[Path, tuple[int, int]]:
+    """Where in training each readable checkpoint of this folder lies; the others are told at this level."""
+    found = {}
+    for path in sorted(path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name)):
         try:
-            progress = _progress(load(path))
+            found[path] = _progress(load(path))
         except UserError as error:
-            logging.warning(f"{error}")
-            continue
-        if progress > furthest:
-            best, furthest = path, progress
-    return best
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name))
+            logging.log(level, str(error))
+    return found
 
 
 def _progress(state: dict[str, Any]) -> tuple[int, int]:
-    """Where in training a checkpoint lies; one from OpenCLIP ends an epoch."""
+    """Epochs and steps; a checkpoint from OpenCLIP ends an epoch."""
     return state.get("epoch", -1), state.get("epoch_steps", 0)
 
 
+@dataclass
 class Saver:
-    """Writes a run's checkpoints, tidies up behind itself, and survives a disk that fails.
+    """Writes a run's checkpoints, tidies up behind itself, and survives a disk that fails."""
 
-    Args:
-        folder: where; None (all ranks but the main one, or no folder) makes every method do nothing.
-        keep_last: how many checkpoints to keep besides the best. None keeps all `epoch_K.pt` and the two newest
-            `step_K.pt`.
-        every_minutes: how often `due` asks for one; None or 0: never.
-        delete_previous: delete the `epoch_K.pt` before, once a new one is written.
-    """
+    folder: Path | None  # None (all ranks but the main one, or no folder) makes every method do nothing
+    keep_last: int | None = None  # besides the best; None keeps all `epoch_K.pt` and the two newest `step_K.pt`
+    every_minutes: float | None = None  # how often `due` asks for one; None: never
+    delete_previous: bool = False  # the `epoch_K.pt` before, once a new one is written
 
     RETRY_SECONDS = 60.0
 
-    def __init__(
-        self, folder: Path | None, keep_last: int | None = None, every_minutes: float | None = None,
-        delete_previous: bool = False,
-    ):  # fmt: skip
-        self.folder, self.keep_last, self.delete_previous = folder, keep_last, delete_previous
-        self.interval = (every_minutes or math.inf) * 60
+    def __post_init__(self):
         self.saved_at = time.monotonic()
         self.failed = False
         self.written: dict[str, tuple[int, int]] = {}  # name -> progress
-        self.best = -math.inf
+        self.best: int | None = None  # the epoch in best.pt
+        folder = self.folder
         if folder is not None and folder.is_dir():
             for left_over in folder.glob(".*.pt.*.tmp"):
                 left_over.unlink(missing_ok=True)
-            for path in _checkpoints(folder):
-                with suppress(UserError):  # told when it is looked for
-                    self.written[path.name] = _progress(load(path))
-            record = folder / "best.json"
-            try:
-                self.best = float(json.loads(record.read_bytes())["score"])
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logging.warning(f"{record} cannot be read ({reason(error)}); the next score becomes the best one.")
+            found = progress_in(folder, logging.DEBUG)  # what is wrong was told when the newest was looked for
+            self.written = {path.name: progress for path, progress in found.items()}
+            with suppress(UserError):
+                self.best = load(folder / BEST).get("epoch")
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint: by the clock, or because the last one could not be written."""
-        if self.folder is None:
-            return False
-        return time.monotonic() - self.saved_at >= (self.RETRY_SECONDS if self.failed else self.interval)
+        wait = self.RETRY_SECONDS if self.failed else (self.every_minutes or math.inf) * 60
+        return self.folder is not None and time.monotonic() - self.saved_at >= wait
 
     def save(self, state: dict[str, Any], name: str) -> bool:
         """Writes `name` and deletes what is no longer to be kept. False, with a log line, if it could not be written.
@@ -116,7 +102,7 @@ class Saver:
         if self.folder is None:
             return True
         self.saved_at = time.monotonic()
-        bad = next(_nonfinite({part: state.get(part) for part in ("state_dict", "ema", "task")}), None)
+        bad = _nonfinite({part: state.get(part) for part in ("state_dict", "ema", "task")})
         if bad is not None:
             bad = bad.removeprefix("state_dict.")
             logging.error(f"{name} was not written: {bad} is not finite. The checkpoint before it stays the newest.")
@@ -135,56 +121,64 @@ class Saver:
         self._prune(name)
         return True
 
-    def keep_best(self, epoch: int, score: float | None) -> None:
-        """Makes `best.pt` the checkpoint of `epoch` if its score (higher is better) beats the best so far."""
+    def keep_best(self, epoch: int, scores: dict[int, float | None]) -> None:
+        """Makes `best.pt` the checkpoint of `epoch` if its score (higher is better) beats that of the best so far.
+
+        scores: of all epochs, where there is one. A best checkpoint that has none counts as the worst.
+        """
         source = None if self.folder is None else self.folder / f"epoch_{epoch}.pt"
-        if source is None or not source.is_file() or score is None or not score > self.best:
+        score, best = scores.get(epoch), scores.get(self.best)
+        if source is None or not source.is_file() or score is None or not score > (-math.inf if best is None else best):
             return
         with expendable(self.folder / BEST):
-            temporary = self.folder / f".best.pt.{os.getpid()}.tmp"
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(source, temporary)  # no second copy on the disk where links are possible
-            except OSError:
-                shutil.copyfile(source, temporary)
-            os.replace(temporary, self.folder / BEST)
-            self.best = score
-            with written_whole(self.folder / "best.json") as file:
-                file.write(json.dumps({"epoch": epoch, "score": score}).encode() + b"\n")
+            with source.open("rb") as whole, written_whole(self.folder / BEST) as file:
+                shutil.copyfileobj(whole, file)
+            self.best = epoch
 
     def _prune(self, newest: str) -> None:
-        """What `newest`, just written, replaces."""
+        """Deletes what `newest`, just written, replaces."""
         names = (name for name in self.written if name != LATEST)
         ordered = sorted(names, key=lambda name: (self.written[name], name == newest))
-        if self.keep_last is not None:
-            surplus = ordered[: -max(1, self.keep_last)]
-        else:
-            surplus = [name for name in ordered if name.startswith("step_")][:-2]
-        if self.delete_previous and newest.startswith("epoch_") and newest != LATEST:
-            before = ordered[: ordered.index(newest)]
-            surplus += [name for name in before if name.startswith("epoch_") and name not in surplus][-1:]
+        steps = [name for name in ordered if name.startswith("step_")]
+        surplus = set(steps[:-2] if self.keep_last is None else ordered[: -self.keep_last])
+        if self.delete_previous and newest in ordered and newest not in steps:
+            surplus |= set([name for name in ordered[: ordered.index(newest)] if name not in steps][-1:])
         for name in surplus:
             del self.written[name]
             with expendable(self.folder / name):
                 (self.folder / name).unlink(missing_ok=True)
 
 
-def _nonfinite(value: Any, name: str = "") -> Iterator[str]:
-    """Names of the floating tensors with a number that is not finite, at any depth of dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            yield name
-    elif isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _nonfinite(part, f"{name}.{key}".removeprefix("."))
+def _nonfinite(state: dict[str, Any]) -> str | None:
+    """The name of a floating tensor with a number that is not finite, at any depth of dicts, lists and tuples."""
+    for path, value in tree_leaves_with_path(state):
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
+    return None
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict strictly (see `fitting_weights`)."""
-    load_full_state_dict(model, None, fitting_weights(model, state_dict, source), None)
+def restore(
+    model: nn.Module, state: dict[str, Any], source: str | Path, optimizer: torch.optim.Optimizer | None = None,
+    ema_decay: float | None = None,
+) -> Ema | None:  # fmt: skip
+    """Loads the weights of a checkpoint or a bare state dict strictly, and an optimizer's state.
+
+    Returns averages of the weights, those of the checkpoint if it has any. UserError: something does not fit.
+    """
+    weights = _fitting(model, state.get("state_dict", state), source)
+    try:
+        load_full_state_dict(model, optimizer, weights, None if optimizer is None else state["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"The optimizer state in {source} does not fit this run's: {error}; check --opt.") from error
+    if ema_decay is None:
+        return None
+    averages = Ema(model, ema_decay)
+    if state.get("ema"):
+        averages.load_state_dict(_fitting(model, state["ema"], source), state["ema_updates"])
+    return averages
 
 
-def fitting_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+def _fitting(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """The state dict under the model's own names, without DDP's `module.`; UserError names the first that differs."""
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
     own = model.state_dict()
@@ -194,7 +188,10 @@ def fitting_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str
     problems += [f"{k} is unknown to the model" for k in state_dict if k not in own]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise UserError(f"The checkpoint {source} does not fit this model: {problems[0]}{more}; check --model.")
+        advice = "check --model"
+        if ("head.weight" in state_dict) != ("head.weight" in own):
+            advice = "one of them has a classifier's head (training.finetune) and the other one has not"
+        raise UserError(f"The checkpoint {source} does not fit this model: {problems[0]}{more}; {advice}.")
     return state_dict
 
 

@@ -20,12 +20,7 @@ def run_command(
 ) -> int:
     """Reads the options, starts the process group, works, and prints the text that `work` returns, if any.
 
-    Args:
-        argv: words of the command line; None takes the program's.
-        about: the command, for its help page.
-
-    Returns:
-        The exit code: 0; that of `Stopped`; or 2 after one sentence on stderr.
+    The exit code is 0, that of `Stopped`, or 2 after one sentence on stderr. `about`: the command, for its help page.
     """
     main = launch_rank() == 0
     setup_logging(logging.INFO, None, console=main)

@@ -1,13 +1,10 @@
 """What may end or interrupt a run between two steps: signals, the clock, a data error; decided alike on all ranks."""
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
-from typing import NamedTuple
-
-import torch
-import torch.distributed as dist
 
 from .distributed import Ranks
 from .errors import UserError
@@ -18,7 +15,7 @@ EXIT_NONFINITE = 76  # stopped by --nonfinite stop, at the last good state
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # torchrun and schedulers; Ctrl-C; SLURM --signal=USR1
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no `except Exception` of a library is to catch it
     """The run ended early, in order and with its state saved; `code` is the exit code of the process."""
 
     def __init__(self, message: str, code: int):
@@ -26,25 +23,17 @@ class Stopped(Exception):
         self.code = code
 
 
-class Wishes(NamedTuple):
-    """What the ranks want between two steps."""
-
-    signal: int  # 0: none
-    save: bool
-    nonfinite: bool
-
-
 class Control:
     """Collects this process's reasons to stop, and finds out between two steps whether any process has one.
 
-    As a context manager it turns the signals in `SIGNALS` into a wish to stop; a second Ctrl-C stops at once.
+    As a context manager it turns the signals in `SIGNALS` into a wish to stop; a second Ctrl-C stops at once, and so
+    does any signal in the first step of a single process, which may take minutes: nothing is to be saved yet.
     """
 
     def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        # A group of its own, on the CPU: asking it never waits for the device.
-        self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
-        self.signal: int | None = None
+        self.ranks = ranks.on_cpu()
+        self.signal = 0
+        self.begun = False  # a step has been made
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Control:
@@ -55,24 +44,23 @@ class Control:
     def __exit__(self, *exc_info) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if not self.begun and self.ranks.world_size == 1:
+            raise Stopped(f"Stopped by signal {number} before the end of the first step.", EXIT_INTERRUPTED)
+        if self.ranks.is_main:  # not by logging, which may be at work just now
+            os.write(2, f"Signal {number}: the run is saved and stops after this step.\n".encode())
 
-    def agree(self, *, save: bool = False, nonfinite: bool = False, error: UserError | None = None) -> Wishes:
-        """One small exchange between all ranks: what any of them wants, all do; any rank's `error` is raised on all."""
-        if self.group is None:
-            if error is not None:
-                raise error
-            return Wishes(self.signal or 0, save, nonfinite)
-        wishes = torch.tensor([self.signal or 0, save, nonfinite, error is not None], dtype=torch.int32)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
-        number, save, nonfinite, failed = wishes.tolist()
-        if failed:
-            texts: list[str | None] = [None] * self.ranks.world_size
-            dist.all_gather_object(texts, None if error is None else str(error), group=self.group)
-            raise UserError(next(text for text in texts if text is not None))
-        return Wishes(number, bool(save), bool(nonfinite))
+    def agree(self, save: bool, nonfinite: bool, error: UserError | None) -> tuple[int, bool, bool]:
+        """One small exchange between all ranks: what any of them wants, all do; any rank's `error` is raised on all.
+
+        Returns the signal (0: none), whether to save, and whether the last step was not finite.
+        """
+        found = self.ranks.gather((self.signal, save, nonfinite, error))
+        signals, saves, nonfinites, errors = zip(*found, strict=True)
+        for problem in filter(None, errors):
+            raise problem
+        return max(signals), any(saves), any(nonfinites)

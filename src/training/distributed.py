@@ -10,7 +10,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
 
-from .errors import UserError
+from .errors import UserError, reason
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    group: dist.ProcessGroup | None = None  # over which `gather` and `broadcast` go; None: the one of all
 
     @property
     def is_main(self) -> bool:
@@ -36,18 +38,16 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. Plain Python or CPU tensors."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def mean(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -57,6 +57,11 @@ class Ranks:
             dist.all_reduce(stacked)
             stacked /= self.world_size
         return dict(zip(values, stacked.tolist(), strict=True))
+
+    def on_cpu(self, patience: timedelta | None = None) -> Ranks:
+        """The same processes, talking over the CPU, so that they never wait for the device. A collective call."""
+        group = dist.new_group(backend="gloo", timeout=patience) if self.world_size > 1 else None
+        return replace(self, group=group)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -70,9 +75,8 @@ class Ranks:
             yield
         except UserError as error:
             problem = error
-        for found in self.gather(problem):
-            if found is not None:
-                raise found
+        for found in filter(None, self.gather(problem)):
+            raise found
 
 
 def launch_rank() -> int:
@@ -81,30 +85,25 @@ def launch_rank() -> int:
 
 
 def init_ranks(device: str, backend: str | None, url: str | None, no_set_device_rank: bool) -> Ranks:
-    """Starts the process group if a launcher (torchrun, SLURM) asks for one, else a single process.
-
-    A device that is not there falls back to the CPU, as in OpenCLIP, and says so.
-    """
+    """Starts the process group if a launcher (torchrun, SLURM) asks for one; a device that is not there is the CPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        info = init_distributed_device_so(
-            device=device, dist_backend=backend, dist_url=url, no_set_device_rank=no_set_device_rank
-        )
-    if launch_rank() == 0:
-        for warning in caught:
-            logging.warning(str(warning.message))
+        try:
+            info = init_distributed_device_so(device, backend, url, no_set_device_rank=no_set_device_rank)
+        except (ValueError, RuntimeError, OSError) as error:
+            advice = "start them with torchrun or srun; for one process in an allocation of SLURM, unset SLURM_NTASKS"
+            raise UserError(f"The processes cannot meet ({reason(error)}): {advice}.") from error
+    for warning in caught if launch_rank() == 0 else ():
+        logging.warning(str(warning.message))
     return Ranks(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])
 
 
-def leave(patience: float = 5.0) -> None:
-    """Ends the process group, if there is one, once all processes are about to (or after `patience` seconds).
-
-    A process that ends first would cut off the last exchange for one that is still reading it.
-    """
+def leave() -> None:
+    """Ends the process group, if there is one, once all are about to; who ends first may cut off the last exchange."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     with suppress(Exception):  # the process that keeps the store may be gone already: then all have come so far
-        store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + patience
+        store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + 5.0
         store.add("leaving", 1)
         while store.add("leaving", 0) < dist.get_world_size() and time.monotonic() < until:
             time.sleep(0.01)
@@ -112,10 +111,9 @@ def leave(patience: float = 5.0) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process, the last thing a command does; as `sys.exit`, but one of several does not tear Python down.
+    """As `sys.exit`, the last thing a command does; but one of several processes does not tear Python down.
 
-    A thread of gloo's that lets go of its last tensor only while Python is torn down would abort the process
-    (github.com/pytorch/pytorch/issues/190489), and the launcher take a run that is complete for a failed one.
+    A thread of gloo's that lets go of its last tensor only then would abort it (pytorch/pytorch issue 190489).
     """
     if not is_using_distributed():
         sys.exit(code)

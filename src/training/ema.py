@@ -13,27 +13,16 @@ from .sharding import shard_like
 
 
 class Ema:
-    """Averages of everything floating point in a model's state dict; what is not (counters) is kept as it is.
+    """Averages of everything floating point in a (bare) model's state dict; what is not (counters) is kept as it is.
 
     The values are those of torch's `AveragedModel` with `get_ema_multi_avg_fn`: the first update copies, each later one
     moves the average by 1 - decay towards the model. Unlike there, no module is copied (a sharded one cannot be), and
     the averages are float32 at least; they are on the model's device, sharded where the model is.
-
-    Args:
-        model: the bare model. Its present weights are the average until the first update.
-        decay: in [0, 1).
-
-    Attributes:
-        updates: number of updates so far; belongs into a checkpoint next to `state_dict`.
-
-    Raises:
-        ValueError: decay out of range.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(f"The decay of the weight average must be at least 0 and below 1; got {decay!r}.")
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.updates = 0  # so far; belongs into a checkpoint next to `state_dict`
         self.weights = {name: _wide(value).clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
@@ -54,14 +43,12 @@ class Ema:
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within the context the model has the averaged weights; afterwards its own again, bit for bit."""
-        with torch.no_grad():
-            own = {name: _local(value).clone() for name, value in model.state_dict().items()}
-            _fill(model, self.weights)
+        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.weights)
         try:
             yield model
         finally:
-            with torch.no_grad():
-                _fill(model, own)
+            model.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, whole, under exactly the plain model's keys. Of a sharded model, a collective call."""
@@ -69,13 +56,9 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, weights: Mapping[str, Tensor], updates: int) -> None:
-        """Continues from `state_dict`, whole on every process, and `updates`. ValueError: they are not this model's."""
-        wrong = sorted(self.weights.keys() ^ weights.keys())
-        wrong = wrong or [name for name, value in self.weights.items() if value.shape != weights[name].shape]
-        if wrong:
-            raise ValueError(f"The weight average does not fit the model: {wrong[0]} differs; resume with its --model.")
+        """Continues from `state_dict`, whole on every process, and `updates`."""
         for name, average in self.weights.items():
-            _local(average).copy_(_local(shard_like(average, weights[name].to(average.device))))
+            average.copy_(shard_like(average, weights[name].to(average.device)))
         self.updates = updates
 
 
@@ -86,9 +69,3 @@ def _wide(value: Tensor) -> Tensor:
 def _local(value: Tensor) -> Tensor:
     """This process's part of a tensor that `fully_shard` has distributed; any other tensor itself."""
     return value.to_local() if isinstance(value, DTensor) else value
-
-
-def _fill(model: nn.Module, source: Mapping[str, Tensor]) -> None:
-    # `state_dict` also makes a sharded model drop the whole weights that its last forward pass has left behind.
-    for name, value in model.state_dict().items():
-        _local(value).copy_(_local(source[name]))

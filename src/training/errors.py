@@ -2,10 +2,9 @@
 
 
 class UserError(Exception):
-    """Bad input. The message is one clear sentence: what is wrong and what to do about it.
+    """Bad input, in one clear sentence: what is wrong and what to do about it. Commands print it and end with 2.
 
-    `training.main` prints the message and exits with `EXIT_USER_ERROR` on every rank. Ranks send each other
-    errors, so a subclass must be able to do with a message alone; its attributes travel along.
+    Ranks send each other errors: a subclass must be able to do with a message alone; its attributes travel along.
     """
 
 

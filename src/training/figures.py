@@ -4,7 +4,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,43 +15,41 @@ from .files import expendable
 from .log import peak_memory_gb
 from .tasks.base import Cost
 
+Row = Mapping[str, float]
+
 # Dense peaks in 10**12 operations a second, from the makers' data sheets: float16 and bfloat16 on tensor cores with
 # float32 accumulation, TF32, float32. None: the device has no units for it. The first name that fits is taken.
-_PEAKS: tuple[tuple[str, float, float | None, float | None, float], ...] = (
-    # name, float16, bfloat16, TF32, float32
-    ("B200", 2250, 2250, 1125, 75),
-    ("H200 NVL", 835, 835, 417, 60),
-    ("H200", 989, 989, 494, 67),
-    ("H100 NVL", 835, 835, 417, 60),
-    ("H100 PCIe", 756, 756, 378, 51),
-    ("H100", 989, 989, 494, 67),
-    ("A100", 312, 312, 156, 19.5),
-    ("L40S", 362, 362, 183, 91.6),
-    ("L4", 121, 121, 60, 30.3),
-    ("RTX 4090", 165.2, 165.2, 82.6, 82.6),
-    ("RTX 3090", 71.2, 71.2, 35.6, 35.6),
-    ("RTX A6000", 154.8, 154.8, 77.4, 38.7),
-    ("RTX A5000", 111.2, 111.2, 55.6, 27.8),
-    ("V100S", 130, None, None, 16.4),
-    ("V100-PCIE", 112, None, None, 14),
-    ("V100", 125, None, None, 15.7),
-    ("T4", 65, None, None, 8.1),
-)
+_PEAKS: dict[str, tuple[float, float | None, float | None, float]] = {
+    "B200": (2250, 2250, 1125, 75),
+    "H200 NVL": (835, 835, 417, 60),
+    "H200": (989, 989, 494, 67),
+    "H100 NVL": (835, 835, 417, 60),
+    "H100 PCIe": (756, 756, 378, 51),
+    "H100": (989, 989, 494, 67),
+    "A100": (312, 312, 156, 19.5),
+    "L40S": (362, 362, 183, 91.6),
+    "L4": (121, 121, 60, 30.3),
+    "RTX 4090": (165.2, 165.2, 82.6, 82.6),
+    "RTX 3090": (71.2, 71.2, 35.6, 35.6),
+    "RTX A6000": (154.8, 154.8, 77.4, 38.7),
+    "RTX A5000": (111.2, 111.2, 55.6, 27.8),
+    "V100S": (130, None, None, 16.4),
+    "V100-PCIE": (112, None, None, 14),
+    "V100": (125, None, None, 15.7),
+    "T4": (65, None, None, 8.1),
+}
 
 
 class Figures:
-    """Counts between two rows of the log, and over the run since this process began.
+    """Counts since the last row of the log (optimizer `steps`, seconds `waited` for data, `costs` of a sample of each
+    batch, None where not known) and since this process began; `evaluations` are metrics with `epoch`, in order."""
 
-    Attributes:
-        steps, waited, costs: optimizer steps, seconds without data, and what a sample of each batch costs (None: not
-            known), since the last row.
-        evaluations: metrics with `epoch`, in their order.
-    """
-
-    def __init__(self, ranks: Ranks, precision: str):
-        self.ranks, self.peak = ranks, peak_flops(ranks.device, precision)
-        self.totals = {"seconds": 0.0, "waited": 0.0, "samples": 0, "operations": 0.0, "tokens": 0.0}
-        self.sums: dict[str, float] = {}  # the task's columns, times samples
+    def __init__(self, ranks: Ranks, precision: str, global_batch: int):
+        self.ranks, self.global_batch = ranks, global_batch
+        peak = peak_flops(ranks.device, precision)
+        self.peak = peak and peak * ranks.world_size
+        self.totals: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()  # the task's columns, times samples
         self.losses: list[float] = []  # the first and the last
         self.evaluations: list[dict[str, float]] = []
         self.start()
@@ -58,29 +57,16 @@ class Figures:
     def start(self) -> None:
         self.since, self.steps, self.waited, self.costs = time.perf_counter(), 0, 0.0, []
 
-    def row(
-        self,
-        where: Mapping[str, int],
-        losses: Mapping[str, float],
-        lr: float,
-        global_batch: int,
-        columns: Mapping[str, float],
-    ) -> dict[str, float]:
-        """The next row of train.csv; what has been counted begins anew.
-
-        Args:
-            where: step, epoch and samples.
-            columns: the task's own.
-        """
+    def row(self, where: Row, losses: Row, lr: float, columns: Row) -> dict[str, float]:
+        """The next row of train.csv; what has been counted begins anew. `where`: step, epoch and samples; `columns`:
+        the task's own."""
         steps, seconds, waited = self.steps, time.perf_counter() - self.since, self.waited
         cost = Cost.mean(self.costs)
         self.start()
-        samples = steps * global_batch
+        samples = steps * self.global_batch
         rate = samples / seconds
-        for name, value in (("seconds", seconds), ("waited", waited), ("samples", samples)):
-            self.totals[name] += value
-        for name, value in columns.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+        self.totals.update(seconds=seconds, waited=waited, samples=samples)
+        self.sums.update({name: value * samples for name, value in columns.items()})
         self.losses = [*self.losses[:1], losses["loss"]]
         row = {
             **where,
@@ -94,22 +80,20 @@ class Figures:
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
         if cost is not None:
-            self.totals["operations"] += cost.operations * samples
-            self.totals["tokens"] += cost.tokens * samples
+            self.totals.update(operations=cost.operations * samples, tokens=cost.tokens * samples)
             row["gflops_per_sample"] = cost.operations / 1e9
             row["tokens_per_second"] = cost.tokens * rate
             row["tflops_per_second"] = cost.operations * rate / 1e12
             if self.peak is not None:
-                row["mfu"] = cost.operations * rate / (self.peak * self.ranks.world_size)
+                row["mfu"] = cost.operations * rate / self.peak
         return row
 
-    def line(self, row: Mapping[str, float], losses: Mapping[str, float], seconds_left: float) -> str:
+    def line(self, row: Row, losses: Row, seconds_left: float) -> str:
         """A row for people."""
-        extra = {k: v for k, v in losses.items() if k != "loss"} if len(losses) > 2 else {}
-        names = [*extra, *self.sums]
+        extra = [name for name in losses if name != "loss"] if len(losses) > 2 else []
         parts = [
             f"loss {losses['loss']:.4f}",
-            *(f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names),
+            *(f"{name.replace('_', ' ')} {row[name]:.4g}" for name in [*extra, *self.sums]),
             f"{row['samples_per_second']:.4g} samples/s, data wait {row['data_time'] / row['batch_time']:.0%}",
             f"lr {row['lr']:.3g}",
         ]
@@ -120,22 +104,27 @@ class Figures:
 
     def summarise(self, folder: Path | None) -> None:
         """Logs what the run (or what was left of it after a resume) came to, and writes `summary.txt`. Collective."""
-        seconds, samples = self.totals["seconds"], self.totals["samples"]
-        rate = samples / seconds if seconds > 0 else 0.0
-        waited = f", data wait {self.totals['waited'] / seconds:.1%}" if seconds > 0 else ""
+        seconds, samples, operations = (self.totals[name] for name in ("seconds", "samples", "operations"))
+        rate = samples / seconds if seconds else 0.0
+        waited = f", data wait {self.totals['waited'] / seconds:.1%}" if seconds else ""
         lines = [f"trained    {samples:,} samples in {_clock(seconds)}, {rate:.4g} samples/s{waited}"]
-        if self.totals["operations"]:
-            speed, tokens = (self.totals[name] / seconds for name in ("operations", "tokens"))
-            used = f", {speed / (self.peak * self.ranks.world_size):.1%} of the peak" if self.peak else ""
-            each = f"{self.totals['operations'] / samples / 1e9:.4g} GFLOP a sample"
-            lines.append(f"compute    {speed / 1e12:.4g} TFLOP/s{used}, {tokens:.4g} tokens/s, {each}")
+        if operations:
+            used = f", {operations / seconds / self.peak:.1%} of the peak" if self.peak else ""
+            tokens, each = self.totals["tokens"] / seconds, operations / samples / 1e9
+            speed = f"{operations / seconds / 1e12:.4g} TFLOP/s{used}"
+            lines.append(f"compute    {speed}, {tokens:.4g} tokens/s, {each:.4g} GFLOP a sample")
         lines.append(f"memory     {max(self.ranks.gather(peak_memory_gb(self.ranks.device))):.2f} GB at the peak")
         if self.sums:
             means = (f"{name.replace('_', ' ')} {total / samples:.4g}" for name, total in self.sums.items())
             lines.append(f"on average {', '.join(means)}")
         if self.losses:
             lines.append(f"loss       {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} at last")
-        lines += _best_and_last(self.evaluations)
+        for name in dict.fromkeys(key for metrics in self.evaluations for key in metrics if key != "epoch"):
+            rows = [metrics for metrics in self.evaluations if isinstance(metrics.get(name), float)]
+            if rows:
+                better = min if "loss" in name or "rank" in name else max
+                best = better(rows, key=lambda metrics: metrics[name])
+                lines.append(f"{name}: best {best[name]:.4f} (epoch {best['epoch']}), last {rows[-1][name]:.4f}")
         if folder is not None:
             lines.append(f"run        {folder}")
         text = "\n".join(lines)
@@ -145,38 +134,21 @@ class Figures:
                 (folder / "summary.txt").write_text(text + "\n")
 
 
-def describe(metrics: Mapping[str, float]) -> str:
+def describe(metrics: Row) -> str:
     return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items() if k != "step")
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Dense peak of one device in operations a second for a `--precision`; None where it is not known."""
-    return peak_of(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-
-
-def peak_of(name: str, precision: str) -> float | None:
-    if re.search("MIG|Laptop", name):  # a part of the device, or another one of the same name
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    found = [peaks for known, peaks in _PEAKS.items() if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
+    if not found or re.search("MIG|Laptop", name):  # a part of the device, or another one of the same name
         return None
-    for known, float16, bfloat16, tf32, float32 in _PEAKS:
-        if re.search(rf"\b{known}\b", name, re.IGNORECASE):
-            peak = float16
-            if "bf" in precision:
-                peak = bfloat16
-            elif precision == "fp32":
-                peak = float32 if tf32 is None or torch.get_float32_matmul_precision() == "highest" else tf32
-            return None if peak is None else peak * 1e12
-    return None
-
-
-def _best_and_last(evaluations: Sequence[Mapping[str, float]]) -> list[str]:
-    lines = []
-    for name in dict.fromkeys(k for metrics in evaluations for k in metrics if k not in ("epoch", "step")):
-        rows = [m for m in evaluations if isinstance(m.get(name), float)]
-        if rows:
-            lower = any(part in name for part in ("loss", "rank"))
-            best = (min if lower else max)(rows, key=lambda m: m[name])
-            lines.append(f"{name}: best {best[name]:.4f} (epoch {best['epoch']}), last {rows[-1][name]:.4f}")
-    return lines
+    float16, bfloat16, tf32, float32 = found[0]
+    peak = bfloat16 if "bf" in precision else float16
+    if precision == "fp32":
+        peak = float32 if tf32 is None or torch.get_float32_matmul_precision() == "highest" else tf32
+    return peak and peak * 1e12
 
 
 def _clock(seconds: float) -> str:

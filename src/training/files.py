@@ -37,10 +37,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def expendable(path: Path) -> Iterator[None]:
-    """For a block that updates `path`, which a run can do without: an OSError in it is one line of the log.
-
-    It is told once, until `path` could be updated again.
-    """
+    """For a block that updates `path`, which a run can do without: an OSError is told once, until it succeeds again."""
     try:
         yield
     except OSError as error:

@@ -6,10 +6,8 @@
 """
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .command import run_command
@@ -17,31 +15,15 @@ from .distributed import Ranks, end
 from .evaluation.features import DTYPES
 from .evaluation.loaded import load_model
 from .evaluation.options import EvaluationOptions
-from .evaluation.passes import check_weights
 from .evaluation.probe import SWEEP, Probe, load_jobs
-from .evaluation.results import Results
+from .evaluation.results import Results, check_folder
 from .evaluation.sweep import patient
-from .options.parser import (
-    FRACTION_BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_COUNT,
-    SEED,
-    Kind,
-    forbid,
-    one_of,
-    option,
-)  # fmt: skip
+from .options.kinds import FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SEED, Kind, one_of
+from .options.parser import forbid, option
 
-
-def _regularisation(text: str) -> float | str:
-    try:
-        value = SWEEP if text == SWEEP else float(text)
-    except ValueError:
-        value = 0.0
-    if value != SWEEP and not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be {SWEEP} or a number above 0, not {text!r}")
-    return value
+REGULARISATION = Kind(
+    lambda word: word if word == SWEEP else float(word), f"{SWEEP} or a number from 1e-30 to 1e30", "sweep|X",
+    lambda value: value == SWEEP or 1e-30 <= value <= 1e30)  # fmt: skip
 
 
 @dataclass
@@ -53,21 +35,22 @@ class ProbeOptions(EvaluationOptions, title="probe", command="training.linear_pr
     normalize: bool = option(False, "Features of unit length.")
     standardize: bool = option(False, "Mean 0 and variance 1 in each dimension, on the training set.")
     regularisation: float | str = option(
-        SWEEP, "C of scikit-learn's LogisticRegression.", Kind(_regularisation, "sweep|X"),
-        spellings=("--regularization",))
+        SWEEP, "C of scikit-learn's LogisticRegression.", REGULARISATION, spellings=("--regularization",))
     held_out: float = option(
-        0.1, "Share of the training set for the sweep, if the data have no val split of their own.", FRACTION_BELOW_1)
+        0.1, "Share of the training set for the sweep, if the data have no val split of their own.", FRACTION_BELOW_1,
+        needs=f"regularisation={SWEEP}")
     max_iterations: int = option(1000, "Of L-BFGS.", POSITIVE_COUNT)
     tolerance: float = option(1e-6, "Of L-BFGS.", POSITIVE)
     max_train_samples: int | None = option(
         None, "Train on N samples, the classes keeping their shares.", POSITIVE_COUNT)
+    shots: int | None = option(None, "Train on K samples of each class, drawn by --seed.", POSITIVE_COUNT, metavar="K")
     seed: int = option(0, "Seed of what is drawn at random.", SEED)
     cache: str | None = option(
         None, "Where features are kept. Without it: features in the folder of --results.", metavar="DIR", path=True)
     feature_dtype: str = option("float32", "Number format of features on disk.", one_of(*DTYPES))
     feature_memory: float | None = option(
         None, "GB of the device for the training features; if they need more they are read from disk in each "
-        "iteration. Without it: what is free.", NOT_NEGATIVE)
+        "iteration. Without it: half of what is free on a GPU.", NOT_NEGATIVE)
     gone = dict.fromkeys(("solver", "epochs", "lr", "solver_batch_size"), "is gone: probes are fitted by L-BFGS alone")
 
     def check(self) -> None:
@@ -76,22 +59,16 @@ class ProbeOptions(EvaluationOptions, title="probe", command="training.linear_pr
             nowhere = self.results.lower() == "none"
             forbid(nowhere, "--results none leaves no place for the features; name one with --cache.")
             self.cache = str(Path(self.results, "features"))
-        is_file = Path(self.cache).exists() and not Path(self.cache).is_dir()
-        forbid(is_file, f"--cache {self.cache} is a file; name a folder.")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one sentence on stderr."""
-    return run_command(ProbeOptions, work, argv, __doc__)
+        check_folder(Path(self.cache), "--cache")
+        forbid(self.shots and self.max_train_samples, "--shots and --max-train-samples both choose images; give one.")
 
 
 def work(options: ProbeOptions, ranks: Ranks) -> str:
     """Everything the command does; the table. A collective call."""
     with ranks.agree():
-        results = Results.of(options, ranks)
+        results = Results(options.results, ranks, options.redo)
         jobs = load_jobs(options)
         loaded = load_model(options, ranks, image_tower=True)
-        check_weights(loaded.model, loaded.name)
     waiting = patient(ranks)
     rows = [("data", "top-1", "top-5", "mean per class", "regularisation")]
     for splits in jobs:
@@ -101,6 +78,8 @@ def work(options: ProbeOptions, ranks: Ranks) -> str:
             rows.append((f"{record['data']} ({record['split']})", *numbers, f"{record['regularisation']:.4g}"))
     return results.shown(rows)
 
+
+main = partial(run_command, ProbeOptions, work, about=__doc__)  # of an argv; returns the exit code
 
 if __name__ == "__main__":
     end(main())

@@ -9,15 +9,18 @@ import re
 import resource
 import sys
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from .errors import UserError, reason
 from .files import append, expendable, written_whole
+
+T = TypeVar("T")
 
 
 class _File(logging.FileHandler):
@@ -26,7 +29,7 @@ class _File(logging.FileHandler):
         self.handleError = lambda record: None  # told once
 
 
-class _Console(logging.StreamHandler):
+class _Console(logging.Handler):
     """Writes above a running progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -34,13 +37,9 @@ class _Console(logging.StreamHandler):
 
 
 def setup_logging(level: int, file: Path | None, console: bool) -> None:
-    """Root logger to the console and/or a file; earlier handlers are replaced, so calling it again is safe.
-
-    Without a console (all ranks but the main one), warnings of the data still go to stderr: which worker of which rank
-    is stuck is known to that rank alone.
-    """
+    """Root logger to the console and/or a file, and to no earlier handler."""
     handlers: list[logging.Handler] = [shown := _Console()]
-    if not console:
+    if not console:  # which worker of a rank is stuck is known to that rank alone
         shown.setLevel(logging.WARNING)
         shown.addFilter(lambda record: record.name.startswith("training.data"))
     if file is not None:
@@ -59,22 +58,28 @@ class RunLog:
 
     Args:
         folder: the run's folder; None writes no files.
+        report_to: names joined by commas, or "all" (csv is always written). UserError: one of them cannot be used.
         enabled: False on all ranks but the main one, where every method does nothing.
-        report_to: any of "tensorboard" and "wandb" ("csv" is always written); UserError: it cannot be used.
         step: rows of train.csv from this step on are dropped: they were written after the checkpoint that is resumed.
-        wandb_options: project, name, notes, config ... for `wandb.init`.
+        wandb_options: for `wandb.init`.
+
+    Attributes:
+        results: of all evaluations, those of the resumed run included.
     """
 
     def __init__(
-        self, folder: Path | None, *, enabled: bool = True, report_to: frozenset[str] = frozenset(), step: int = 0,
+        self, folder: Path | None, report_to: str = "", *, enabled: bool = True, step: int = 0,
         wandb_options: dict[str, Any] | None = None,
     ):  # fmt: skip
         self.folder = folder if enabled else None
         self.columns: list[str] | None = None
-        self.results: list[dict[str, float]] = []  # of all evaluations, those of the resumed run included
+        self.results: list[dict[str, float]] = []
         self.writers: dict[str, Any] = {}
-        for kind in sorted(report_to & {"tensorboard", "wandb"}) if enabled else ():
+        wanted = report_to.split(",")
+        for kind in ("tensorboard", "wandb") if enabled else ():
             try:
+                if kind not in wanted and "all" not in wanted:
+                    continue
                 if kind == "wandb":
                     self.writers[kind] = _start_wandb(folder, wandb_options or {})
                 elif folder is not None:
@@ -85,13 +90,9 @@ class RunLog:
                 what = f"--report-to {kind} cannot be used ({reason(error)})"
                 raise UserError(f"{what}; install or set up what is missing, or leave it out.") from error
         if self.folder is not None:
-            self._keep_results_until(step)
-            self._keep_rows_before(step)
-
-    @property
-    def last_evaluation(self) -> dict[str, float]:
-        """{}: there was none."""
-        return self.results[-1] if self.results else {}
+            results = folder / "checkpoints" / "results.jsonl"
+            self.results = _kept(results, _result, lambda result: result.get("step", 0) <= step)
+            _kept(folder / "train.csv", self._step_of_row, lambda at: at < step)
 
     def train(self, row: dict[str, float]) -> None:
         """One row of training figures; `row` has `step`, and the same keys every time."""
@@ -109,10 +110,6 @@ class RunLog:
         if self.folder is not None:
             append(self.folder / "checkpoints" / "results.jsonl", json.dumps(metrics) + "\n")
         self._report("val", metrics, step)
-
-    def has_evaluation(self, epoch: int) -> bool:
-        """Whether the results of this epoch are written already."""
-        return any(result.get("epoch") == epoch for result in self.results)
 
     def close(self) -> None:
         for writer in self.writers.values():
@@ -132,59 +129,47 @@ class RunLog:
                 logging.error(f"{kind} does not take any more figures ({reason(error)}); the run goes on without it.")
                 del self.writers[kind]
 
-    def _keep_results_until(self, step: int) -> None:
-        """Reads results.jsonl; what was written after step `step`, or is damaged, is dropped there."""
-        lines = _lines(path := self.folder / "checkpoints" / "results.jsonl")
-        whole = [result for result in map(_parsed, lines) if isinstance(result, dict)]
-        self.results = [result for result in whole if result.get("step", 0) <= step]
-        text = "".join(json.dumps(result) + "\n" for result in self.results)
-        _rewrite(path, text, dropped=len(lines) - len(self.results), damaged=len(lines) - len(whole))
-
-    def _keep_rows_before(self, step: int) -> None:
-        """Drops rows of train.csv that were written from step `step` on, or are damaged."""
-        lines = _lines(path := self.folder / "train.csv")
-        rows = [line.split(",") for line in lines if "\0" not in line]
-        if not rows or "step" not in rows[0]:
-            return _rewrite(path, "", dropped=0, damaged=len(lines))  # nothing to go on from; it stays as it is
-        self.columns = rows[0]
-        at = self.columns.index("step")
-        whole = [row for row in rows[1:] if len(row) == len(self.columns) and row[at].isdigit()]
-        kept = [self.columns, *(row for row in whole if int(row[at]) < step)]
-        text = "".join(",".join(row) + "\r\n" for row in kept)
-        _rewrite(path, text, dropped=len(lines) - len(kept), damaged=len(lines) - len(whole) - 1)
+    def _step_of_row(self, line: str) -> int | None:
+        """Of a row of train.csv; -1 of the first one with names, which are remembered; None of a damaged one."""
+        row = line.strip().split(",")
+        if self.columns is None and "step" in row:
+            self.columns = row
+            return -1
+        whole = self.columns is not None and len(row) == len(self.columns) and "\0" not in line
+        step = row[self.columns.index("step")] if whole else ""
+        return int(step) if step.isdigit() else None
 
 
 def _start_wandb(folder: Path | None, options: dict[str, Any]) -> Any:
     import wandb
 
-    name = options.get("id") or ""
+    name = options.get("name") or ""
     plain = re.sub(r"[:;,#?/']|^\s|\s$", "-", name)  # what wandb does not take in an id
-    if plain != name:
-        options = options | {"id": f"{plain}-{zlib.crc32(name.encode()):08x}"}
-    return wandb.init(dir=None if folder is None else str(folder), **options)
+    plain = plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"
+    return wandb.init(dir=None if folder is None else str(folder), id=plain, **options)
 
 
-def _lines(path: Path) -> list[str]:
-    """Those of a text file that is expendable; a last one without an end gets a NUL, as a crash may leave elsewhere."""
+def _result(line: str) -> dict[str, float] | None:
+    """A line of results.jsonl; None: it is damaged."""
+    with suppress(ValueError):
+        result = json.loads(line)
+        return result if isinstance(result, dict) else None
+
+
+def _kept(path: Path, read: Callable[[str], T | None], keep: Callable[[T], bool]) -> list[T]:
+    """What the lines of an expendable file say; those that are not to be kept, or are damaged (None), are dropped."""
     text = ""
     with expendable(path):
-        text = path.read_text(errors="replace") if path.is_file() else ""
-    return (text if not text or text.endswith("\n") else text + "\0").splitlines()
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _rewrite(path: Path, text: str, dropped: int, damaged: int) -> None:
-    if damaged:
-        logging.warning(f"{damaged} line(s) of {path} are damaged and passed over; the run goes on.")
-    if dropped:
+        text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    lines = text.splitlines(keepends=True)
+    said = [read(line) if line.endswith("\n") else None for line in lines]
+    kept = {i: value for i, value in enumerate(said) if value is not None and keep(value)}
+    if None in said:
+        logging.warning(f"{said.count(None)} line(s) of {path} are damaged and passed over; the run goes on.")
+    if len(kept) < len(lines) and any(value is not None for value in said):  # else it stays as it is
         with expendable(path), written_whole(path) as file:
-            file.write(text.encode())
+            file.write("".join(lines[i] for i in kept).encode())
+    return list(kept.values())
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -8,13 +8,19 @@ From a recipe:    torchrun --nproc_per_node 4 -m training.main --config configs/
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
 from open_clip_elip import identity as identities
 
 from .command import run_command
 from .data import build_train_data, build_val_data
-from .data.pairs import PairEncoding
+from .data.samples import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
+from .errors import UserError, reason
 from .evaluation.prompts import load_zero_shot_data
 from .models import build_model, build_teacher, lock
 from .run import Parts, run
@@ -32,7 +38,7 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         seed_everything(options.seed)
         identity, model, transform, tokenizer = build_model(options, ranks.device)
         lock(model, options)
-        train_transform = identities.transform(identity, train=True, aug_cfg=options.aug_cfg)
+        train_transform = augmentation(identity, options.aug_cfg)
         train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
@@ -42,6 +48,17 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         teacher = build_teacher(options, identity, ranks.device)
         task = ContrastiveTask(options, ranks, model, tokenizer, transform, val_data, zero_shot_data, teacher)
     return Parts(identity, model, task, train_data)
+
+
+def augmentation(identity: identities.Identity, settings: dict[str, Any]) -> Callable:
+    """The transform of `--aug-cfg`, tried on a picture, for OpenCLIP and timm look at few of its settings before."""
+    try:
+        transform = identities.transform(identity, train=True, aug_cfg=settings)
+        for _ in range(20):  # some of it happens now and then
+            transform(Image.new("RGB", (64, 64)))
+    except Exception as error:
+        raise UserError(f"--aug-cfg {settings} does not work: {reason(error)}; correct it.") from error
+    return transform
 
 
 if __name__ == "__main__":

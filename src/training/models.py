@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,27 +18,11 @@ from open_clip_elip.identity import Identity, ModelError
 
 from .distributed import Ranks
 from .errors import UserError
-from .options.model import LockingOptions
+from .options.model import LockingOptions, reduction_of
 from .sharding import shard
-
-SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10}  # the SigLIP paper's
-CHANGES = (
-    "force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length",
-    "image_mean", "image_std", "image_interpolation", "image_resize_mode", "cache_dir",
-)  # fmt: skip
-# Options of the token reduction as older versions' flags had them, under the names of today.
-_OLD_FLAGS = {
-    "stage_depths": "depths", "reduce_layers": "layers", "merge_per_layer": "r",
-    **{name: name for name in (
-        "keep_ratio", "keep_count", "lam", "merge", "text_scale", "scoring_depth", "spread", "keep_rate", "prop_attn",
-        "target_rrt",
-    )},
-}  # fmt: skip
 
 
 class Built(NamedTuple):
-    """What `build_model` makes; the transform is that of evaluation."""
-
     identity: Identity
     model: nn.Module
     transform: Callable
@@ -45,31 +30,37 @@ class Built(NamedTuple):
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """What a person can mend about a model, as the commands tell it."""
+def told(flags: str = "--") -> Iterator[None]:
+    """What a person can mend about a model, as the commands tell it; `flags` begin --model and --pretrained."""
     try:
         yield
     except ModelError as error:
-        raise UserError(str(error)) from error
+        raise UserError(re.sub("--(?=model|pretrained)", flags, str(error))) from error
 
 
-def build_model(options: Any, device: torch.device, *, image_tower: bool = False) -> Built:
-    """The model of a run with its weights, its transform and its tokenizer.
+def build_model(options: Any, device: torch.device, *, image_tower: bool = False, filled: bool = True) -> Built:
+    """The model of a run with its weights, its transform for evaluation and its tokenizer, or a UserError.
 
-    Args:
-        options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
-        image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
-
-    Raises:
-        UserError: unknown model, weights that do not fit, or a tower that cannot be reduced.
+    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
+    image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
+    filled: False leaves the weights for a checkpoint to fill.
     """
+    if device.type == "cpu" and options.precision != "fp32":
+        logging.warning(f"Most CPUs are slow at --precision {options.precision}; fp32 may be three times as fast.")
     with told():
-        source = weights.find(options.model, options.pretrained, options.cache_dir)
-        identity = identity_of(vars(options))
-        model, _ = create_filled(
-            identity, source, options.precision, device, image_tower=image_tower,
-            pretrained_image=options.pretrained_image, cache_dir=options.cache_dir,
-        )  # fmt: skip
+        identity, cached = identity_of(vars(options)), {"cache_dir": options.cache_dir}
+        vision, size = identity.config["vision_cfg"], identity.preprocess["size"]
+        if min(size) < (vision.get("patch_size") or 1):  # a ResNet has none
+            raise UserError(f"Pictures of {size} pixels are smaller than one patch: raise --force-image-size.")
+        if filled:
+            source, own = weights.find(options.model, options.pretrained, **cached), options.pretrained_image
+            if own and source is None and "timm_model_name" not in vision:
+                raise UserError(f"--pretrained-image needs an image tower of timm's; {options.model} has another one.")
+            more = {"image_tower": image_tower, "pretrained_image": own, **cached}
+            model, _ = create_filled(identity, source, options.precision, device, **more)
+        else:
+            more = {"precision": options.precision, "device": device, **cached}
+            model = identities.create(identity, pretrained_text=False, **more)
         transform = identities.transform(identity)
         tokenizer = identities.tokenizer(identity, options.cache_dir)
     if hasattr(model, "tower"):
@@ -110,13 +101,9 @@ def create_filled(
     pretrained_image: bool = False,
     cache_dir: str | None = None,
 ) -> tuple[nn.Module, weights.Report | None]:
-    """A model with the weights of a file or URL; None: at random, but for text towers that bring their own.
+    """A model with the weights of a file or URL (`content`, if it was read already).
 
-    Args:
-        content: of the file, if it was read already.
-
-    Raises:
-        ModelError: see `identity.create` and `weights.load`.
+    None: at random, but for text towers that bring their own. Raises ModelError as `identity.create`, `weights.load`.
     """
     model = identities.create(
         identity, precision=precision, device=device, pretrained_image=pretrained_image and source is None,
@@ -124,15 +111,13 @@ def create_filled(
     )  # fmt: skip
     if source is None:
         return model, None
-    if content is None and not source.endswith(weights.NUMPY):
+    if content is None:
         content = weights.read(source)
         trained_as = checkpoint_identity(content)
         other = identities.differences(trained_as, identity) if trained_as is not None else []
         if other:
             logging.warning(f"{source} was trained with {', '.join(other)}; give the flags that say so to keep it.")
-    report = weights.load(
-        model, source if content is None else content, name=identity.name, label=source, image_tower=image_tower
-    )
+    report = weights.load(model, content, name=identity.name, source=source, image_tower=image_tower)
     for sentence in report.sentences():
         logging.warning(sentence)
     return model, report
@@ -140,38 +125,14 @@ def create_filled(
 
 def identity_of(options: Mapping[str, Any]) -> Identity:
     """The model that options name, of this command line or in an older checkpoint; raises ModelError."""
-    changes = {name: options[name] for name in CHANGES if options.get(name) is not None}
+    changes = {name: options.get(name) for name in (*identities.CHANGES, "pretrained", "cache_dir")}
     if options.get("siglip"):
-        changes |= SIGLIP_START
-    reduction = token_reduction(options)
-    return identities.describe(
-        options["model"], pretrained=options.get("pretrained"), token_reduction=reduction, **changes
-    )
-
-
-def token_reduction(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{"method": ..., options}, as it is or as older versions had it: a method's name and a flag for each option."""
-    given = options.get("token_reduction")
-    if isinstance(given, dict):
-        return given
-    found = {} if given is None else {"method": given}
-    found |= {new: options[old] for old, new in _OLD_FLAGS.items() if options.get(old) is not None}
-    return found or None
-
-
-def described_reduction(options: Any) -> dict[str, Any]:
-    """The token reduction that options name, or else the model's own, or else ELIP's."""
-    with told():
-        own = identities.describe(options.model, cache_dir=options.cache_dir).token_reduction or {"method": "elip"}
-    return {"method": own["method"], **(token_reduction(vars(options)) or {})}
+        changes |= {"init_logit_scale": math.log(10), "init_logit_bias": -10}  # the SigLIP paper's
+    return identities.describe(options["model"], token_reduction=reduction_of(options), **changes)
 
 
 def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
-    """The model that a checkpoint of this trainer is of; None: the file does not say.
-
-    Raises:
-        ModelError: it is of a model that is no longer known.
-    """
+    """The model that a checkpoint of this trainer is of; None: the file does not say. ModelError: it is not known."""
     if isinstance(state.get("model"), Mapping) and "family" in state["model"]:
         return Identity.from_dict(dict(state["model"]))
     config = state.get("config")
@@ -187,19 +148,18 @@ def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
 def build_teacher(options: Any, student: Identity, device: torch.device) -> nn.Module | None:
     """The model to distil from, which sees the student's pictures and token ids; None without `--distill-model`.
 
-    Raises:
-        UserError: there is no such model, or it takes other pictures or captions than the student.
+    Raises UserError: there is no such model, or it takes other pictures or captions than the student.
     """
     if options.distill_model is None:
         return None
-    with told():
+    with told("--distill-"):
         source = weights.find(options.distill_model, options.distill_pretrained, options.cache_dir)
         identity = identities.describe(options.distill_model, pretrained=options.distill_pretrained)
-        for what, one, other in zip(("pictures of", "captions of"), _inputs(identity), _inputs(student), strict=True):
+        for one, other in zip(_inputs(identity), _inputs(student), strict=True):
             if one != other:
                 raise UserError(
-                    f"The teacher {identity.name} takes {what} {one}, and {student.name} {other}, but both are given "
-                    "the same; choose another --distill-model, or change the student (--force-image-size, "
+                    f"The teacher {identity.name} takes {one}, and {student.name} {other}, but both are given the "
+                    "same; choose another --distill-model, or change the student (--force-image-size, "
                     "--force-context-length)."
                 )
         other = identities.differences(identity, student)
@@ -210,18 +170,13 @@ def build_teacher(options: Any, student: Identity, device: torch.device) -> nn.M
 
 
 def _inputs(identity: Identity) -> tuple[str, str]:
-    height, width = identity.preprocess["size"]
-    text = identity.config["text_cfg"]
-    tokens = f"{text.get('context_length', 77)} tokens by {text.get('hf_tokenizer_name') or 'CLIP'}'s tokenizer"
-    return f"{height}x{width} pixels", tokens
+    (height, width), text = identity.preprocess["size"], identity.config["text_cfg"]
+    length, tokenizer = text.get("context_length", 77), text.get("hf_tokenizer_name") or "CLIP"
+    return f"pictures of {height}x{width} pixels", f"captions of {length} tokens by {tokenizer}'s tokenizer"
 
 
 def wrap(model: nn.Module, options: Any, ranks: Ranks, **ddp: Any) -> nn.Module:
-    """The model as it is run: synchronised batch norm, DDP or sharding (in place), compilation.
-
-    Args:
-        ddp: further options of DistributedDataParallel, which a task may need.
-    """
+    """The model as it is run: synchronised batch norm, DDP (with more options, `ddp`) or sharding, compiled."""
     runnable = model
     if ranks.world_size > 1 and options.use_bn_sync:
         runnable = nn.SyncBatchNorm.convert_sync_batchnorm(runnable)

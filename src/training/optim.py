@@ -20,10 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     """Matrices are decayed; gains, biases, normalisation and the logit scale are not (OpenCLIP's rule).
 
     Without `layer_decay` the groups are OpenCLIP's two, in its order, so its optimizer states load. With it there are
-    two for each distance from the heads, nearest first, with `lr_scale` = layer_decay ** distance (see
-    `distances_from_head`).
-
-    UserError: layer decay for a tower whose layers are not known.
+    two for each distance from the heads, nearest first, with `lr_scale` = layer_decay ** distance.
     """
     distances = defaultdict(int) if layer_decay is None else distances_from_head(model)
     groups: dict[int, tuple[list, list]] = defaultdict(lambda: ([], []))
@@ -46,8 +43,7 @@ def distances_from_head(model: nn.Module) -> dict[str, int]:
     """Layers between each parameter and the head of its tower, by parameter name.
 
     0 for what comes after the last block and for what is in no tower (logit scale and bias, a classifier's head); 1 for
-    the last block, L for the first of L, L + 1 for the embeddings. UserError: a tower is not one of OpenCLIP's own
-    transformers.
+    the last block, L for the first of L, L + 1 for the embeddings. UserError: a tower is not OpenCLIP's own.
     """
     # open_clip.CLIP holds the parts of its text tower itself; a model for images alone has none.
     text = getattr(model, "text", model if hasattr(model, "transformer") else None)
@@ -55,54 +51,47 @@ def distances_from_head(model: nn.Module) -> dict[str, int]:
         if tower not in (model, None) and not isinstance(tower, (VisionTransformer, TextTransformer)):
             what = f"but this model has a {type(tower).__name__}"
             raise UserError(f"--layer-decay needs OpenCLIP's own transformers, {what}; leave it out.")
-    distances = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
-    for name in distances:
+    distances = {}
+    for name, _ in model.named_parameters():
         tower = model.visual if name.startswith("visual.") else text
-        if tower is None:
-            continue
-        layers = len(tower.transformer.resblocks)
-        if block := re.search(r"\bresblocks\.(\d+)\.", name):
-            distances[name] = layers - int(block[1])
-        elif name.removeprefix("visual.").removeprefix("text.").split(".")[0] in _EMBEDDINGS:
-            distances[name] = layers + 1
+        layers = 0 if tower is None else len(tower.transformer.resblocks)
+        block = re.search(r"\bresblocks\.(\d+)\.", name)
+        embeds = name.removeprefix("visual.").removeprefix("text.").split(".")[0] in _EMBEDDINGS
+        distances[name] = layers - int(block[1]) if block else layers + 1 if embeds else 0
     return distances
 
 
 def create_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> torch.optim.Optimizer:
     """AdamW, or `timm/NAME` for any optimizer of timm.
 
-    Args:
-        model_or_groups: a model, of which `parameter_groups` (or timm's own, as usual with its optimizers) are taken,
-            or a task's own groups, with `weight_decay` and perhaps `lr_scale` each.
-        options: opt, lr, wd, beta1, beta2, eps, momentum, layer_decay.
-
-    Raises:
-        UserError: an optimizer that timm cannot make, nothing to train, or layer decay for a model without layers.
+    model_or_groups: a model, of which `parameter_groups` (or timm's own, as usual with its optimizers) are taken, or a
+    task's own groups, with `weight_decay` and perhaps `lr_scale` each. UserError: it cannot be made, or has no work.
     """
-    given, layer_decay = isinstance(model_or_groups, list), options.layer_decay
+    groups, layer_decay, timm = model_or_groups, options.layer_decay, options.opt.lower() != "adamw"
     if layer_decay is not None and options.lr is None:
         raise UserError("--layer-decay scales the learning rate, so it needs --lr.")
-    groups = model_or_groups if given else parameter_groups(model_or_groups, options.wd, layer_decay)
-    parameters = [p for group in groups for p in group["params"]]
+    if isinstance(groups, nn.Module) and (layer_decay is not None or not timm):
+        groups = parameter_groups(groups, options.wd, layer_decay)
+    own = groups.parameters() if isinstance(groups, nn.Module) else (p for group in groups for p in group["params"])
+    parameters = list(own)
     if not any(p.requires_grad for p in parameters):
         raise UserError("Every parameter is locked, so there is nothing to train; drop --lock-image or --lock-text.")
-    if options.opt.lower() == "adamw":
+    if timm:
+        optimizer = _timm_optimizer(groups, options)
+    else:
         betas, fused = (options.beta1, options.beta2), all(p.device.type in ("cpu", "cuda") for p in parameters) or None
         optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=fused)
-    else:
-        optimizer = _timm_optimizer(groups if given or layer_decay is not None else model_or_groups, options)
     for group in optimizer.param_groups:
-        if "lr_scale" in group:
-            group["lr"] *= group["lr_scale"]
+        group["lr"] *= group.get("lr_scale", 1)
     return optimizer
 
 
 def _timm_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
-    betas = None if options.beta1 is None else (options.beta1, options.beta2)
     given = {"lr": options.lr, "weight_decay": options.wd, "eps": options.eps, "momentum": options.momentum}
-    given = {k: v for k, v in {**given, "betas": betas}.items() if v is not None}
+    given["betas"] = None if options.beta1 is None else (options.beta1, options.beta2)
+    given = {name: value for name, value in given.items() if value is not None}
     try:
         return create_optimizer_v2(model_or_groups, options.opt[len("timm/"):], **given)
     except (AssertionError, IndexError, ValueError, TypeError) as error:
@@ -117,13 +106,8 @@ def create_schedule(
 
     The lengths and the step are counted in steps of one fixed global batch and need not be whole: a run that goes on
     with another batch size keeps its schedule by giving samples seen / that batch. For whole steps the values are those
-    of OpenCLIP's schedules. A group with `lr_scale` gets lr * lr_scale; what is returned is lr.
-
-    Args:
-        options: skip_scheduler, lr_scheduler, lr, lr_cooldown_power, lr_cooldown_end.
-        total_steps: length of the run; later steps get the last value.
-        warmup_steps: steps in which lr rises linearly to `--lr`.
-        cooldown_steps: length of the cooldown at the end, for const-cooldown.
+    of OpenCLIP's schedules; steps beyond `total_steps` get the last one. A group with `lr_scale` gets lr * lr_scale;
+    what is returned is lr. `cooldown_steps`: at the end, for const-cooldown.
     """
     if options.skip_scheduler:
         return None

@@ -8,30 +8,28 @@ from typing import Any
 
 import torch
 
-from .durations import Duration
+from . import durations
 from .errors import UserError
 from .optim import create_schedule
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """
-    Attributes:
-        batch_size, accum_freq, world_size, workers: the options, and the number of processes.
-        steps_per_epoch: optimizer steps.
-        reference_batch, reference_steps_per_epoch: global batch and epoch length that the schedule counts in; those at
-            the start of the run, also after an elastic resume.
-        total_steps, warmup_steps, cooldown_steps: of the schedule, in steps of the reference batch.
-    """
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What both have and has another value now: name -> in words."""
+    both = [name for name in before if name in now and before[name] != now[name]]
+    return {name: f"{name} {now[name]} (was {before[name]})" for name in both}
 
+
+@dataclasses.dataclass
+class Plan:
     batch_size: int
     accum_freq: int
     world_size: int
     workers: int
-    steps_per_epoch: int
+    steps_per_epoch: int  # of the optimizer
+    # What the schedule counts in: as at the start of the run, also after an elastic resume.
     reference_batch: int
     reference_steps_per_epoch: int
-    total_steps: int | None = None  # only while the plan is made
+    total_steps: int | None = None  # None only while the plan is made
     warmup_steps: int = 0
     cooldown_steps: int | None = None
 
@@ -45,26 +43,23 @@ class Plan:
         size, accumulated = options.batch_size, options.accum_freq
         steps_per_epoch = num_batches // accumulated
         if not steps_per_epoch:
-            raise UserError(
-                f"One optimizer step needs {accumulated} batches but an epoch has {num_batches}; "
-                "lower --accum-freq or --batch-size."
-            )
+            short = f"One optimizer step needs {accumulated} batches but an epoch has {num_batches}"
+            raise UserError(f"{short}; lower --accum-freq or --batch-size.")
         own = {"reference_batch": size * accumulated * world_size, "reference_steps_per_epoch": steps_per_epoch}
         counted = {name: (reference or own)[name] for name in own}
         plan = cls(size, accumulated, world_size, options.workers, steps_per_epoch, **counted)
         length = (options.epochs, "epochs") if options.duration is None else (options.duration, "steps")
-        plan = dataclasses.replace(plan, total_steps=plan.steps_of(*length))
-        cooldown = None if options.epochs_cooldown is None else plan.steps_of(options.epochs_cooldown, "epochs")
-        return dataclasses.replace(plan, warmup_steps=plan.steps_of(options.warmup), cooldown_steps=cooldown)
+        plan.total_steps = plan.steps_of(*length)
+        plan.warmup_steps = plan.steps_of(options.warmup)
+        if options.epochs_cooldown is not None:
+            plan.cooldown_steps = plan.steps_of(options.epochs_cooldown, "epochs")
+        return plan
 
     def steps_of(self, duration: Any, unit: str = "steps") -> int:
-        """A length as an option gives it ("5%", "3ep", a number of `unit`), in steps of the reference batch.
-
-        UserError: it cannot be read, or it is a share of the run while the run's own length is read.
-        """
+        """A length as an option gives it ("5%", "3ep", a number of `unit`), in steps of the reference batch."""
+        lengths = self.reference_steps_per_epoch, self.reference_batch, self.total_steps
         try:
-            parsed = Duration.parse(str(duration), unit)
-            return parsed.steps(self.reference_steps_per_epoch, self.reference_batch, self.total_steps)
+            return durations.steps(str(duration), unit, *lengths)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -90,21 +85,13 @@ class Plan:
         lengths = {name: getattr(self, name) for name in ("total_steps", "warmup_steps", "cooldown_steps")}
         return create_schedule(optimizer, options, **lengths)
 
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def change_from(self, state: dict[str, Any], mid_epoch: bool) -> str:
-        """What differs from the plan of a checkpoint, in words; empty if the run can go on bit for bit.
-
-        At the end of an epoch another number of workers is no such change: it only concerns epochs to come.
-        """
+        """What differs from the plan of a checkpoint, in words; empty if the run can go on bit for bit."""
         names = {
             "world_size": "process(es)", "batch_size": "samples in a batch", "accum_freq": "batches in a step",
-            "steps_per_epoch": "steps in an epoch", **({"workers": "loader worker(s)"} if mid_epoch else {}),
+            "steps_per_epoch": "steps in an epoch",
         }  # fmt: skip
+        if mid_epoch:  # at the end of an epoch it only concerns epochs to come
+            names["workers"] = "loader worker(s)"
         changed = {name: getattr(self, name) for name in names if state[name] != getattr(self, name)}
         return ", ".join(f"{state[name]} {names[name]} (now {now})" for name, now in changed.items())
-
-    def continued(self, state: dict[str, Any], options: Any) -> Plan:
-        """This plan with the schedule counted as in the checkpoint's."""
-        return Plan.of(options, self.steps_per_epoch * self.accum_freq, self.world_size, reference=state)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import itertools
 import logging
 import os
 import re
@@ -26,16 +25,18 @@ _SMALL = re.compile(r"(checkpoints/)?[^./][^/]*(?<!\.pt)")
 
 
 class RemoteSync:
-    """Copies new and changed files of a run's folder to `target` (a URL, or the path of a folder), in a thread.
+    """Keeps a copy of a run's folder at `target` (a URL, or the path of a folder), and brings one back.
 
     A checkpoint has its name there only once it is complete. One that the run has deleted since is deleted there too,
-    as soon as all others have arrived; other files never are. UserError: the target cannot be used.
+    as soon as all others have arrived; other files never are. UserError, of each method: the target cannot be used.
     """
 
-    def __init__(self, local: Path, target: str, every_seconds: float):
+    def __init__(self, local: Path, target: str, every_seconds: float = 300):
         self.local, self.target, self.every_seconds = local, target, every_seconds
-        self._fs = _folder(target)
-        if "file" in self._fs.fs.protocol and Path(self._fs.path).resolve().is_relative_to(local.resolve()):
+        with self._usable():
+            fs, root = fsspec.core.url_to_fs(os.path.expanduser(target))
+            self._fs = DirFileSystem(root.rstrip("/"), fs)
+        if "file" in fs.protocol and Path(root).resolve().is_relative_to(local.resolve()):
             raise UserError(f"--remote-sync would copy {local} into itself, to {target}; choose a place outside of it.")
         self._copied: dict[str, tuple[int, int]] = {}  # as `_files`, at the time of the copy
         self._failed: set[str] = set()
@@ -43,9 +44,9 @@ class RemoteSync:
         self._thread = threading.Thread(target=self._run, name="remote-sync", daemon=True)
 
     def start(self) -> None:
-        """The first copy, which raises UserError if it fails; from then on one every `every_seconds`."""
-        with _explained(f"The run's folder cannot be copied to {self.target}"):
-            there, files = _sizes(self._fs), _files(self.local)
+        """The first copy, which must succeed; from then on one every `every_seconds`, in a thread."""
+        with self._usable():
+            there, files = self._sizes(), self._files()
             # A checkpoint with a number never changes; of other files the size says too little.
             self._copied = {n: s for n, s in files.items() if _NUMBERED.fullmatch(n) and there.get(n) == s[0]}
             self.copy_changes()
@@ -56,13 +57,12 @@ class RemoteSync:
         self._stop.set()
         self._thread.join()
 
-    def copy_changes(self) -> list[str]:
-        """One copy of all that has changed since the one before; returns the names, and raises whatever fails."""
-        files = _files(self.local)
+    def copy_changes(self) -> None:
+        """One copy of all that has changed since the one before; raises whatever fails."""
+        files = self._files()
         changed = [name for name in files if self._copied.get(name) != files[name]]
         # Small files first; one that fails is not to keep others from being copied.
-        changed.sort(key=lambda name: (name in self._failed, files[name][0], name))
-        for name in changed:
+        for name in sorted(changed, key=lambda name: (name in self._failed, files[name][0], name)):
             self._failed.add(name)
             self._put(name)
             self._failed.remove(name)
@@ -73,7 +73,35 @@ class RemoteSync:
                 with suppress(FileNotFoundError):
                     self._fs.rm_file(name)
                 del self._copied[name]
-        return changed
+
+    def check_unused(self) -> None:
+        """For a run that starts anew: UserError if there is one at the target already."""
+        with self._usable():
+            names = self._sizes()
+        if "config.yaml" in names or any(map(_CHECKPOINT.fullmatch, names)):
+            otherwise = "choose another --name, or continue it with --resume latest"
+            raise UserError(f"There is a run at {self.target} already; {otherwise}.")
+
+    def fetch_newest(self) -> None:
+        """Brings the run from the target to a folder that has no readable checkpoint of it, if there is one.
+
+        These are the small files, and the newest readable checkpoint of each kind. Nothing here is replaced but an
+        unreadable checkpoint. UserError also if none there is readable: starting anew would overwrite them.
+        """
+        if checkpoint.newest(self.local / "checkpoints") is not None:
+            return
+        with self._usable():
+            names = self._sizes()
+            checkpoints = list(filter(_CHECKPOINT.fullmatch, names))
+            for name in names if checkpoints else ():  # first, for once there is a checkpoint here nothing is fetched
+                if _SMALL.fullmatch(name) and not (self.local / name).exists():
+                    self._fetch(name)
+            newest_first = sorted(checkpoints, key=lambda name: (len(name), name), reverse=True)
+            kinds = ("epoch_latest", "epoch_[0-9]*", "step_[0-9]*")
+            fetched = [any(map(self._fetch, fnmatch.filter(newest_first, f"*/{kind}.pt"))) for kind in kinds]
+        if checkpoints and not any(fetched):
+            what = f"None of the {len(checkpoints)} checkpoint(s) at {self.target} can be continued from"
+            raise UserError(f"{what}; delete them to start anew, or choose another --name.")
 
     def _run(self) -> None:
         last = False
@@ -82,10 +110,9 @@ class RemoteSync:
             try:
                 self.copy_changes()
             except Exception as error:  # each kind of target has exceptions of its own
-                otherwise = f"training goes on, and the copy is tried again in {self.every_seconds:g} seconds"
-                otherwise = f"copy {self.local} by hand" if last else otherwise
-                what = f"The run's folder could not be copied to {self.target} ({reason(error)})"
-                logging.warning(f"{what}; {otherwise}.")
+                again = f"training goes on, and the copy is tried again in {self.every_seconds:g} seconds"
+                again = f"copy {self.local} by hand" if last else again
+                logging.warning(f"The run's folder could not be copied to {self.target} ({reason(error)}); {again}.")
 
     def _put(self, name: str) -> None:
         local, temporary = str(self.local / name), str(Path(name).with_name(f".{Path(name).name}.tmp"))
@@ -100,90 +127,43 @@ class RemoteSync:
             if os.path.exists(local):  # else deleted meanwhile
                 raise
 
+    def _fetch(self, name: str) -> bool:
+        """Copies one file here, whole or not at all. False: it is an unreadable checkpoint."""
+        (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with written_whole(self.local / name) as file:
+                self._fs.get_file(name, str(file.name))
+                if name.endswith(".pt"):
+                    checkpoint.load(file.name)
+        except UserError as error:
+            logging.warning(f"{name} of the run's copy is passed over: {error}")
+            return False
+        logging.info(f"Fetched {name} from {self.target}.")
+        return True
 
-def check_unused(target: str) -> None:
-    """Raises UserError if the target holds a run already, or cannot be read; for a run that starts anew."""
-    with _explained(f"Whether there is a run at {target} cannot be found out"):
-        names = _sizes(_folder(target))
-    if "config.yaml" in names or any(map(_CHECKPOINT.fullmatch, names)):
-        otherwise = "choose another --name, or continue it with --resume latest"
-        raise UserError(f"There is a run at {target} already; {otherwise}.")
+    def _sizes(self) -> dict[str, int]:
+        """What is at the target: name -> size in bytes; empty if there is no such folder."""
+        self._fs.fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            return {name: info["size"] for name, info in self._fs.find("", detail=True).items()}
+        return {}
 
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """What is to be copied: name -> (size in bytes, time of the last change in ns)."""
+        found = {}
+        for name in glob.glob("**", root_dir=self.local, recursive=True):
+            with suppress(FileNotFoundError):  # deleted just now, or a link to nothing
+                status = (self.local / name).stat()
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = (status.st_size, status.st_mtime_ns)
+        return found
 
-def fetch_newest(target: str, folder: Path) -> bool:
-    """Brings the run at `target` to a machine that has no readable checkpoint of it; False: there is none there.
-
-    These are the small files, and the newest readable checkpoint of each kind, of which `checkpoint.newest` takes one.
-    Nothing in `folder` is replaced but an unreadable checkpoint. UserError: the target cannot be read, or none of its
-    checkpoints: starting anew would overwrite them.
-    """
-    if checkpoint.newest(folder / "checkpoints") is not None:
-        return False
-    with _explained(f"The run at {target} cannot be fetched"):
-        fs = _folder(target)
-        names = _sizes(fs)
-        checkpoints = list(filter(_CHECKPOINT.fullmatch, names))
-        for name in names if checkpoints else ():  # first, for once there is a checkpoint here nothing is fetched
-            if _SMALL.fullmatch(name) and not (folder / name).exists():
-                _fetch(fs, name, folder)
-        fetched = []
-        for kind in ("epoch_latest", "epoch_[0-9]*", "step_[0-9]*"):
-            of_kind = fnmatch.filter(checkpoints, f"checkpoints/{kind}.pt")
-            newest_first = sorted(of_kind, key=lambda name: (len(name), name), reverse=True)
-            fetched += itertools.islice((name for name in newest_first if _fetch(fs, name, folder)), 1)
-    if checkpoints and not fetched:
-        what = f"None of the {len(checkpoints)} checkpoint(s) at {target} can be continued from"
-        raise UserError(f"{what}; delete them to start anew, or choose another --name.")
-    if fetched:
-        logging.info(f"Fetched {', '.join(fetched)} from {target}.")
-    return bool(fetched)
-
-
-def _fetch(fs: DirFileSystem, name: str, folder: Path) -> bool:
-    """Copies one file here, whole or not at all. False: it is an unreadable checkpoint."""
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with written_whole(folder / name) as file:
-            fs.get_file(name, str(file.name))
-            if name.endswith(".pt"):
-                checkpoint.load(file.name)
-    except UserError as error:
-        logging.warning(f"{name} of the run's copy is passed over: {error}")
-        return False
-    return True
-
-
-def _folder(target: str) -> DirFileSystem:
-    with _explained(f"--remote-sync {target} cannot be used"):
-        fs, root = fsspec.core.url_to_fs(os.path.expanduser(target))
-        return DirFileSystem(root.rstrip("/"), fs)
-
-
-def _sizes(fs: DirFileSystem) -> dict[str, int]:
-    """Name -> size in bytes; empty if there is no such folder."""
-    fs.fs.invalidate_cache()
-    with suppress(FileNotFoundError):
-        return {name: info["size"] for name, info in fs.find("", detail=True).items()}
-    return {}
-
-
-def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """What is to be copied of a folder: name -> (size in bytes, time of the last change in ns)."""
-    found = {}
-    for name in glob.glob("**", root_dir=folder, recursive=True):
-        with suppress(FileNotFoundError):  # deleted just now, or a link to nothing
-            status = (folder / name).stat()
-            if stat.S_ISREG(status.st_mode):
-                found[name] = (status.st_size, status.st_mtime_ns)
-    return found
-
-
-@contextmanager
-def _explained(problem: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        advice = "check its name, the package that belongs to it, its credentials and the free space"
-        raise UserError(f"{problem} ({reason(error)}); {advice}.") from error
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # each kind of target has exceptions of its own
+            advice = "check its name, the package that belongs to it, its credentials and the free space"
+            raise UserError(f"--remote-sync {self.target} cannot be used ({reason(error)}); {advice}.") from error

@@ -8,21 +8,20 @@ docs/retrieval.md says what `--data` may be and what is measured.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from .command import run_command
-from .data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
+from .data.sets.captioned import CaptionOptions, load_captions
 from .distributed import Ranks, end
-from .evaluation.loaded import LoadedModel, load_model
+from .evaluation.loaded import load_model
 from .evaluation.options import EvaluationOptions
 from .evaluation.pairs import evaluate_captions
-from .evaluation.passes import EncodeSettings, check_weights, image_encoder
+from .evaluation.passes import EncodeSettings, image_encoder
 from .evaluation.results import Results, described
-from .options.parser import FILE, POSITIVE_COUNT, forbid, one_of, option
+from .options.kinds import FILE, POSITIVE_COUNT, one_of
+from .options.parser import forbid, option
 
 DIRECTIONS = {"TR": "image_to_text", "IR": "text_to_image"}
 
@@ -40,9 +39,15 @@ class RetrievalOptions(EvaluationOptions, title="captions", command="training.re
     equal_captions_are_hits: bool = option(False, "A caption is right for every image that has one with the same text.")
     txt_captions: str | None = option(
         None, "What a .txt in shards is: a caption a line, or one.", one_of("lines", "whole"))
-    csv_separator: str | None = option(None, "Of a CSV file. Without it: a tab if its header has one, else a comma.")
-    csv_img_key: str = option("filepath", "CSV column with the images.", metavar="COLUMN")
-    csv_caption_key: str = option("title", "CSV column of captions.", metavar="COLUMN")
+    csv_separator: str | None = option(
+        None, "Of a CSV file. Without it: a tab if its header has one, else a comma.",
+        needs="csv_data")
+    csv_img_key: str = option("filepath", "CSV column with the images.", metavar="COLUMN", needs="csv_data")
+    csv_caption_key: str = option("title", "CSV column of captions.", metavar="COLUMN", needs="csv_data")
+
+    @property
+    def csv_data(self) -> bool:
+        return any(spec.lower().endswith((".csv", ".tsv")) for spec in self.data)
 
     def check(self) -> None:
         forbid(self.download, "--download fetches no captioned images; get the data from its site and name its folder.")
@@ -50,12 +55,8 @@ class RetrievalOptions(EvaluationOptions, title="captions", command="training.re
         forbid(several, f"--images is the folder of one set's pictures, but --data names {len(self.data)}; run each.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one sentence on stderr."""
-    return run_command(RetrievalOptions, work, argv, __doc__)
-
-
 def work(options: RetrievalOptions, ranks: Ranks) -> str:
+    """Evaluates on each data set that is not finished yet; returns the table of all."""
     reading = CaptionOptions(
         split=options.split,
         images=options.images,
@@ -67,38 +68,31 @@ def work(options: RetrievalOptions, ranks: Ranks) -> str:
     )
     with ranks.agree():
         sets = [load_captions(spec, reading) for spec in options.data]
-        results = Results.of(options, ranks)
+        results = Results(options.results, ranks, options.redo)
         loaded = load_model(options, ranks)
-        check_weights(loaded.model, loaded.name)
+    encode_image = image_encoder(loaded.model, options.torchcompile)
+    encode_text = partial(loaded.model.encode_text, normalize=True)
     rows = [["", "split", "images", "captions", *(f"{name}@{k}" for name in DIRECTIONS for k in (1, 5, 10))]]
+    own = {name: getattr(options, name) for name in ("equal_captions_are_hits", "captions_per_image")}
     for data in sets:
-        own = ("equal_captions_are_hits", "captions_per_image")
-        what = described("retrieval", options, loaded, data, **{name: getattr(options, name) for name in own})
-        record = results.find(what) or results.add(what, *_evaluate(options, ranks, loaded, data))
+        what = described("retrieval", options, loaded.described, data, **own)
+        record = results.find(what)
+        if record is None:
+            metrics, skipped = evaluate_captions(
+                data, encode_image, encode_text, loaded.tokenizer, loaded.preprocess, ranks=ranks,
+                settings=EncodeSettings.of(options, data.name), equal_captions_are_hits=options.equal_captions_are_hits,
+            )  # fmt: skip
+            record = results.add(what, metrics, {"skipped": skipped, "left_out": data.left_out})
         metrics = record["metrics"]
         recalls = [metrics[f"{direction}_R@{k}"] for direction in DIRECTIONS.values() for k in (1, 5, 10)]
         counts = [f"{metrics[name]:,}" for name in ("num_images", "num_captions")]
         rows.append([data.name, data.split, *counts, *(f"{recall:.2%}" for recall in recalls)])
     equal = ", equal captions are hits" if options.equal_captions_are_hits else ""
     legend = f"TR: image to text, IR: text to image{equal}"
-    return f"{loaded.name} {loaded.pretrained or ''}\n{results.shown(rows, legend)}"
+    return f"{options.model} {options.pretrained or ''}\n{results.shown(rows, legend)}"
 
 
-def _evaluate(
-    options: RetrievalOptions, ranks: Ranks, loaded: LoadedModel, data: CaptionedImages
-) -> tuple[dict[str, float], dict]:
-    """The metrics of a result, and what else is kept with it."""
-
-    def encode_text(tokens: Tensor) -> Tensor:
-        return loaded.model.encode_text(tokens, normalize=True).float()
-
-    metrics, skipped = evaluate_captions(
-        data, image_encoder(loaded.model, options.torchcompile), encode_text, loaded.tokenizer, loaded.preprocess,
-        ranks=ranks, settings=EncodeSettings.of(options, data.name),
-        equal_captions_are_hits=options.equal_captions_are_hits,
-    )  # fmt: skip
-    return metrics, {"skipped": skipped, "left_out": data.left_out}
-
+main = partial(run_command, RetrievalOptions, work, about=__doc__)  # of an argv; returns the exit code
 
 if __name__ == "__main__":
     end(main())

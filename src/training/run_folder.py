@@ -20,15 +20,12 @@ from . import checkpoint
 from .errors import UserError, reason
 from .files import expendable, written_whole
 
-PACKAGES = ("training", "open_clip_elip")  # with --copy-codebase
-
 
 def default_name(options: Any) -> str:
     """From the time and the main options, and unlike that of a run that starts in the same second."""
-    stamp = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
     model = re.sub(r"[/:\\]+", "-", options.model)
     main = f"lr_{options.lr}-b_{options.batch_size}-j_{options.workers}-p_{options.precision}"
-    return f"{stamp}-model_{model}-{main}-{secrets.token_hex(2)}"
+    return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-{main}-{secrets.token_hex(2)}"
 
 
 @contextmanager
@@ -79,10 +76,8 @@ def _locked(folder: Path) -> IO[bytes]:
 
 def find_resume(options: Any, folder: Path | None) -> str | None:
     """The checkpoint to continue from, or None to start anew."""
-    if options.resume is None:
-        return None
     if options.resume != "latest":
-        if "://" not in options.resume and not Path(options.resume).is_file():
+        if options.resume is not None and "://" not in options.resume and not Path(options.resume).is_file():
             raise UserError(f"There is no checkpoint at {options.resume}; check --resume.")
         return options.resume
     if folder is None:
@@ -105,21 +100,19 @@ def create(folder: Path, config: dict, copy_codebase: bool = False) -> None:
 
     UserError: they cannot be written, and there are none yet.
     """
+    params = "".join(f"{k}: {config[k]}\n" for k in sorted(config))
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        texts = {"config.yaml": yaml.safe_dump(config, sort_keys=True)}
-        texts["params.txt"] = "".join(f"{k}: {config[k]}\n" for k in sorted(config))
-        for path, text in ((folder / name, text) for name, text in texts.items()):
-            # A run that goes on has one already.
+        for name, text in {"config.yaml": yaml.safe_dump(config, sort_keys=True), "params.txt": params}.items():
+            path = folder / name  # which a run that goes on has already
             with expendable(path) if path.exists() else nullcontext(), written_whole(path) as file:
                 file.write(text.encode())
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    if copy_codebase:
-        for package in PACKAGES:
-            with expendable(folder / "code" / package):
-                source, skipped = Path(__file__).parents[1] / package, shutil.ignore_patterns("__pycache__")
-                shutil.copytree(source, folder / "code" / package, dirs_exist_ok=True, ignore=skipped)
+    for package in ("training", "open_clip_elip") if copy_codebase else ():
+        source, target = Path(__file__).parents[1] / package, folder / "code" / package
+        with expendable(target):
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:

@@ -1,8 +1,7 @@
 """Fully sharded data parallelism (FSDP2): weights, gradients and optimizer states are split over the processes.
 
 A sharded model trains as under DistributedDataParallel: the same autocast, gradients averaged over the processes, the
-same checkpoints. Only what touches weights as a whole goes through this module; each function also takes a model that
-is not sharded, so that the trainer need not ask.
+same checkpoints. Each function here also takes a model that is not sharded, so that the trainer need not ask.
 """
 from __future__ import annotations
 
@@ -32,19 +31,16 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
     All processes start from rank 0's weights. Parameters are replaced, so the optimizer is created afterwards; those of
     one element, such as the logit scale, stay whole on every process, and their gradient is averaged as it arrives.
     There is no mixed-precision policy: autocast alone decides what is computed in half precision, as under DDP.
-
-    Args:
-        model: on the device, its final parameters locked or not; not wrapped or compiled.
-
-    Raises:
-        UserError: the model's batch norm or number formats do not go with sharding.
+    UserError: the model's batch norm or number formats do not go with sharding.
     """
     if ranks.world_size == 1:
         return model
     if any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UserError("With --fsdp the processes' batch norm statistics would differ; add --use-bn-sync.")
+    if len({p.dtype for p in model.parameters() if p.requires_grad and p.numel() > 1}) > 1:
+        what = f"--fsdp cannot split weights of several number formats, as with --precision {precision}"
+        raise UserError(f"{what}; use --precision amp_bf16 or pure_bf16.")
     stacks = list(_stacks(model))
-    _check_formats(model, stacks, precision)
     for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
         dist.broadcast(tensor.detach(), src=0)
 
@@ -76,61 +72,52 @@ def shard(model: nn.Module, ranks: Ranks, precision: str) -> nn.Module:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Tries two steps on copies of a few split parameters, for not every optimizer works on parts of a tensor.
+    """Tries two steps on copies of a few split parameters, if there are any. A collective call then.
 
-    A collective call if there are any. UserError, which calls the optimizer `name`: it does not work, or it keeps a
-    state that could not be resumed.
+    UserError, which calls the optimizer `name`: it does not work on them, or keeps a state that could not be resumed.
     """
     if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
         return
     trial = copy.copy(optimizer)
-    trial.state = defaultdict(dict)
-    trial.param_groups = [
-        {**group, "params": [nn.Parameter(p.detach().clone()) for p in {p.ndim: p for p in group["params"]}.values()]}
-        for group in optimizer.param_groups
-    ]
-    for p in (p for group in trial.param_groups for p in group["params"]):
-        p.grad = p.detach().clone()
+    trial.state, trial.param_groups = defaultdict(dict), []
+    for group in optimizer.param_groups:
+        copies = [nn.Parameter(p.detach().clone()) for p in {p.ndim: p for p in group["params"]}.values()]
+        for p in copies:
+            p.grad = p.detach().clone()
+        trial.param_groups.append({**group, "params": copies})
     try:
         trial.step()
         trial.step()
+        kept = [(p, v) for p, values in trial.state.items() for v in values.values() if isinstance(v, Tensor)]
+        if any(value.ndim > 0 and value.shape != p.shape for p, value in kept):
+            raise ValueError("It keeps a state that cannot be split.")
     except Exception as error:  # of any kind, from the depths of torch
         raise UserError(f"--opt {name} does not work on split weights; use adamw, or leave out --fsdp.") from error
-    kept = ((p, v) for p, values in trial.state.items() for v in values.values() if isinstance(v, Tensor))
-    if any(value.ndim > 0 and value.shape != p.shape for p, value in kept):
-        raise UserError(f"--opt {name} keeps a state that cannot be split; use adamw, or leave out --fsdp.")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(_bare(model), FSDPModule)
 
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Context in which backward passes add up gradients on each process, to be averaged by the first one after it."""
     model = _bare(model)
-    if not isinstance(model, FSDPModule):
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-            yield
-        return
-    model.set_requires_gradient_sync(False)
-    try:
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        model.set_requires_gradient_sync(False)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
         yield
-    finally:
+    if sharded:
         model.set_requires_gradient_sync(True)
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Context in which every process holds all weights whole, for evaluation; a collective call.
+    """Context in which every process holds all weights whole, for evaluation only; a collective call.
 
     Any method of the model can be called there, and not equally often on all processes, which sharded layers require.
-    Nothing may be trained or loaded in it.
     """
     root = _bare(model)
     modules = _sharded_modules(root)
     for module in modules:
-        module.reshard()  # what a forward pass has left whole may be out of date
+        module.reshard()  # what a forward pass left whole may be out of date
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
@@ -147,36 +134,43 @@ def unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> N
     # torch takes the layout of all gradients from the first one, which must not be a whole one then.
     parameters = sorted((p for group in groups for p in group["params"]), key=lambda p: not isinstance(p, DTensor))
     optimizer.param_groups = [{"params": parameters}]
-    try:
-        scaler.unscale_(optimizer)
-    finally:
-        optimizer.param_groups = groups
+    scaler.unscale_(optimizer)
+    optimizer.param_groups = groups
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients down to a total norm of `max_norm` if theirs is larger; returns the norm they had, ().
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm of all gradients together, (), before they are scaled down to `max_norm` if one is given and exceeded.
 
-    It is that of the whole gradient, the same on every process; a collective call for a sharded model.
+    It is the same on every process; a collective call for a sharded model.
     """
-    parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    norm = nn.utils.get_total_norm(gradients).full_tensor()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    norm = nn.utils.get_total_norm(gradients)
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of model and optimizer as if nothing were sharded, on rank 0 on the CPU; a collective call.
+    """State dicts of model and optimizer as if nothing were sharded: on rank 0 on the CPU, on others empty. Collective.
 
-    Other ranks of a sharded model get two empty ones. Of a model that is not sharded, the state dicts as they are.
+    Of a model that is not sharded, the state dicts as they are.
     """
     states = model.state_dict(), optimizer.state_dict()
-    if is_sharded(model):
-        states = tuple(tree_map(_whole, dict(state)) for state in states)
-        states = states if dist.get_rank() == 0 else ({}, {})
-    return states
+    if not isinstance(_bare(model), FSDPModule):
+        return states
+    main = dist.get_rank() == 0
+
+    def whole(value: Any) -> Any:
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=True) if main else None  # the others drop it at once
+        return value
+
+    states = tree_map(whole, tuple(map(dict, states)))
+    return states if main else ({}, {})
 
 
 def load_full_state_dict(
@@ -184,8 +178,7 @@ def load_full_state_dict(
 ) -> None:
     """Loads what `full_state_dict` gave, of a sharded model or another; each process passes it whole.
 
-    Without an optimizer, the weights only. What does not fit raises as torch does: RuntimeError for weights, ValueError
-    for the optimizer's state.
+    Without an optimizer, the weights only. RuntimeError, ValueError: the weights, the optimizer's state do not fit.
     """
     own = model.state_dict()
     model.load_state_dict({name: shard_like(own.get(name), value) for name, value in weights.items()})
@@ -208,16 +201,6 @@ def _stacks(module: nn.Module) -> Iterator[list[nn.Module]]:
         yield from _stacks(child)
 
 
-def _check_formats(model: nn.Module, stacks: list[list[nn.Module]], precision: str) -> None:
-    """Gradients that travel together must have one number format."""
-    layers = [list(layer.parameters()) for stack in stacks for layer in stack]
-    in_layers = {p for layer in layers for p in layer}
-    rest = [p for p in model.parameters() if p not in in_layers and p.numel() > 1]
-    if any(len({p.dtype for p in group if p.requires_grad}) > 1 for group in [*layers, rest]):
-        what = f"--fsdp cannot split layers whose weights differ in number format, as with --precision {precision}"
-        raise UserError(f"{what}; use --precision amp_bf16 or pure_bf16.")
-
-
 def _average_gradient(p: nn.Parameter) -> None:
     dist.all_reduce(p.grad)
     p.grad /= dist.get_world_size()
@@ -229,15 +212,6 @@ def _sharded_modules(model: nn.Module) -> list[nn.Module]:
 
 def _bare(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # out of torch.compile
-
-
-def _whole(value: Any) -> Any:
-    """A copy of a tensor, whole, on rank 0's CPU; the other ranks drop it at once."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
 
 
 def shard_like(own: Any, value: Any) -> Any:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,76 +31,66 @@ from .figures import Figures, describe
 from .files import append
 from .log import RunLog
 from .options import TrainingOptions
-from .plan import Plan
-from .sharding import clip_grad_norm, full_state_dict, gathered, is_sharded, load_full_state_dict, unscale
-from .tasks.base import Batch, Engine, Progress, Task
+from .plan import Plan, differences
+from .sharding import clip_grad_norm, full_state_dict, gathered, unscale
+from .tasks.base import Batch, Engine, Progress, Task, is_due
+
+# Options that an optimizer keeps with its parameters, and their names there.
+_IN_GROUPS = {
+    "lr": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "eps": "eps", "momentum": "momentum",
+    "layer_decay": "lr_scale",
+}  # fmt: skip
 
 
+@dataclass(eq=False)
 class Trainer:
-    """
-    Args:
-        options: of the run.
-        ranks: this process among the others.
-        model: the bare model; its weights are what is saved.
-        runnable: the same model as it is run: wrapped by DDP, compiled, or itself.
-        task: what is learnt.
-        data: training data, with its position.
-        optimizer: steps the model's parameters.
-        folder: the run's folder, or None to write nothing.
-        described: goes into each checkpoint: the resolved configuration ("config"), and what the model is ("model").
-    """
+    options: TrainingOptions
+    ranks: Ranks
+    model: nn.Module  # bare; its weights are what is saved
+    runnable: nn.Module  # the same model as it is run: wrapped by DDP, compiled, or itself
+    task: Task
+    data: TrainData
+    optimizer: torch.optim.Optimizer
+    folder: Path | None = None  # None writes nothing
+    described: dict[str, Any] = field(default_factory=dict)  # goes into each checkpoint: the configuration, the model
 
-    def __init__(
-        self,
-        options: TrainingOptions,
-        ranks: Ranks,
-        model: nn.Module,
-        runnable: nn.Module,
-        task: Task,
-        data: TrainData,
-        optimizer: torch.optim.Optimizer,
-        folder: Path | None = None,
-        described: dict[str, Any] | None = None,
-    ):
-        self.options, self.ranks, self.model, self.task = options, ranks, model, task
-        self.data, self.optimizer, self.folder, self.described = data, optimizer, folder, described or {}
-        self.engine = Engine(runnable, options.precision, ranks.device)
+    def __post_init__(self):
+        options, ranks = self.options, self.ranks
+        self.engine = Engine(self.runnable, options.precision, ranks.device)
         self.input_dtype = open_clip.get_input_dtype(options.precision)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema = None if options.ema_decay is None else Ema(model, options.ema_decay)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = None if options.ema_decay is None else Ema(self.model, options.ema_decay)
         self.control = Control(ranks)
-        self.saver = checkpoint.Saver(
-            folder / "checkpoints" if folder is not None and ranks.is_main else None,
-            keep_last=options.keep_last,
-            every_minutes=options.save_every_n_minutes,
-            delete_previous=options.delete_previous_checkpoint,
-        )
-        self.show_progress = sys.stderr.isatty() if options.progress is None else options.progress
-        self.plan = Plan.of(options, data.num_batches, ranks.world_size)
-        self.schedule = self.plan.schedule(optimizer, options)
-        self.figures = Figures(ranks, options.precision)
+        kept = self.folder / "checkpoints" if self.folder is not None and ranks.is_main else None
+        how_many = options.keep_last, options.save_every_n_minutes, options.delete_previous_checkpoint
+        self.saver = checkpoint.Saver(kept, *how_many)
+        self.plan = Plan.of(options, self.data.num_batches, ranks.world_size)
+        self.schedule = self.plan.schedule(self.optimizer, options)
+        self.figures = Figures(ranks, options.precision, self.plan.global_batch)
         self.epoch = self.steps = self.samples = 0  # in all: epochs completed, optimizer steps, samples seen
         self.epoch_steps = 0  # optimizer steps of the current epoch
         self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
         self.nonfinite_steps = 0
         self.notes: list[str] = []  # to be logged when the run begins
+        warmup, total = self.plan.warmup_steps, self.plan.total_steps
+        if self.schedule is not None and warmup > total > 0:
+            longer = f"Warm-up ({warmup} steps) is longer than the run ({total} steps)"
+            self.notes.append(f"{longer}, so the learning rate ends at {total / warmup:.0%} of --lr; lower --warmup.")
 
     # ------------------------------------------------------------------ the loop
 
     def fit(self, run_log: RunLog) -> None:
         """Trains from the current state to the end of the run, evaluating and saving on the way.
 
-        Raises:
-            Stopped: the run ended early and in order: a signal, or a non-finite loss with `--nonfinite stop`.
-            UserError: on all ranks, when the data of any rank turn out to be unusable.
+        `Stopped`: it ended early and in order: a signal, or a non-finite loss with `--nonfinite stop`. UserError, on
+        all ranks: the data of any rank turned out to be unusable.
         """
         self.run_log = run_log
         for note in self.notes:
             logging.warning(note)
-        self.warn_of_long_warmup()
         with self.control:
-            between_epochs = self.epoch > 0 and self.epoch_steps == 0
-            if between_epochs and not self.ranks.broadcast(run_log.has_evaluation(self.epoch)):
+            evaluated = self.ranks.broadcast([row.get("epoch") for row in run_log.results])
+            if self.epoch > 0 and self.epoch_steps == 0 and self.epoch not in evaluated:
                 self.evaluate()  # the run ended between the last save and its evaluation
             while not self.finished:
                 self.train_epoch()
@@ -120,8 +110,14 @@ class Trainer:
         self.engine.model.train()
         left = self.plan.steps_left(self.epoch_steps, self.samples)
         batches = iter(self.data.epoch(self.epoch) if left else ())
+        if left and not self.control.begun:
+            slow = ", after the model is compiled, which takes minutes" if self.options.torchcompile else ""
+            logging.info(f"Reading the first batch, for the first step{slow}.")
         self.figures.start()
-        with self.progress_bar() as bar:
+        show = sys.stderr.isatty() if self.options.progress is None else self.options.progress
+        place = {"initial": self.epoch_steps, "total": self.plan.steps_per_epoch, "unit": "step", "leave": False}
+        name = f"epoch {self.epoch + 1}/{self.plan.epochs}"
+        with tqdm(desc=name, disable=not (show and self.ranks.is_main), **place) as bar:
             for i in range(left):
                 position = self.data.state_dict()  # a window that is fetched but not trained on is fetched again
                 window, error = self.fetch(batches)
@@ -133,7 +129,7 @@ class Trainer:
                 if (self.epoch_steps - 1) % self.options.log_every_n_steps == 0 or i == left - 1:
                     self.log_step(losses, lr)
                 if self.options.save_every_n_steps and self.steps % self.options.save_every_n_steps == 0:
-                    self.save_step(self.data.state_dict())
+                    self.save([f"step_{self.steps}.pt"], self.data.state_dict())
         self.act_on_wishes(self.data.state_dict())
         self.report_skipped()
 
@@ -142,39 +138,29 @@ class Trainer:
         if self.schedule is not None:
             self.schedule(self.samples / self.plan.reference_batch)
         lr = self.optimizer.param_groups[0]["lr"]
-        scaler = self.engine.scaler
+        scaler = self.engine.scaler  # only under `amp` does it do anything
         progress = Progress(self.epoch, self.epoch_steps, self.steps, self.samples, self.plan)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.task.gradients(window, self.engine, progress)
-        if scaler is not None:
-            unscale(scaler, self.optimizer)
-        norm = self.clip_gradients()
+        unscale(scaler, self.optimizer)
+        norm = clip_grad_norm(self.parameters, self.options.grad_clip_norm)
         applied = bool(torch.isfinite(norm))  # the same on all ranks, for gradients are averaged
-        if scaler is not None:
-            scaler.step(self.optimizer)  # which leaves a step that is not finite out
+        if applied or scaler.is_enabled():  # which leaves a step that is not finite out by itself
+            scaler.step(self.optimizer)
             scaler.update()
-        elif applied:
-            self.optimizer.step()
         self.task.after_step(self.model, applied)
         if self.ema is not None and applied:
             self.ema.update(self.model)
         # An infinite gradient of a finite loss is the scaler's business.
-        failed = not applied and (scaler is None or not bool(torch.isfinite(losses["loss"])))
-        self.nonfinite = None if not failed else {
-            "step": self.steps, "rank": self.ranks.rank, "loss": losses["loss"].item(), "gradient_norm": norm.item(),
-            "keys": [key for batch in window for key in batch["key"]],
-        }
+        if not applied and not (scaler.is_enabled() and bool(torch.isfinite(losses["loss"]))):
+            keys = [key for batch in window for key in batch["key"]]
+            where = {"step": self.steps, "rank": self.ranks.rank}
+            self.nonfinite = {**where, "loss": losses["loss"].item(), "gradient_norm": norm.item(), "keys": keys}
         self.steps, self.epoch_steps = self.steps + 1, self.epoch_steps + 1
         self.samples += self.plan.global_batch
         self.figures.steps += 1
+        self.control.begun = True
         return losses, lr
-
-    def clip_gradients(self) -> Tensor:
-        """The norm of all gradients together, before they are clipped to --grad-clip-norm (if given)."""
-        if self.options.grad_clip_norm is not None or is_sharded(self.model):
-            return clip_grad_norm(self.parameters, self.options.grad_clip_norm or math.inf)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
         """The next window, or what is wrong with this rank's data."""
@@ -191,32 +177,26 @@ class Trainer:
     def act_on_wishes(self, position: dict[str, Any], error: UserError | None = None) -> None:
         """Saves or stops when any rank wants to: on a signal, by the clock, after a non-finite step, on bad data.
 
-        Args:
-            position: the data position that goes with the current weights.
-            error: what went wrong with this rank's data.
+        `position`: of the data, for the current weights. `error`: what went wrong with this rank's data.
         """
         try:
-            wishes = self.control.agree(save=self.saver.due(), nonfinite=self.nonfinite is not None, error=error)
+            signal, save, nonfinite = self.control.agree(self.saver.due(), self.nonfinite is not None, error)
         except UserError:
             if self.steps:
-                self.save_step(position)  # once the data are mended, the run goes on here
+                self.save([f"step_{self.steps}.pt"], position)  # once the data are mended, the run goes on here
             raise
-        if wishes.nonfinite:
+        if nonfinite:
             self.record_nonfinite()
-        stop = wishes.nonfinite and self.options.nonfinite == "stop"
-        if wishes.save or wishes.signal or stop:
-            self.save_step(position)
+        stop = nonfinite and self.options.nonfinite == "stop"
+        if save or signal or stop:
+            self.save([f"step_{self.steps}.pt"], position)
         if stop:
-            raise Stopped(
-                f"The loss or gradient of step {self.steps - 1} was not finite, so it was not applied; the samples are "
-                "in nonfinite.jsonl, and --resume latest goes on after them (--nonfinite skip passes over such steps).",
-                EXIT_NONFINITE,
-            )
-        if wishes.signal:
-            raise Stopped(
-                f"Stopped by signal {wishes.signal} after step {self.steps}; --resume latest goes on exactly here.",
-                EXIT_INTERRUPTED,
-            )
+            what = f"The loss or gradient of step {self.steps - 1} was not finite, so it was not applied"
+            after = "--resume latest goes on after them (--nonfinite skip passes over such steps)"
+            raise Stopped(f"{what}; the samples are in nonfinite.jsonl, and {after}.", EXIT_NONFINITE)
+        if signal:
+            where = f"Stopped by signal {signal} after step {self.steps}"
+            raise Stopped(f"{where}; --resume latest goes on exactly here.", EXIT_INTERRUPTED)
 
     def record_nonfinite(self) -> None:
         self.nonfinite_steps += 1
@@ -229,7 +209,7 @@ class Trainer:
     def log_step(self, losses: dict[str, Tensor], lr: float) -> None:
         values = self.ranks.mean(losses)  # waits for the device, so the clock is true
         where = {"step": self.steps - 1, "epoch": self.epoch, "samples": self.samples}
-        row = self.figures.row(where, values, lr, self.plan.global_batch, self.task.log(self.model))
+        row = self.figures.row(where, values, lr, self.task.log(self.model))
         self.run_log.train(row)
         left = (self.plan.total_samples - self.samples) / row["samples_per_second"]
         place = f"epoch {self.epoch + 1}/{self.plan.epochs} step {self.epoch_steps}/{self.plan.steps_per_epoch}"
@@ -243,18 +223,6 @@ class Trainer:
         if self.nonfinite_steps:
             logging.warning(f"{self.nonfinite_steps} steps so far were not applied: not finite.")
 
-    def warn_of_long_warmup(self) -> None:
-        warmup, total = self.plan.warmup_steps, self.plan.total_steps
-        if self.schedule is not None and warmup > total > 0:
-            longer = f"Warm-up ({warmup} steps) is longer than the run ({total} steps)"
-            logging.warning(f"{longer}, so the learning rate ends at {total / warmup:.0%} of --lr; lower --warmup.")
-
-    def progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.plan.steps_per_epoch, initial=self.epoch_steps, unit="step", leave=False,
-            desc=f"epoch {self.epoch + 1}/{self.plan.epochs}", disable=not (self.show_progress and self.ranks.is_main),
-        )  # fmt: skip
-
     def evaluate(self) -> None:
         """What is due after the epoch just completed; the averaged weights too, if there are any (`ema/...`)."""
         try:
@@ -267,8 +235,7 @@ class Trainer:
             self.figures.evaluations.append(metrics)
             self.run_log.evaluation(metrics, self.steps)
             logging.info(f"Evaluation after epoch {self.epoch}: " + describe(metrics))
-            if self.ranks.is_main:
-                self.saver.keep_best(self.epoch, self.task.score(metrics))
+            self.saver.keep_best(self.epoch, {row.get("epoch"): self.task.score(row) for row in self.run_log.results})
 
     # ------------------------------------------------------------------ state
 
@@ -283,12 +250,12 @@ class Trainer:
             "name": self.options.name,
             "state_dict": weights,
             "optimizer": optimizer,
-            "scaler": self.engine.scaler.state_dict() if self.engine.scaler is not None else {},
+            "scaler": self.engine.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "task": self.task.state_dict(),
-            "plan": self.plan.state_dict(),
-            "data": self.ranks.gather(position if self.epoch_steps else {}),
+            "plan": asdict(self.plan),
+            "data": self.ranks.gather(position),
             "random": self.ranks.gather(self.engine.random_state()),
             "nonfinite_steps": self.nonfinite_steps,
             **self.described,
@@ -297,25 +264,19 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], source: str | Path) -> None:
         """Continues from `state_dict`, from an OpenCLIP checkpoint (its epoch), or from bare weights (epoch 0).
 
-        Raises:
-            UserError: the state does not fit this run; what is loaded by then is not used.
+        UserError: the state does not fit this run; what is loaded by then is not used.
         """
-        weights = checkpoint.fitting_weights(self.model, state.get("state_dict", state), source)
         whole = "epoch" in state
-        try:
-            optimizer = self.optimizer if whole else None
-            load_full_state_dict(self.model, optimizer, weights, state["optimizer"] if whole else None)
-        except (KeyError, ValueError) as error:
-            wrong = f"The optimizer state in {source} does not fit --opt {self.options.opt}: {error}"
-            raise UserError(wrong) from error
-        if self.ema is not None:
-            self.ema = Ema(self.model, self.options.ema_decay)
+        optimizer, own_groups = self.optimizer if whole else None, [dict(g) for g in self.optimizer.param_groups]
+        self.ema = checkpoint.restore(self.model, state, source, optimizer, self.options.ema_decay)
         if not whole:
             return
-        if self.engine.scaler is not None and state.get("scaler"):
+        before = state.get("config", dict.fromkeys(_IN_GROUPS))  # of OpenCLIP's nothing is known
+        changed = differences(before, self.described.get("config", {}))
+        for group, own in zip(self.optimizer.param_groups, own_groups, strict=True):
+            group.update({k: own[k] for name in changed if (k := _IN_GROUPS.get(name)) in own})
+        if self.engine.scaler.is_enabled() and state.get("scaler"):
             self.engine.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None and state.get("ema"):
-            self.ema.load_state_dict(state["ema"], state["ema_updates"])
         self.epoch = state["epoch"]
         if "plan" not in state:  # OpenCLIP's: whole epochs
             self.steps = self.epoch * self.plan.steps_per_epoch
@@ -328,16 +289,19 @@ class Trainer:
         self.nonfinite_steps = state["nonfinite_steps"]
         change = self.plan.change_from(state["plan"], mid_epoch=self.epoch_steps > 0)
         if change and not self.options.allow_elastic:
-            raise UserError(
-                f"{source} was written with {change}; continue with what it had, or add --allow-elastic to go on by "
-                "samples seen (not bit for bit)."
-            )
-        self.plan = self.plan.continued(state["plan"], self.options)
+            otherwise = "continue with what it had, or add --allow-elastic to go on by samples seen (not bit for bit)"
+            raise UserError(f"{source} was written with {change}; {otherwise}.")
+        self.plan = Plan.of(self.options, self.data.num_batches, self.ranks.world_size, state["plan"])
         self.schedule = self.plan.schedule(self.optimizer, self.options)
-        workers = state["plan"]["workers"]
-        if not change and workers != self.plan.workers:
-            now = f"{self.plan.workers} loader workers instead of {workers}"
-            self.notes.append(f"{now}: the coming epochs have another sample order than they would have had.")
+        read = differences(*(position.get("identity", {}) for position in (state["data"][0], self.data.state_dict())))
+        told = [changed[name] for name in changed if name not in {"name", "logs", "resume", *read}]
+        if told:
+            self.notes.append(f"Going on with other options than {source} was written with: {', '.join(told)}.")
+        if read:
+            self.notes.append(f"The coming data are not those of the uninterrupted run: {', '.join(read.values())}.")
+        if self.finished:
+            done = f"{self.epoch} epochs, {self.samples:,} samples"
+            self.notes.append(f"Nothing is left to train: {source} has {done}; to go on, raise --epochs or --duration.")
         if change:
             self.notes.append(f"Elastic resume: {source} was written with {change}; going on by samples seen.")
             share = self.epoch_steps / state["plan"]["steps_per_epoch"]
@@ -348,18 +312,12 @@ class Trainer:
                 self.data.load_state_dict(state["data"][self.ranks.rank])
             self.engine.restore_random_state(state["random"][self.ranks.rank])
 
-    def save_step(self, position: dict[str, Any]) -> None:
-        """`step_K.pt`, in the middle of an epoch. Call on all ranks."""
-        self.save([f"step_{self.steps}.pt"], position)
-
     def save_epoch(self) -> None:
         """After an epoch: `epoch_K.pt` every --save-frequency epochs and at the end, `epoch_latest.pt` if asked."""
-        options, names = self.options, []
-        if self.finished or (options.save_frequency > 0 and self.epoch % options.save_frequency == 0):
-            names.append(f"epoch_{self.epoch}.pt")
-        if options.save_most_recent:
-            names.append(checkpoint.LATEST)
-        self.save(names, {})
+        options = self.options
+        due = is_due(self.epoch, options.save_frequency, self.finished) or self.finished
+        names = [f"epoch_{self.epoch}.pt"] * due + [checkpoint.LATEST] * options.save_most_recent
+        self.save(names, self.data.state_dict())
 
     def save_what_failed(self, attempts: int = 5) -> None:
         """At the end of the run: the last checkpoint must be there, so a full disk gets a few more chances."""
@@ -372,29 +330,22 @@ class Trainer:
 
     def save(self, names: list[str], position: dict[str, Any]) -> None:
         """Writes the present state under each name; it is gathered once, and not at all if there is no name."""
-        if not names:
-            return
-        state = self.state_dict(position)
-        if self.ranks.is_main:
-            for name in names:
-                self.saver.save(state, name)
+        state = self.state_dict(position) if names else {}
+        for name in names:
+            self.saver.save(state, name)
 
 
 def evaluate_task(
     task: Task, model: nn.Module, ema: Ema | None, engine: Engine, epoch: int, last: bool
 ) -> dict[str, float]:
-    """What is due at the end of `epoch`; the averaged weights too, if there are any (`ema/...`). {} if nothing is.
-
-    The random numbers of the rest of the run do not depend on it: a resumed run may not evaluate here again.
-    """
+    """What is due at the end of `epoch`; the averaged weights too, if there are any (`ema/...`). {} if nothing is."""
     random_state = engine.random_state()
     try:
         with gathered(model):
             metrics = task.evaluate(model, epoch, last)
         if metrics and ema is not None:
             with ema.applied(model), gathered(model):
-                averaged = task.evaluate(model, epoch, last)
-            metrics |= {f"ema/{name}": value for name, value in averaged.items()}
-    finally:
+                metrics |= {f"ema/{name}": value for name, value in task.evaluate(model, epoch, last).items()}
+    finally:  # the rest of the run must not depend on it: a resumed one may not evaluate here again
         engine.restore_random_state(random_state)
     return metrics

@@ -1,22 +1,20 @@
-"""WiSE-FT: weights between the zero-shot classifier and the fine-tuned one (Wortsman et al. 2022, Eq. 1).
-
-Of one fine-tuning, a curve: accuracy on the training distribution against accuracy on others, for each mixing weight.
-"""
+"""WiSE-FT: weights between the zero-shot classifier and the fine-tuned one (Wortsman et al. 2022, Eq. 1)."""
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from . import checkpoint
+from .errors import UserError, reason
 from .evaluation.results import table
 from .sharding import gathered, load_full_state_dict
 
-ALPHAS = tuple(i / 10 for i in range(11))
+ALPHAS = tuple(i / 10 for i in range(11))  # of a curve
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -30,10 +28,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def interpolate(zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """(1 - alpha) * zero_shot + alpha * fine_tuned, in float32 at least; exactly one of them where alpha is 0 or 1.
 
-    What is not floating point (counters) is the fine-tuned model's. Raises ValueError for other names or shapes.
+    What is not floating point (counters) is the fine-tuned model's.
     """
-    if zero_shot.keys() != fine_tuned.keys() or any(zero_shot[k].shape != v.shape for k, v in fine_tuned.items()):
-        raise ValueError("The weights to interpolate between are not those of one model.")
 
     def between(a: Tensor, b: Tensor) -> Tensor:
         if not b.is_floating_point() or alpha == 1:
@@ -51,16 +47,14 @@ def curve(
     zero_shot: Mapping[str, Tensor],
     fine_tuned: Mapping[str, Tensor],
     evaluate: Callable[[nn.Module], dict[str, float]],
-    alphas: Sequence[float] = ALPHAS,
 ) -> list[dict[str, float]]:
     """Metrics at each alpha, `alpha` first; the model has its own weights again afterwards. A collective call.
 
     zero_shot, fine_tuned: whole state dicts of the model (sharded or not), the same on every process.
     """
-    own = whole_weights(model)
-    rows = []
+    own, rows = whole_weights(model), []
     try:
-        for alpha in alphas:
+        for alpha in ALPHAS:
             load_full_state_dict(model, None, interpolate(zero_shot, fine_tuned, alpha), None)
             with gathered(model):
                 rows.append({"alpha": alpha, **evaluate(model)})
@@ -80,14 +74,12 @@ def describe(rows: Sequence[Mapping[str, float]]) -> str:
     return table(lines)
 
 
-def write(rows: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """`wise_ft.csv`, `wise_ft.json` and `wise_ft.txt` (the table), in an existing folder, or a UserError."""
+def write(rows: Sequence[Mapping[str, float]], folder: Path, mixtures: Mapping[float, dict[str, Any]]) -> None:
+    """`wise_ft.json` and `wise_ft.txt` (the table), and checkpoints by their alpha, in an existing folder."""
     try:
-        with (folder / "wise_ft.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
         (folder / "wise_ft.json").write_text(json.dumps(list(rows), indent=2) + "\n")
         (folder / "wise_ft.txt").write_text(describe(rows) + "\n")
-    except OSError as error:
-        raise UserError(f"The WiSE-FT curve cannot be written to {folder} ({error.strerror}).") from error
+        for alpha, state in mixtures.items():
+            checkpoint.save(state, folder / f"wise_ft_{alpha:g}.pt")
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        raise UserError(f"The WiSE-FT curve cannot be written to {folder} ({reason(error)}).") from error

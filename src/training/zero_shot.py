@@ -6,8 +6,8 @@
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -21,10 +21,11 @@ from .distributed import Ranks, end
 from .errors import UserError
 from .evaluation.loaded import LoadedModel, load_model
 from .evaluation.options import EvaluationOptions
-from .evaluation.passes import EncodeSettings, check_weights, image_encoder
+from .evaluation.passes import EncodeSettings, image_encoder
 from .evaluation.prompts import classify, prompts_key, zero_shot_classifier
-from .evaluation.results import Results, described, described_model, digest_of, keep, read_kept
-from .options.parser import FILE, one_of, option
+from .evaluation.results import Results, described, digest_of
+from .options.kinds import FILE, one_of
+from .options.parser import option
 
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 
@@ -39,29 +40,23 @@ class ZeroShotOptions(EvaluationOptions, title="classes and prompts", command="t
         None, "Class names instead of the data's own: a file as classnames.txt.", FILE, path=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one sentence on stderr."""
-    return run_command(ZeroShotOptions, work, argv, __doc__)
-
-
 def work(options: ZeroShotOptions, ranks: Ranks) -> str:
     """Evaluates on each data set that is not finished yet; returns the table of all."""
     with ranks.agree():
-        results = Results.of(options, ranks)
+        results = Results(options.results, ranks, options.redo)
         found_as = {"split": options.split, "download": options.download, "classnames": options.classnames}
         sets = [_with_templates(load_data(spec, **found_as), options.templates) for spec in options.data]
         loaded = load_model(options, ranks)
-        check_weights(loaded.model, loaded.name)
     rows = [("data", "images", "classes", "top-1", "top-5", "mean per class", "chance")]
     encode = image_encoder(loaded.model, options.torchcompile)
     classifiers: dict[str, Tensor] = {}  # by prompts
     for data in sets:
         key = prompts_key(data)
-        what = described("zero_shot", options, loaded, data, prompts=key)
+        what = described("zero_shot", options, loaded.described, data, prompts=key)
         record = results.find(what)
         if record is None:
             if key not in classifiers:
-                classifiers[key] = _classifier(options, loaded, data, results, ranks)
+                classifiers[key] = _classifier(options, loaded, data, results)
             settings = EncodeSettings.of(options, data.name)
             found = classify(
                 loaded.model, classifiers[key], data, loaded.preprocess, ranks=ranks, settings=settings, encode=encode
@@ -71,21 +66,17 @@ def work(options: ZeroShotOptions, ranks: Ranks) -> str:
     return results.shown(rows)
 
 
-def _classifier(
-    options: ZeroShotOptions, loaded: LoadedModel, data: LabelledImages, results: Results, ranks: Ranks
-) -> Tensor:
+def _classifier(options: ZeroShotOptions, loaded: LoadedModel, data: LabelledImages, results: Results) -> Tensor:
     """`zero_shot_classifier`, kept in the folder of the results."""
-    model, path, kept = described_model(options, loaded), None, None
-    if results.folder is not None:
-        key = digest_of([*(model[name] for name in ("model", "weights", "identity", "precision")), prompts_key(data)])
-        path = results.folder / "classifiers" / f"{key}.pt"
-        kept = read_kept(path, ranks, results.redo)
-    if kept is not None:
-        return kept["classifier"]
-    classifier = zero_shot_classifier(loaded.model, loaded.tokenizer, data, ranks=ranks, precision=options.precision)
-    if path is not None:
-        keep({"classifier": classifier}, path, ranks, "--results")
-    return classifier
+
+    def make() -> dict[str, Tensor]:
+        model, tokenizer, *_ = loaded
+        made = zero_shot_classifier(model, tokenizer, data, ranks=results.ranks, precision=options.precision)
+        return {"classifier": made}
+
+    name = f"{digest_of([loaded.described, prompts_key(data)])}.pt"
+    path = None if results.folder is None else results.folder / "classifiers" / name
+    return results.kept(path, "--results", make)["classifier"]
 
 
 def _with_templates(data: LabelledImages, given: str | None) -> LabelledImages:
@@ -103,6 +94,8 @@ def _row(name: str, metrics: dict[str, float]) -> tuple[str, ...]:
     chance = f"{1 / metrics['classes']:.2%}"
     return (name, f"{metrics['num_samples']:,}{skipped}", f"{metrics['classes']:,}", *accuracies, chance)
 
+
+main = partial(run_command, ZeroShotOptions, work, about=__doc__)  # of an argv; returns the exit code
 
 if __name__ == "__main__":
     end(main())

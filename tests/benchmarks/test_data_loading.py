@@ -1,24 +1,17 @@
 """The loader benchmark at its smallest. Nothing here depends on speed."""
 from __future__ import annotations
 
-import importlib
 import json
 import os
-from pathlib import Path
 
+import data_loading as script
 import pytest
 import torch
 
 from training.data import images
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("data_loading")
-
-
-def test_all_loaders_take_turns_and_are_told(script, tmp_path, capsys):
+def test_all_loaders_take_turns_and_are_told(tmp_path, capsys):
     cores = getattr(os, "sched_getaffinity", lambda pid: None)  # Linux has it
     before = torch.get_num_threads(), cores(0)
     words = ["--quick", "--sizes", "64", "--rounds", "2"]
@@ -36,11 +29,11 @@ def test_all_loaders_take_turns_and_are_told(script, tmp_path, capsys):
         expected = [mine / other for mine, other in zip(rates[name], rates["open_clip_train"], strict=True)]
         assert len(expected) == 2 and ratio["rounds"] == pytest.approx(expected, abs=2e-3)
     shown = (tmp_path / "a.md").read_text()
-    assert shown.count("| 64 px") == len(names) and report["machine"]["cpu"] in shown
+    assert shown.count("| 64 px") == len(names) and report["machine"]["device"] in shown
     assert shown.splitlines()[2] in capsys.readouterr().out
 
 
-def test_photographs_are_as_large_as_asked_and_always_the_same(script):
+def test_photographs_are_as_large_as_asked_and_always_the_same():
     picture = script.photograph(5, 96)
     assert max(picture.size) == 96 and picture.mode == "RGB"
     assert script.jpeg(picture) == script.jpeg(script.photograph(5, 96)) != script.jpeg(script.photograph(6, 96))

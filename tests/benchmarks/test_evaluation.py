@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import json
 
-from .test_train_step import load
+import evaluation
 
 
 def test_both_sides_agree_and_are_told(tmp_path, capsys):
     words = ["--model", "ViT-Ti-8-64-ELIP", "--device", "cpu", "--images", "6", "--pixels", "80", "--classes", "5"]
     words += ["--batch-size", "4", "--workers", "0", "--rounds", "2", "--results", str(tmp_path)]
-    assert load("evaluation").main(words) == 0
+    assert evaluation.main(words) == 0
     found = json.loads((tmp_path / "evaluation_cpu.json").read_text())
     checks = found["checks"]
     assert checks["feature_difference"] < 1e-5
@@ -24,5 +24,5 @@ def test_both_sides_agree_and_are_told(tmp_path, capsys):
 
 
 def test_an_unknown_model_is_told(tmp_path, capsys):
-    assert load("evaluation").main(["--model", "ViT-Q", "--results", str(tmp_path)]) == 2
+    assert evaluation.main(["--model", "ViT-Q", "--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: There is no model named")

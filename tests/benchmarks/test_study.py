@@ -7,20 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_study_data
 import pandas
 import pytest
 import torch
 import yaml
+from benchmarks.study import cells, report, run
+from scripts import study as script
 
 from training.errors import UserError
 
-from ..study_packages import load_script, write_packages
+from ..study_packages import write_packages
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.study import cells, report, run  # noqa: E402
-
 CONFIGS, RESULTS = ROOT / "configs" / "study", ROOT / "benchmarks" / "results" / "study"
 BEGUN: dict[str, torch.Tensor] = {}  # weights at the start
 NONE = {"token-reduction": {"method": "none"}}
@@ -31,7 +30,7 @@ TABLE = {"steps": {"title": "Methods", "reference": "none", "cells": {"none": NO
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     packages = write_packages(folder / "packages")
-    load_script("make_study_data").build(folder / "data", packages=packages, size=64, holdout=0.2)
+    make_study_data.build(folder / "data", packages=packages, size=64, holdout=0.2)
     return folder / "data"
 
 
@@ -54,17 +53,14 @@ def write_configs(folder: Path, tables: dict, samples: int = 16, seeds=(0,), dat
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------- cells and runs
-
 
 def test_the_committed_study_has_all_that_it_should(data):
     study, of_cell = cells.load_study(CONFIGS), expanded(data)
     tables = {table.name: table for table in study.tables}
     methods = {"none", "elip", "elip-depth1", "evit", "tome", "random", "random-unmasked"}
     assert all({cell.name for cell in tables[name].cells} == methods for name in ("steps", "compute"))
-    assert {cell.options.get("token-reduction", {}).get("lam") for cell in tables["lam"].cells} == {
-        None, 0.0, 0.2, 0.4, 0.8, 1.0,
-    }  # fmt: skip
+    found = {cell.options.get("token-reduction", {}).get("lam") for cell in tables["lam"].cells}
+    assert found == {None, 0.0, 0.2, 0.4, 0.8, 1.0}
     assert len(tables["schedule"].cells) == 6 and len(study.seeds) >= 3
     default = of_cell["steps/elip", 0]
     assert {"lam/match-0.6", "merge/merge", "scoring/block", "downstream/reduced"} < set(default.cells)
@@ -101,8 +97,6 @@ def test_bad_tables_are_refused(tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence):
         cells.load_study(tmp_path)
 
-
-# --------------------------------------------------------------------------------------------------------------- report
 
 
 def made_up_runs(seeds: int = 3) -> pandas.DataFrame:
@@ -158,8 +152,6 @@ def test_a_part_of_the_results_is_reported(tmp_path):
     assert "nothing to report" in report.write_report(study, runs[:0], tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
-
-# -------------------------------------------------------------------------------------------------------------- running
 
 
 @pytest.mark.parametrize("method", ["none", "elip", "evit", "tome", "random"])
@@ -232,7 +224,7 @@ def test_what_is_finished_is_not_run_again_and_the_same_command_gives_the_same(t
 
 
 def refused(capsys, *line) -> str:
-    assert load_script("study").main(list(map(str, line))) == 2
+    assert script.main(list(map(str, line))) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error

@@ -2,32 +2,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import train_step as script
 
-from open_clip_elip.profile.captions import typical_lengths
-from open_clip_elip.profile.command import COMPILED
-from open_clip_elip.profile.models import Candidate
-from training.tasks.contrastive import COMPILED_MULTIPLE, COMPILED_PARTS
+from open_clip_elip.profile.models import Candidate, caption_lengths
 
 TINY = "ViT-Ti-8-64-ELIP"
 CPU = torch.device("cpu")
-
-
-def load(name: str):
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load("train_step")
 
 
 def options(**changes) -> argparse.Namespace:
@@ -51,23 +36,18 @@ def sides(ours: str):
 def test_without_reduction_both_sides_take_the_same_step():
     theirs, own, _ = sides(f"{TINY}:method=none")
     assert type(theirs.model) is open_clip.CLIP
-    for side in (theirs, own):
-        for group in side.optimizer.param_groups:
+    for expected, found in zip(theirs.optimizer.param_groups, own.optimizer.param_groups, strict=True):
+        assert [p.shape for p in expected["params"]] == [p.shape for p in found["params"]]
+        for group in (expected, found):
+            assert [group[key] for key in ("lr", "betas", "eps")] == [script.LR, script.BETAS, script.EPS]
             group.update(lr=0.1, eps=1.0)  # steps that follow the gradient, not its sign
+        assert expected["weight_decay"] == found["weight_decay"]
     before = theirs.model.visual.proj.detach().clone()
-    theirs.steps(2)
-    own.steps(2)
+    theirs(2)
+    own(2)
     assert not torch.allclose(theirs.model.visual.proj, before, atol=1e-4)
     for (name, expected), found in zip(theirs.model.named_parameters(), own.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_groups_of_the_optimizers_are_the_same():
-    theirs, own, _ = sides(TINY)
-    for expected, found in zip(theirs.optimizer.param_groups, own.optimizer.param_groups, strict=True):
-        assert [p.shape for p in expected["params"]] == [p.shape for p in found["params"]]
-        for key in ("lr", "betas", "eps", "weight_decay"):
-            assert expected[key] == found[key]
 
 
 def test_options_of_a_model_reach_the_trainer():
@@ -78,17 +58,13 @@ def test_options_of_a_model_reach_the_trainer():
     assert (config.lam, config.merge, config.scoring_depth) == (0.5, False, 1)
 
 
-def test_the_profile_cuts_captions_for_compiled_models_as_the_trainer_does():
-    assert (COMPILED_PARTS, COMPILED_MULTIPLE) == COMPILED
-
-
 def test_results(tmp_path, capsys):
     names = [TINY, f"{TINY}:scoring_depth=1"]
     words = ["--models", *names, "--batch-size", "4", "--device", "cpu", "--caption-length", "8", "--rounds", "2"]
     assert script.main([*words, "--results", str(tmp_path), "--name", "try"]) == 0
     found = json.loads((tmp_path / "train_step_cpu_try.json").read_text())
     assert [result["model"] for result in found["results"]] == names
-    assert found["setting"]["caption_tokens"]["max"] == max(typical_lengths(4, 8.0))
+    assert found["setting"]["caption_tokens"]["max"] == max(caption_lengths("8", 4))
     plain = script.count(Candidate.parse(f"{TINY}:method=none"), options())
     for result in found["results"]:
         assert result["open_clip"]["flops"] == plain.total

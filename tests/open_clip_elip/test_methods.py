@@ -1,35 +1,37 @@
-"""The rival methods against their slow references: features, gradients, order, sizes, budgets, and what they refuse."""
-
+"""The methods in models: against the slow references, compiled, checkpointed, in low precision, in two processes."""
 from __future__ import annotations
 
-import json
 import math
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip_elip import with_token_reduction, without_token_reduction
-from open_clip_elip.reduction import (
-    METHODS,
-    Evit,
-    EvitConfig,
-    RandomDrop,
-    RandomDropConfig,
-    Tome,
-    TomeConfig,
-    drop_alternatives,
-)
+from open_clip_elip.reduction import Evit, RandomDrop, Tome
+from open_clip_elip.reduction.evit import EvitConfig
+from open_clip_elip.reduction.random_drop import RandomDropConfig
+from open_clip_elip.reduction.tome import TomeConfig
 from training import sharding
 from training.distributed import Ranks
 
 from ..processes import spawn
-from . import reference_methods as reference
-from .tiny import contrastive_loss, gradients, pairs, plain_model, random_blocks
+from . import reference
+from .tiny import (
+    assert_one_sentence,
+    config,
+    contrastive_loss,
+    gradients,
+    pairs,
+    plain_model,
+    seeded,
+    seen_lengths,
+    step,
+)  # fmt: skip
 
-RIVALS = ("evit", "tome", "random")
-ALL = ("elip", *RIVALS)
+ALL = ("elip", "evit", "tome", "random")
 EVIT_LAYERS = {1: (1,), 4: (1, 2, 3), 8: (3, 5, 7), 12: (4, 7, 10), 24: (8, 14, 20)}
 SMALL = {"evit": {}, "tome": {"r": 3}, "random": {}, "elip": {}}
 
@@ -45,59 +47,30 @@ def build(method, depth=4, size=32, pool="tok", heads=2, custom_text=False, seed
     return with_token_reduction(plain, method=method, **options)
 
 
-def by_reference(model, image, text, run):
-    """Output of the model whose layers are run by `run(blocks, x, guidance)`."""
-    visual = model.visual
-    text_features = F.normalize(without_token_reduction(model).encode_text(text), dim=-1)
-    guidance = (text_features @ visual.proj.T).detach()
-    x = run(visual.transformer.resblocks, visual._embeds(image), guidance)
-    features = F.normalize(visual._pool(x)[0] @ visual.proj, dim=-1)
-    return {"image_features": features, "text_features": text_features, "logit_scale": model.logit_scale.exp()}
-
-
-def step(model, image, text, run=None):
-    model.zero_grad()
-    output = model(image, text) if run is None else by_reference(model, image, text, run)
-    contrastive_loss(output).backward()
-    return {k: v.detach() for k, v in output.items()}, gradients(model)
-
-
-def assert_same(model, batch, run):
-    expected, expected_gradients = step(model, *batch, run)
-    assert not any(g is None for g in expected_gradients.values())
-    for shortcuts in (True, False):
-        model.tower.shortcuts = shortcuts
-        features, found = step(model, *batch)
-        torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(found, expected_gradients, rtol=1e-8, atol=1e-11)
-
-
-def seen_lengths(model, batch):
-    """(in attention, in MLP) of each layer in a training step without shortcuts, tokens per image."""
-    model.tower.shortcuts, images = False, len(batch[0])
-    blocks = model.visual.transformer.resblocks
-    lengths, hooks = [[None, None] for _ in blocks], []
-    for layer, block in enumerate(blocks):
-        for half, norm in enumerate((block.ln_1, block.ln_2)):
-
-            def write(_, args, layer=layer, half=half):
-                lengths[layer][half] = args[0].shape[:-1].numel() / images
-
-            hooks.append(norm.register_forward_pre_hook(write))
-    model(*batch)
-    for hook in hooks:
-        hook.remove()
-    return [tuple(pair) for pair in lengths]
-
-
-def assert_work(model, lengths, total=None):
-    """`lengths` (attention, MLP) are what the model says it does."""
+def assert_work(model, batch, lengths):
+    """`lengths` (attention, MLP) are what is seen in a step and what the model says it does."""
     patches = model.tower.num_patches()
     work = model.reduction.layers(patches)
     assert [(layer.attention, layer.mlp) for layer in work] == lengths
     assert model.tower.token_counts() == [attention for attention, _ in lengths]
     tokens = sum(a + m for a, m in lengths) / 2
     assert model.tower.rrt() == pytest.approx(1 - tokens / (len(lengths) * (1 + patches)), abs=1e-12)
+    assert seen_lengths(model, batch)[0] == lengths
+
+
+def assert_same(model, batch, run, lengths):
+    """Features, gradients, tokens in their order, and the `lengths` that `run` writes."""
+    plain, (image, _) = without_token_reduction(model), batch
+    expected, expected_gradients = step(model, *batch, lambda *batch: reference.output(plain, *batch, run))
+    assert not any(g is None for g in expected_gradients.values())
+    for shortcuts in (True, False):
+        model.tower.shortcuts = shortcuts
+        features, found = step(model, *batch)
+        torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found, expected_gradients, rtol=1e-8, atol=1e-11)
+    tokens = run(model.visual.transformer.resblocks, model.visual._embeds(image), None)
+    torch.testing.assert_close(model.tower.tokens(image, reduce=True), tokens, rtol=1e-9, atol=1e-11)
+    assert_work(model, batch, lengths)
 
 
 # ---------------------------------------------------------------------- features, gradients, lengths
@@ -135,9 +108,7 @@ def test_evit(shape, options):
         x, lengths[:] = reference.evit(blocks, x, options.get("keep_rate", 0.7), layers, options.get("fuse", True))
         return x
 
-    assert_same(model, batch, run)
-    assert_work(model, lengths)
-    assert seen_lengths(model, batch) == lengths
+    assert_same(model, batch, run, lengths)
 
 
 @pytest.mark.parametrize(("depth", "layers"), EVIT_LAYERS.items())
@@ -191,9 +162,7 @@ def test_tome(shape, options):
         x, lengths[:], members[:] = reference.tome(blocks, x, r, options.get("prop_attn", True))
         return x
 
-    assert_same(model, batch, run)
-    assert_work(model, lengths)
-    assert seen_lengths(model, batch) == lengths
+    assert_same(model, batch, run, lengths)
     for of_image in members:
         assert of_image[0] == [0]  # [CLS] first, merged with nothing
         assert sorted(sum(of_image, [])) == list(range(1 + model.tower.num_patches()))
@@ -203,26 +172,26 @@ def test_tome(shape, options):
                                                           ("tok", 1.0, 32), ("avg", 0.9, 8)])  # fmt: skip
 def test_random_dropping(pool, keep_ratio, size):
     model = build("random", pool=pool, size=size, keep_ratio=keep_ratio)
-    batch = pairs(4, size)
+    plain, batch = without_token_reduction(model), pairs(4, size)
     patches = model.tower.num_patches()
     keep = max(1, int(keep_ratio * patches))
     embedded, entered = model.visual._embeds(batch[0]).detach(), []
     model.visual.transformer.resblocks[0].ln_1.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
 
-    torch.manual_seed(5)
-    expected = None
     for shortcuts in (True, False):
         model.tower.shortcuts = shortcuts
-        torch.manual_seed(5)
         entered.clear()
-        found = step(model, *batch)
+        found = seeded(step, model, *batch)
         kept = positions(embedded, entered[0])
         assert all(k == sorted(set(k)) and len(k) == keep for k in kept)
-        expected = expected or step(model, *batch, lambda blocks, x, _, k=kept: reference.random_drop(blocks, x, k))
-        torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(found[1], expected[1], rtol=1e-8, atol=1e-11)
-    assert_work(model, [(1 + keep, 1 + keep)] * 4)
-    assert seen_lengths(model, batch) == [(1 + keep, 1 + keep)] * 4
+
+        def run(blocks, x, _, kept=kept):
+            x = torch.stack([seq[[0] + [1 + i for i in k]] for seq, k in zip(x, kept, strict=True)])
+            return torch.nn.Sequential(*blocks)(x)
+
+        expected = step(model, *batch, lambda *batch, run=run: reference.output(plain, *batch, run))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+    assert_work(model, batch, [(1 + keep, 1 + keep)] * 4)
 
 
 def positions(embedded, entered):
@@ -250,66 +219,6 @@ def test_random_dropping_is_uniform_and_differs_between_images_and_steps():
     assert not torch.equal(reducer([torch.nn.Identity()], x), first)
 
 
-def test_kept_patches_stay_in_order():
-    """Blocks that leave the tokens as they are between reductions: only the choice is left."""
-    blocks = random_blocks(4)
-    for block in blocks:
-        for parameter in (block.attn.out_proj.weight, block.attn.out_proj.bias, *block.mlp.c_proj.parameters()):
-            torch.nn.init.zeros_(parameter)
-    x = torch.randn(3, 17, 16, dtype=torch.float64)
-    reducers = [Evit(EvitConfig(keep_rate=0.8), 4), RandomDrop(RandomDropConfig(), 4), Tome(TomeConfig(r=3), 4)]
-    for reducer in reducers:
-        out = reducer(blocks, x)
-        torch.testing.assert_close(out[:, 0], x[:, 0])
-        for before, after in zip(x, out, strict=True):
-            distance = torch.cdist(after[1:], before[1:])
-            places = distance.argmin(dim=1)[distance.min(dim=1).values < 1e-9].tolist()
-            if not isinstance(reducer, Tome):  # of ToMe the tokens of set A come before those of set B
-                assert len(places) >= 2 and places == sorted(places)
-
-
-# ---------------------------------------------------------------------- target_rrt
-
-
-def rrt_of(work, patches):
-    return 1 - sum(layer.attention + layer.mlp for layer in work) / (2 * len(work) * (1 + patches))
-
-
-TARGETS = [0.0, 0.05, 0.2877, 0.5, 0.8, 0.95]
-
-
-@pytest.mark.parametrize("patches", [1, 16, 49, 196, 576])
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("layers", [1, 4, 12])
-def test_no_keep_rate_is_nearer_to_the_target(target, patches, layers):
-    evit = Evit(EvitConfig(target_rrt=target), layers)
-    rates = (i / 5000 for i in range(1, 5001))
-    schedules = {tuple(evit._layers(patches, rate)) for rate in rates}
-    nearest = min(abs(rrt_of(work, patches) - target) for work in schedules)
-    assert abs(evit.rrt(patches) - target) <= nearest + 1e-12
-    found = evit.layers(patches)
-    assert found == Evit(EvitConfig(keep_rate=evit.keep_rate(patches)), layers).layers(patches)
-
-    random = RandomDrop(RandomDropConfig(target_rrt=target), layers)
-    nearest = min(abs(1 - (1 + keep) / (1 + patches) - target) for keep in range(1, patches + 1))
-    assert abs(random.rrt(patches) - target) == pytest.approx(nearest, abs=1e-12)
-
-
-@pytest.mark.parametrize("patches", [1, 16, 49, 196])
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("layers", [1, 4, 12])
-def test_no_r_is_nearer_to_the_target(target, patches, layers):
-    """Of one r for all layers, and of all that are even to within one in the way of a line drawn in pixels."""
-    tome = Tome(TomeConfig(target_rrt=target), layers)
-    r = [layer.attention - layer.mlp for layer in tome.layers(patches)]
-    distance = abs(tome.rrt(patches) - target)
-    for total in range(layers * ((patches + 1) // 2) + 1):
-        even = [total * (i + 1) // layers - total * i // layers for i in range(layers)]
-        assert distance <= abs(rrt_of(tome._layers(patches, tuple(even)), patches) - target) + 1e-12
-    for r in range(patches // 2 + 1):
-        assert distance <= abs(rrt_of(tome._layers(patches, (r,) * layers), patches) - target) + 1e-12
-
-
 # ---------------------------------------------------------------------- compile, checkpointing, precision, shapes
 
 
@@ -320,12 +229,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def seeded(function, *args):
-    torch.manual_seed(7)
-    return function(*args)
-
-
 COMPILED = {
+    "elip": {"depths": (1, 1), "keep_ratio": (0.6, 0.3)},
+    "elip score": {"depths": (2,), "keep_ratio": (0.5,), "scoring_depth": 1, "text_scale": "none", "merge": False},
     "evit": {"layers": (1,), "keep_rate": 0.6},
     "evit target": {"target_rrt": 0.2},
     "tome": {"r": 3},
@@ -337,41 +243,46 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_without_breaks_or_recompilation(name, fresh_compiler):
     method = name.split()[0]
-    model = build(method, depth=2, **COMPILED[name])
-    model.set_grad_checkpointing(method == "tome")
-    backend = "eager" if method in ("tome", "random") else "aot_eager"
+    model = build(method, depth=2, custom_text="score" in name, **COMPILED[name])
+    model.set_grad_checkpointing(method == "tome" or "score" in name)
+    backend = "eager" if method in ("tome", "random") or "score" in name else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             batch = pairs()
-            expected = _prefixed(seeded(step, model, *batch))
+            expected = seeded(step, model, *batch)
             torch.testing.assert_close(seeded(step, compiled, *batch), expected, rtol=1e-9, atol=1e-10)
-
-
-def _prefixed(outcome):
-    output, found = outcome
-    return output, {f"_orig_mod.{name}": gradient for name, gradient in found.items()}
+    with torch.no_grad():
+        compiled.eval()
+        torch.testing.assert_close(compiled(*batch), model.eval()(*batch), rtol=1e-9, atol=1e-10)
+        model.tower.vision_guided = method == "elip"
+        torch.testing.assert_close(compiled(*batch), model(*batch), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("shortcuts", [True, False])
 @pytest.mark.parametrize("method", ALL)
-def test_gradient_checkpointing_changes_nothing(method, shortcuts):
-    model, batch = build(method, **SMALL[method]), pairs()
+def test_gradient_checkpointing_changes_no_number_but_recomputes(method, shortcuts):
+    model, batch, runs = build(method, **SMALL[method]), pairs(), []
     model.tower.shortcuts = shortcuts
     expected = seeded(step, model, *batch)
-    model.set_grad_checkpointing(True)
-    torch.testing.assert_close(seeded(step, model, *batch), expected, rtol=1e-11, atol=1e-13)
+    model.visual.transformer.resblocks[0].register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    for checkpointing, count in ((True, 2), (False, 1)):
+        model.set_grad_checkpointing(checkpointing)
+        runs.clear()
+        torch.testing.assert_close(seeded(step, model, *batch), expected, rtol=1e-11, atol=1e-13)
+        assert sum(runs) == count
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
 @pytest.mark.parametrize("method", ALL)
-def test_autocast(method, checkpointing):
-    model = build(method, sharp=1, **SMALL[method]).float()  # sharp, rounding would change choices
-    model.set_grad_checkpointing(checkpointing)
+def test_autocast(method, way, fresh_compiler):
+    model = build(method, depth=2 if way == "compiled" else 4, sharp=1, **SMALL[method]).float()
+    model.set_grad_checkpointing(way == "checkpointed")  # not sharp, for then rounding would change choices
     image, text = pairs(4, dtype=torch.float32)
     expected = seeded(model, image, text)
+    run = torch.compile(model, fullgraph=True, backend="eager") if way == "compiled" else model
     with torch.autocast("cpu", torch.bfloat16):
-        output = seeded(model, image, text)
+        output = seeded(run, image, text)
         loss = contrastive_loss(output)
     loss.backward()
     assert F.cosine_similarity(output["image_features"].float(), expected["image_features"]).min() > 0.9
@@ -380,27 +291,18 @@ def test_autocast(method, checkpointing):
         assert grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "fp16", "pure_fp16"])
 @pytest.mark.parametrize("method", ALL)
-def test_weights_in_low_precision(method, dtype):
-    model = build(method, **SMALL[method]).to(dtype)
-    image, text = pairs(4, dtype=dtype)
-    output = model(image, text)
-    assert output["image_features"].dtype == dtype
+def test_weights_in_low_precision(method, precision):
+    options = config(token_reduction={"method": method, **SMALL[method]}, output_dict=True)
+    full, low = (open_clip.create_model("ViT-S-16", **options, precision=name).train() for name in ("fp32", precision))
+    low.load_state_dict(full.state_dict())
+    image, text = pairs(dtype=torch.float32)
+    expected, output = seeded(full, image, text), seeded(low, image.to(low.visual.proj.dtype), text)
+    assert output["image_features"].dtype == low.visual.proj.dtype != torch.float32
+    assert F.cosine_similarity(output["image_features"].float(), expected["image_features"]).min() > 0.98
     contrastive_loss({k: v.float() for k, v in output.items()}).backward()
-    assert all(grad is not None and grad.isfinite().all() for grad in gradients(model).values())
-
-
-@pytest.mark.parametrize("size", [16, (8, 64), (56, 40), 64])
-@pytest.mark.parametrize("method", ALL)
-def test_other_resolutions(method, size):
-    model = build(method, size=size)
-    batch = pairs(2, size)
-    lengths = seen_lengths(model, batch)
-    assert_work(model, lengths)
-    model.tower.shortcuts = True
-    _, found = step(model, *batch)
-    assert all(grad is not None and grad.isfinite().all() for grad in found.values())
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients(low).values())
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -418,15 +320,15 @@ def test_a_sharp_attention_gives_no_nan(method):
 
 # ---------------------------------------------------------------------- several processes
 
-REDUCED = {"evit": {}, "tome": {"r": 3}, "elip": {}}
+REDUCED = ("evit", "tome", "elip")
 
 
 def _in_two_processes(rank, folder):
     """DDP: the gradients as averaged, and their mean by hand. FSDP2: losses and gradients of each half of a batch."""
     found = {}
-    for method, options in REDUCED.items():
+    for method in REDUCED:
         for checkpointing in (False, True):
-            model = build(method, custom_text=checkpointing, **options)
+            model = build(method, custom_text=checkpointing, **SMALL[method])
             model.set_grad_checkpointing(checkpointing)
             torch.manual_seed(1)
             image, text = pairs(8)
@@ -441,7 +343,7 @@ def _in_two_processes(rank, folder):
             (sum(losses) / 2).backward()
             whole = {"losses": [loss.item() for loss in losses], "gradients": gradients(model)}
 
-            sharded = build(method, custom_text=checkpointing, **options)
+            sharded = build(method, custom_text=checkpointing, **SMALL[method])
             sharded = sharding.shard(sharded, Ranks(torch.device("cpu"), rank, rank, 2), "fp32")
             sharded.set_grad_checkpointing(checkpointing)
             loss = contrastive_loss(sharded(*halves[rank]))
@@ -469,18 +371,15 @@ def test_in_two_processes(tmp_path):
 @pytest.mark.parametrize("method", ALL)
 def test_trains_with_all_tokens_on_request(method):
     model, batch = build(method, **SMALL[method]), pairs()
-    plain = without_token_reduction(model)
-    assert model.tower.rrt() > 0
     model.tower.reduces = False
+    plain = without_token_reduction(model)
     torch.testing.assert_close(step(model, *batch), step(plain, *batch), rtol=1e-8, atol=1e-11)
-    assert model.tower.token_counts() == [17] * 4
-    assert model.tower.rrt() == 0
-    assert seen_lengths(model, batch) == [(17, 17)] * 4
+    assert seen_lengths(model, batch)[0] == [(17, 17)] * 4
     model.tower.reduces = True
-    assert model.tower.rrt() > 0 and max(model.tower.token_counts()) <= 17
+    assert model.tower.rrt() > 0
 
 
-@pytest.mark.parametrize("method", ["elip", "evit", "tome"])
+@pytest.mark.parametrize("method", REDUCED)
 def test_an_image_alone_is_encoded_as_in_a_batch(method):
     model, (image, _) = build(method, **SMALL[method]).eval(), pairs()
     full = model.encode_image(image)
@@ -496,87 +395,3 @@ def test_vision_guided_is_refused_where_an_image_is_not_encoded_by_itself():
     with pytest.raises(ValueError, match="training") as error:
         model.encode_image(pairs()[0])
     assert_one_sentence(error)
-
-
-# ---------------------------------------------------------------------- options
-
-
-def assert_one_sentence(error):
-    text = str(error.value)
-    assert len(text) > 10 and "\n" not in text and text.rstrip("?.") != text, text
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "names"),
-    [
-        ("evit", {"keep_rat": 0.5}, "keep_rate"),
-        ("evit", {"keep_rate": 0.5, "target_rrt": 0.3}, "target_rrt"),
-        ("evit", {"keep_rate": 0}, "keep_rate"),
-        ("evit", {"keep_rate": 1.1}, "keep_rate"),
-        ("evit", {"keep_rate": float("nan")}, "keep_rate"),
-        ("evit", {"keep_rate": True}, "keep_rate"),
-        ("evit", {"keep_rate": "0.5"}, "keep_rate"),
-        ("evit", {"target_rrt": -0.1}, "target_rrt"),
-        ("evit", {"target_rrt": 1}, "target_rrt"),
-        ("evit", {"layers": (2, 5)}, "layers"),
-        ("evit", {"layers": ()}, "layers"),
-        ("evit", {"layers": (0, 2)}, "layers"),
-        ("evit", {"layers": (2, 2)}, "layers"),
-        ("evit", {"layers": (3, 2)}, "layers"),
-        ("evit", {"layers": 3}, "layers"),
-        ("evit", {"layers": (1.5,)}, "layers"),
-        ("evit", {"fuse": 1}, "fuse"),
-        ("tome", {"R": 2}, "r"),
-        ("tome", {"r": 3, "target_rrt": 0.3}, "target_rrt"),
-        ("tome", {"r": -1}, "r must"),
-        ("tome", {"r": 1.5}, "r must"),
-        ("tome", {"r": True}, "r must"),
-        ("tome", {"r": "13"}, "r must"),
-        ("tome", {"r": [1, 2, 3]}, "r has 3"),
-        ("tome", {"r": [1, 2, -3, 1]}, "r must"),
-        ("tome", {"r": []}, "r"),
-        ("tome", {"target_rrt": 2}, "target_rrt"),
-        ("tome", {"prop_attn": "yes"}, "prop_attn"),
-        ("random", {"keep_rate": 0.5}, "keep_ratio"),
-        ("random", {"keep_ratio": 0.5, "target_rrt": 0.3}, "target_rrt"),
-        ("random", {"keep_ratio": 0}, "keep_ratio"),
-        ("random", {"keep_ratio": [0.5, 0.4]}, "keep_ratio"),
-        ("random", {"keep_ratio": []}, "keep_ratio"),
-        ("random", {"target_rrt": 0.99}, "target_rrt"),
-    ],
-)
-def test_what_is_refused(method, options, names):
-    with pytest.raises(ValueError, match=names) as error:
-        build(method, **options)
-    assert_one_sentence(error)
-
-
-def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="evit") as error:
-        build("evti")
-    assert_one_sentence(error)
-
-
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("evit", {}),
-        ("evit", {"target_rrt": 0.3, "layers": [2, 3], "fuse": False}),
-        ("tome", {}),
-        ("tome", {"r": [1, 2, 3, 4], "prop_attn": False}),
-        ("tome", {"target_rrt": 0.3}),
-        ("random", {"keep_ratio": [0.4]}),
-        ("random", {"target_rrt": 0.3}),
-    ],
-)
-def test_a_configuration_survives_json(method, options):
-    kind = METHODS[method]
-    config = kind.Config.from_dict(options)
-    assert kind.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert kind(config, 4).token_counts(16)
-
-
-def test_an_option_replaces_its_alternatives():
-    assert drop_alternatives({"keep_rate": 0.7, "fuse": True}, {"target_rrt": 0.3}) == {"fuse": True}
-    assert drop_alternatives({"target_rrt": 0.7}, {"r": 3}) == {}
-    assert drop_alternatives({"r": 13, "prop_attn": True}, {"prop_attn": False}) == {"r": 13, "prop_attn": True}

@@ -46,38 +46,30 @@ def test_the_factory_looks_its_classes_up_as_globals(name, monkeypatch):
     )
 
 
-def test_model_configurations_keep_unknown_keys():
+def test_the_registry_keeps_unknown_keys_and_tags():
+    advice = "; change open_clip_elip/registry.py."
     configuration = open_clip.get_model_config("ViT-S-16-ELIP")
-    assert configuration is not None, (
-        "open_clip.add_model_config no longer registers a folder of JSON files; change open_clip_elip/registry.py."
-    )
-    assert "token_reduction" in configuration, (
-        "open_clip drops unknown keys of a model configuration; `token_reduction` has to travel another way: "
-        "change open_clip_elip/registry.py."
-    )
-    assert "ViT-S-16-ELIP" in factory._MODEL_CONFIGS, "open_clip.factory._MODEL_CONFIGS is no longer the registry."
+    assert configuration is not None, "open_clip.add_model_config no longer registers a folder of JSON files" + advice
+    assert "token_reduction" in configuration, "open_clip drops unknown keys of a model configuration" + advice
+    assert "ViT-S-16-ELIP" in factory._MODEL_CONFIGS, "factory._MODEL_CONFIGS is no longer the registry" + advice
+    assert isinstance(getattr(open_clip.pretrained, "_PRETRAINED", None), dict), "_PRETRAINED is gone" + advice
 
 
-def test_pretrained_tags_are_a_dict_by_model_name():
-    assert isinstance(getattr(open_clip.pretrained, "_PRETRAINED", None), dict), (
-        "open_clip.pretrained._PRETRAINED is gone; change open_clip_elip/registry.py, which gives our names its tags."
-    )
-
-
-def test_the_vision_tower_can_be_driven_from_outside(visual):
-    advice = "; change open_clip_elip/tower.py, which drives the tower from outside."
-    assert isinstance(visual, VisionTransformer), "open_clip.CLIP.visual is no VisionTransformer" + advice
-    for name in ("_embeds", "_pool", "transformer", "proj", "grid_size", "patch_dropout", "output_dim"):
-        assert hasattr(visual, name), f"open_clip's VisionTransformer has no `{name}` any more" + advice
-    for name in ("resblocks", "width", "grad_checkpointing", "batch_first"):
-        assert hasattr(visual.transformer, name), f"open_clip's Transformer has no `{name}` any more" + advice
-
-    x = visual._embeds(torch.randn(2, 3, 32, 32, dtype=torch.float64))
-    assert x.shape == (2, 17, 32), "VisionTransformer._embeds no longer gives (B, 1+M, D) with [CLS] first" + advice
-    pooled = visual._pool(x)
-    assert isinstance(pooled, tuple) and pooled[0].shape == (2, 32), (
-        "VisionTransformer._pool no longer gives (pooled, tokens)" + advice
-    )
+def test_the_parts_are_there(visual):
+    block = visual.transformer.resblocks[0]
+    assert isinstance(visual, VisionTransformer) and isinstance(block, ResidualAttentionBlock)
+    for part, names, module in (
+        (visual, ("_embeds", "_pool", "transformer", "proj", "grid_size", "patch_dropout", "output_dim"), "tower.py"),
+        (visual.transformer, ("resblocks", "width", "grad_checkpointing", "batch_first"), "tower.py"),
+        (block, ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"), "reduction/attention.py"),
+        (open_clip.hf_model, ("ClsPooler", "ClsLastHiddenStatePooler"), "clip.py"),
+        (plain_model(), ("visual", "logit_scale", "logit_bias", "output_dict"), "clip.py"),
+        (plain_model(True), ("visual", "text", "logit_scale", "logit_bias", "output_dict"), "clip.py"),
+    ):
+        for name in names:
+            assert hasattr(part, name), f"{part} has no `{name}` any more; change open_clip_elip/{module}."
+    dropout = plain_model(vision={"patch_dropout": 0.25}).visual.patch_dropout
+    assert dropout.prob == 0.25, "PatchDropout has no `prob` any more; change ImageTower.num_patches in tower.py."
 
 
 def test_these_pieces_are_the_whole_tower(visual):
@@ -85,31 +77,14 @@ def test_these_pieces_are_the_whole_tower(visual):
     x = visual._embeds(image)
     for block in visual.transformer.resblocks:
         x = block(x)
-    by_hand = visual._pool(x)[0] @ visual.proj
-    torch.testing.assert_close(
-        by_hand,
-        visual(image),
-        rtol=0,
-        atol=1e-12,
-        msg="VisionTransformer.forward does more than _embeds, resblocks, _pool and proj; add the missing step to "
-        "open_clip_elip/tower.py.",
-    )
+    assert x.shape == (2, 17, 32), "_embeds no longer gives (B, 1+M, D) with [CLS] first; change tower.py."
+    advice = "VisionTransformer.forward does more than _embeds, resblocks, _pool and proj; add it to tower.py."
+    torch.testing.assert_close(visual._pool(x)[0] @ visual.proj, visual(image), rtol=0, atol=1e-12, msg=advice)
 
 
-def test_patch_dropout_has_a_probability():
-    dropout = plain_model(vision={"patch_dropout": 0.25}).visual.patch_dropout
-    assert getattr(dropout, "prob", None) == 0.25, (
-        "open_clip's PatchDropout has no `prob` any more; change ImageTower.num_patches in open_clip_elip/tower.py."
-    )
-
-
-def test_a_block_has_the_parts_that_scoring_reads(visual):
+def test_attention_has_packed_weights(visual):
     advice = "; change open_clip_elip/reduction/attention.py, which runs a block by its parts."
-    block = visual.transformer.resblocks[0]
-    assert isinstance(block, ResidualAttentionBlock), "the default block is no ResidualAttentionBlock" + advice
-    for name in ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"):
-        assert hasattr(block, name), f"ResidualAttentionBlock has no `{name}` any more" + advice
-    attn = block.attn
+    attn = visual.transformer.resblocks[0].attn
     assert isinstance(attn, torch.nn.MultiheadAttention), "a block's attention is no MultiheadAttention" + advice
     assert attn.batch_first, "ResidualAttentionBlock is no longer batch first" + advice
     assert attn.in_proj_weight.shape == (96, 32), "the query, key and value projections are no longer packed" + advice
@@ -127,9 +102,6 @@ def test_the_models_keep_their_signatures(kind):
     for name in ("encode_image", "encode_text"):
         parameters = list(inspect.signature(getattr(kind, name)).parameters)
         assert parameters[1:] == [name.removeprefix("encode_"), "normalize"], f"{kind}.{name} changed" + advice
-    model = plain_model(kind is open_clip.CustomTextCLIP)
-    for name in ("visual", "logit_scale", "logit_bias", "output_dict"):
-        assert hasattr(model, name), f"{kind} has no `{name}` any more" + advice
 
 
 def test_hugging_face_towers_have_the_parts_that_guidance_reads(tmp_path):
@@ -138,13 +110,9 @@ def test_hugging_face_towers_have_the_parts_that_guidance_reads(tmp_path):
     shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.BertConfig(**shape, intermediate_size=16, max_position_embeddings=16).save_pretrained(tmp_path)
     tower = HFTextEncoder(str(tmp_path), 8, pooler_type="mean_pooler", proj_type="linear", pretrained=False).eval()
-    for name in ("transformer", "pooler", "proj", "config"):
-        assert hasattr(tower, name), f"HFTextEncoder has no `{name}` any more" + advice
     text = torch.tensor([[2, 5, 9, 0], [2, 7, 0, 0]])
     mask = (text != tower.config.pad_token_id).long()
     out = tower.transformer(input_ids=text, attention_mask=mask)
     torch.testing.assert_close(
         tower(text), tower.proj(tower.pooler(out, mask)), msg="HFTextEncoder.forward computes something else" + advice
     )
-    for name in ("ClsPooler", "ClsLastHiddenStatePooler"):
-        assert hasattr(open_clip.hf_model, name), f"open_clip.hf_model.{name} is gone" + advice

@@ -73,6 +73,11 @@ def test_copies_and_twins_have_their_own():
     assert not hasattr(plain, "tower") and "_tower" not in vars(without_token_reduction(model))
     twin = copy.deepcopy(model)
     assert twin.tower.visual is twin.visual is not model.visual
+    batch = pairs()
+    expected = model(*batch)
+    torch.testing.assert_close(twin(*batch), expected, rtol=0, atol=0)
+    torch.nn.init.zeros_(twin.visual.proj)
+    torch.testing.assert_close(model(*batch), expected, rtol=0, atol=0)
     model.visual = plain_model().visual  # another one in its place
     assert model.tower.visual is model.visual and short.tower.visual is short.visual
 

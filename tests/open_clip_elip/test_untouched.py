@@ -1,6 +1,7 @@
 """Whatever was changed about a tower, or hangs on it, runs as OpenCLIP runs it, in both towers; or one sentence."""
 from __future__ import annotations
 
+import io
 import types
 from collections.abc import Callable
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip_elip import cut_text, with_shortcuts, with_token_reduction
 from open_clip_elip.blocks import is_untouched
 from open_clip_elip.text import can_cut
 
-from . import reference, reference_methods
-from .tiny import REDUCTION, contrastive_loss, gradients, pairs, plain_model
+from . import reference
+from .tiny import REDUCTION, assert_one_sentence, contrastive_loss, pairs, plain_model, seeded, step
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 STAGES = {key: tuple(value) for key, value in REDUCTION.items() if key != "method"}
@@ -89,16 +91,9 @@ def change(tower: nn.Module, name: str) -> None:
     path, action = CHANGES[name]
     head, _, rest = path.partition(".")
     part = tower
-    for step in filter(None, [*short.get(head, head).split("."), *rest.split(".")]):
-        part = part[int(step)] if step.lstrip("-").isdigit() else getattr(part, step)
+    for name in filter(None, [*short.get(head, head).split("."), *rest.split(".")]):
+        part = part[int(name)] if name.lstrip("-").isdigit() else getattr(part, name)
     action(part)
-
-
-def step(model: nn.Module, image, text):
-    model.zero_grad()
-    output = model(image, text)
-    contrastive_loss(output).backward()
-    return output, gradients(model)
 
 
 def equal(a, b) -> bool:
@@ -154,16 +149,53 @@ def test_a_method_replaced_on_the_class(monkeypatch):
     torch.testing.assert_close(model(image, text), plain(image, text), **CLOSE)
 
 
+def test_hooks_on_all_modules_are_obeyed_but_for_those_of_torchs_counter():
+    plain = plain_model(True)
+    model, batch, block = with_shortcuts(plain), pairs(), plain.visual.transformer.resblocks[0]
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: (out[0] * 2, out[1]) if isinstance(m, nn.MultiheadAttention) else None
+    )
+    try:
+        assert not is_untouched(block)
+        torch.testing.assert_close(step(model, *batch), step(plain, *batch), **CLOSE)
+    finally:
+        hook.remove()
+    with FlopCounterMode(display=False):
+        assert is_untouched(block)
+
+
+def test_tokens_asked_for_later_are_there():
+    plain, image = plain_model(), pairs()[0]
+    model = with_shortcuts(plain)
+    plain.visual.output_tokens = True
+    torch.testing.assert_close(model.encode_image(image), plain.encode_image(image), **CLOSE)
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_gradients_of_each_sample_and_whole_models_in_files(custom_text):
+    plain = plain_model(custom_text).eval()
+    expected, (image, text) = None, pairs()
+    for model in (plain, with_shortcuts(plain), with_token_reduction(plain, **REDUCTION)):
+
+        def product(parameters, image, text, model=model):
+            out = torch.func.functional_call(model, parameters, (image[None], text[None]))
+            return (out["image_features"] * out["text_features"]).sum()
+
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        found = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, 0))(parameters, image, text)
+        expected = expected or found
+        torch.testing.assert_close(found, expected, **CLOSE)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        torch.testing.assert_close(torch.load(file, weights_only=False)(image, text), model(image, text))
+
+
 # ---------------------------------------------------------------------- with token reduction
 
 
 def reduced(method: str) -> nn.Module:
     return with_token_reduction(plain_model(), method, **METHODS[method])
-
-
-def seeded(function: Callable, *args):
-    torch.manual_seed(3)
-    return function(*args)
 
 
 REFUSED = {
@@ -185,7 +217,8 @@ def test_reduction_of_a_changed_tower_obeys_or_is_refused(name, method):
     if method in REFUSED.get(name, ()):
         with pytest.raises(ValueError, match="changed|replaced") as error:
             model(*batch)
-        assert "\n" not in str(error.value) and str(error.value).endswith("without token reduction.")
+        assert_one_sentence(error)
+        assert str(error.value).endswith("without token reduction.")
         return
     found = seeded(step, model, *batch)
     assert name in NO_CHANGE or found[1].keys() != before[1].keys() or not equal(found, before)
@@ -199,8 +232,8 @@ def test_the_right_tokens_of_a_changed_tower(name):
     """By the slow references, whose blocks are called whole in ELIP, and part by part in the others."""
     references = {
         "elip": lambda blocks, x, guidance: reference.run(blocks, x, guidance, **STAGES)[0],
-        "evit": lambda blocks, x, _: reference_methods.evit(blocks, x, 0.7, (1, 2, 3))[0],
-        "tome": lambda blocks, x, _: reference_methods.tome(blocks, x, 3)[0],
+        "evit": lambda blocks, x, _: reference.evit(blocks, x, 0.7, (1, 2, 3))[0],
+        "tome": lambda blocks, x, _: reference.tome(blocks, x, 3)[0],
     }
     for method, run in references.items():
         if method != "elip" and name == "hook on a block":  # of which the others' references know nothing

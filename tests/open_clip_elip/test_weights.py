@@ -42,6 +42,7 @@ FORMS = {
     "FSDP": lambda s: prefixed(s, "_fsdp_wrapped_module."),
     "model": lambda s: {"model": s, "args": argparse.Namespace(lr=1)},
     "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "hyper_parameters": {}},
+    "a trainer of one's own": lambda s: {"state_dict": {**prefixed(s, "net.clip."), "n_averaged": torch.tensor(3)}},
     "averages": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
     "ordered": collections.OrderedDict,
 }
@@ -52,7 +53,7 @@ FORMS = {
 def test_wrappers_and_prefixes(form, custom_text, tmp_path):
     source, target = model(), model(custom_text=custom_text)
     torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pt")
-    report = load(target, tmp_path / "w.pt")
+    report = load(target, read(tmp_path / "w.pt"))
     assert not report.sentences() and len(report.loaded) == len(target.state_dict())
     for key, value in source.state_dict().items():
         own = target.state_dict()
@@ -80,10 +81,10 @@ def test_safetensors_scripted_archives_and_urls(tmp_path):
     for place in ("w.safetensors", "openai.pt"):
         for path in (tmp_path / place, f"file://{tmp_path / place}"):
             target = model()
-            report = load(target, path)
+            report = load(target, read(path))
             assert torch.equal(target.visual.proj, source.visual.proj) and not (report.new or report.unused)
             assert [bool(report.notes), "--force-quick-gelu" in " ".join(report.notes)] == [place == "openai.pt"] * 2
-    assert not load(model(quick_gelu=True), tmp_path / "openai.pt").notes
+    assert not load(model(quick_gelu=True), read(tmp_path / "openai.pt")).notes
 
 
 class Holder(nn.Module):
@@ -137,7 +138,7 @@ def test_a_part_where_that_is_asked_for():
     target = model()
     first = "visual.ln_post.weight is 5 there and 32 in the model"
     with pytest.raises(ModelError, match=rf"w.pt does not fit ViT: {first} \(and 2 more"):
-        load(target, state, name="ViT", label="w.pt")
+        load(target, state, name="ViT", source="w.pt")
     report = load(target, state, strict=False)
     assert report.unused == ["more", "visual.ln_post.weight"]
     assert report.new == ["ln_final.bias", "visual.ln_post.weight"]
@@ -151,7 +152,7 @@ def test_a_part_where_that_is_asked_for():
     [
         (None, "There is no checkpoint at"),
         (b"cut off", "cannot be read as a checkpoint"),
-        ([torch.zeros(1)], "it holds a list"),
+        ([torch.zeros(1)], "it holds a list, not a dictionary"),
         ({"epoch": 3, "model": "x"}, "holds no weights, only epoch, model"),
         ({"state_dict": {"a": torch.zeros(1)}, "more": Module()}, "Python object .*Module.*could run code"),
         ({"vision_model.embeddings.class_embedding": torch.zeros(3)}, "is a model of transformers"),
@@ -165,7 +166,7 @@ def test_what_cannot_be_read_is_one_sentence(content, sentence, tmp_path):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(ModelError, match=sentence) as error:
-        load(model(), path)
+        load(model(), read(path), source=str(path))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -179,6 +180,6 @@ def test_which_file_is_meant(tmp_path, monkeypatch):
     assert "laion2b_s34b_b79k" not in find("ViT-B-32-ELIP", "laion2b_s34b_b79k")
     with pytest.raises(ModelError, match="neither a file nor a name of weights for ViT-B-32"):
         find("ViT-B-32", "nowhere")
-    with pytest.raises(ModelError, match="brings weights of its own"):
+    with pytest.raises(ModelError, match="leave it out, for local-dir:.* brings weights of its own"):
         find(f"local-dir:{tmp_path}", "nowhere.pt")
-    assert tensors(read(file) | {"a": torch.zeros(1)}).keys() == {"a"}
+    assert tensors(read(file) | {"a": torch.zeros(1)}, "w.pt").keys() == {"a"}

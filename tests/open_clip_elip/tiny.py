@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
+import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
@@ -73,4 +75,53 @@ def contrastive_loss(output: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    """By the names of the model below what torch.compile wraps around it."""
+    named = getattr(model, "_orig_mod", model).named_parameters()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in named}
+
+
+def step(
+    model: nn.Module, image: Tensor, text: Tensor, forward: Callable | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Output and gradients of one training step, by the model or by what stands for it, from a clean slate."""
+    model.zero_grad()
+    output = (forward or model)(image, text)
+    contrastive_loss(output).backward()
+    return {key: value.detach() for key, value in output.items()}, gradients(model)
+
+
+def seen_lengths(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[list[tuple[float, float]], dict]:
+    """(in attention, in MLP) of each layer in its last run without shortcuts, tokens per image; and the output."""
+    model.tower.shortcuts, images = False, len(batch[0])
+    blocks = model.visual.transformer.resblocks
+    lengths, hooks = [[0.0, 0.0] for _ in blocks], []
+    for layer, block in enumerate(blocks):
+        for half, norm in enumerate((block.ln_1, block.ln_2)):
+
+            def write(_, args, layer=layer, half=half):
+                lengths[layer][half] = args[0].shape[:-1].numel() / images
+
+            hooks.append(norm.register_forward_pre_hook(write))
+    output = model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return [tuple(pair) for pair in lengths], output
+
+
+def seeded(function: Callable, *args: Any, seed: int = 7) -> Any:
+    torch.manual_seed(seed)
+    return function(*args)
+
+
+def assert_images_train_their_own_tower_only(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    model(*batch)["image_features"].square().mul(torch.rand(20, dtype=torch.float64)).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual."):
+            assert parameter.grad is not None and parameter.grad.any(), name
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def assert_one_sentence(error: pytest.ExceptionInfo) -> None:
+    text = str(error.value)
+    assert len(text) > 10 and "\n" not in text and text.rstrip("?.") != text, text

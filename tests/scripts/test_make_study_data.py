@@ -5,12 +5,12 @@ import io
 import json
 from pathlib import Path
 
+import make_study_data as study
 import pytest
 from PIL import Image
 
-from ..study_packages import EACH, all_bytes, code, load_script, samples_of, write_packages
+from ..study_packages import EACH, all_bytes, code, samples_of, write_packages
 
-study = load_script("make_study_data")
 SETTINGS = dict(size=16, holdout=0.2, seed=0, shard_size=20)
 
 
@@ -31,12 +31,9 @@ def made(tmp_path_factory, packages):
     return out, dataset
 
 
-@pytest.mark.parametrize(
-    "given, plain",
-    [("23-fe0f-20e3", "0023-20E3"), ("1F3A1", "1F3A1"), ("1f3f4-e0067_e007f", "1F3F4-E0067-E007F")],
-)
-def test_one_form_of_codes(given, plain):
-    assert study.plain_code(given) == plain
+def test_one_form_of_codes():
+    plain = {"23-fe0f-20e3": "0023-20E3", "1F3A1": "1F3A1", "1f3f4-e0067_e007f": "1F3F4-E0067-E007F"}
+    assert {given: study.plain_code(given) for given in plain} == plain
 
 
 def test_styles_and_stems_are_kept_apart(made):
@@ -50,25 +47,24 @@ def test_styles_and_stems_are_kept_apart(made):
     assert all(f["base"] for f in (*train, *seen, *held_out))
     assert len(train) == 2 * (2 * EACH - len(unseen))
     assert len(seen) + len(held_out) == 2 * EACH - 1  # one Twemoji picture equals another
-    assert dataset["counts"]["duplicates_dropped"] == 1
-    assert {key: dataset["counts"][key] for key in ("train", "seen", "heldout")} == {
-        "train": len(train), "seen": len(seen), "heldout": len(held_out),
-    }  # fmt: skip
+    counts = dataset["counts"]
+    assert counts["duplicates_dropped"] == 1
+    assert [counts[part] for part in ("train", "seen", "heldout")] == [len(train), len(seen), len(held_out)]
+    sizes = json.loads((out / "train" / "sizes.json").read_text())
+    assert sum(sizes.values()) == counts["train"] and max(sizes.values()) <= SETTINGS["shard_size"]
 
 
 def test_labels_are_lines_of_classnames(made):
     out, _ = made
-    fields_of_parts = {"seen": "name", "heldout": "name", "categories/train": "kind", "categories/test": "kind"}
-    for part, field in fields_of_parts.items():
-        names_file = out / part / "classnames.txt"
-        if not names_file.is_file():
-            names_file = out / "categories" / "classnames.txt"
-        names = names_file.read_text().splitlines()
+    for part in ("seen", "heldout", "categories/train", "categories/test"):
+        of_categories = part.startswith("categories")
+        folder = out / "categories" if of_categories else out / part
+        names = (folder / "classnames.txt").read_text().splitlines()
+        assert not of_categories or names == ["animal bird", "food fruit"]
         for sample in samples_of(out / part).values():
             fields = json.loads(sample["json"])
-            fields["kind"] = fields["subgroup"].replace("-", " ")
-            assert names[int(sample["cls"])] == fields[field]
-    assert (out / "categories" / "classnames.txt").read_text() == "animal bird\nfood fruit\n"
+            name = fields["subgroup"].replace("-", " ") if of_categories else fields["name"]
+            assert names[int(sample["cls"])] == name
 
 
 def test_the_evaluators_read_the_folders(made):
@@ -82,34 +78,24 @@ def test_the_evaluators_read_the_folders(made):
         assert load_data(f"webdataset={out / 'categories'}", split=split).split == split
 
 
-def test_pictures_are_on_white_and_of_the_asked_size(made):
-    out, _ = made
-    samples = samples_of(out / "train")
+def test_pictures_are_on_white_and_of_the_asked_size_and_captions_name_them_and_vary(made):
+    samples, wordings = samples_of(made[0] / "train"), set()
     assert f"fluent-{code(1, 3)}" in samples or f"noto-{code(1, 3)}" not in samples  # written with FE0F in Fluent
     for sample in samples.values():
+        name, caption = json.loads(sample["json"])["name"], sample["txt"].decode()
+        assert name in caption and " 3" not in caption
+        wordings.add(caption.replace(name, ""))
         image = Image.open(io.BytesIO(sample["png"]))
         assert image.mode == "RGB" and image.size == (16, 16)
         assert image.getpixel((15, 15)) == (255, 255, 255)
-
-
-def test_captions_name_the_concept_and_vary(made):
-    out, _ = made
-    samples = samples_of(out / "train").values()
-    captions = [sample["txt"].decode() for sample in samples]
-    assert all(json.loads(s["json"])["name"] in c for s, c in zip(samples, captions, strict=True))
-    assert len({c.replace(json.loads(s["json"])["name"], "") for s, c in zip(samples, captions, strict=True)}) > 3
-    assert not any(" 3" in caption for caption in captions)
-
-
-def test_sizes_beside_the_shards(made):
-    out, dataset = made
-    sizes = json.loads((out / "train" / "sizes.json").read_text())
-    assert sum(sizes.values()) == dataset["counts"]["train"] and max(sizes.values()) <= SETTINGS["shard_size"]
+    assert len(wordings) > 3
 
 
 def test_same_settings_give_the_same_bytes_and_are_not_built_twice(made, tmp_path, packages):
     out, dataset = made
-    study.build(tmp_path / "again", packages=packages, **SETTINGS)
+    sheet = tmp_path / "sheets" / "preview.png"
+    study.build(tmp_path / "again", packages=packages, **SETTINGS, preview=sheet)
+    assert Image.open(sheet).width > 300
     assert all_bytes(tmp_path / "again") == all_bytes(out)
     assert study.build(out, packages=tmp_path / "nowhere", **SETTINGS) == (dataset, False)
 
@@ -118,16 +104,10 @@ def test_skin_tones_follow_their_base(tmp_path, packages):
     out = tmp_path / "tones"
     study.build(out, packages=packages, **SETTINGS, skin_tones=True)
     tones = [f for f in fields_of(out / "train") if not f["base"]]
-    base = concept_name = "aaish bird"
-    assert all(f["name"] == f"{concept_name}: dark skin tone" and f["stem"] == base for f in tones)
+    base = "aaish bird"
+    assert all(f["name"] == f"{base}: dark skin tone" and f["stem"] == base for f in tones)
     assert bool(tones) == any(f["name"] == base for f in fields_of(out / "train"))
     assert all(f["base"] for part in ("seen", "heldout", "categories/train") for f in fields_of(out / part))
-
-
-def test_preview(made, tmp_path, packages):
-    sheet = tmp_path / "sheets" / "preview.png"
-    study.build(made[0], packages=packages, **SETTINGS, preview=sheet)
-    assert Image.open(sheet).width > 300
 
 
 def refused(capsys, *words: str) -> str:

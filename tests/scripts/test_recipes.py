@@ -26,6 +26,7 @@ SHARDS = {
 }
 GLOBAL_BATCH = {"ViT-S-16": 1760, "ViT-B-16": 920}
 SUFFIXES = ("", "-ELIP", "-EViT")
+RECIPE = PRETRAIN / "cc12m_plus_vit_b_16.yaml"
 RECIPES = [
     (f"{data}_plus_{(model + suffix).lower().replace('-', '_')}", data, model, suffix)
     for data in SHARDS
@@ -34,8 +35,6 @@ RECIPES = [
 ]
 
 
-# --- the configs ---
-
 
 def test_there_are_no_other_recipes():
     assert sorted(file.stem for file in PRETRAIN.glob("*.yaml")) == sorted(name for name, *_ in RECIPES)
@@ -43,6 +42,7 @@ def test_there_are_no_other_recipes():
 
 @pytest.mark.parametrize(("name", "data", "model", "suffix"), RECIPES)
 def test_recipe(name, data, model, suffix, monkeypatch):
+    """All else is the default: also what has one of its own for some models, and flags that come after the recipes."""
     monkeypatch.setenv("DATA", "/some where/data")
     args = parse(PretrainingOptions, ["--config", str(PRETRAIN / f"{name}.yaml")])
     assert args.model == model + suffix
@@ -55,26 +55,12 @@ def test_recipe(name, data, model, suffix, monkeypatch):
     folders = [(f"/some where/data/{folder}", shards) for folder, shards in SHARDS[data]]
     assert [(os.path.dirname(urls[0]), len(urls)) for urls in sources] == folders
     assert all(os.path.basename(urls[0]) == "00000.tar" for urls in sources)
-
-
-@pytest.mark.parametrize(("name", "data", "model", "suffix"), RECIPES)
-def test_all_else_is_the_default(name, data, model, suffix, monkeypatch):
-    """Also what has a default of its own for some models, and flags that come later than the recipes."""
-    monkeypatch.setenv("DATA", "/data")
-    recipe = resolved(parse(PretrainingOptions, ["--config", str(PRETRAIN / f"{name}.yaml")]))
+    recipe = resolved(args)
     default = resolved(parse(PretrainingOptions, ["--train-data", "x.tar", "--model", model]))
     own = {"train_data", "batch_size", "global_batch", "lr", "wd"} | ({"model"} if suffix else set())
     assert {key for key in recipe if recipe[key] != default[key]} == own
+    assert ("token_reduction" in open_clip.get_model_config(args.model)) == bool(suffix)
 
-
-@pytest.mark.parametrize("model", [name + suffix for name in GLOBAL_BATCH for suffix in SUFFIXES])
-def test_models_are_known(model):
-    config = open_clip.get_model_config(model)
-    assert config["vision_cfg"]["patch_size"] == 16
-    assert ("token_reduction" in config) == model.endswith(SUFFIXES[1:])
-
-
-# --- the scripts ---
 
 
 @pytest.fixture
@@ -106,10 +92,6 @@ def stub(path, text):
     path.chmod(0o755)
 
 
-def recipe(name):
-    return PRETRAIN / f"{name}.yaml"
-
-
 @pytest.mark.parametrize(
     ("script", "module", "options"),
     [
@@ -119,6 +101,7 @@ def recipe(name):
     ],
 )
 def test_evaluation_of_the_paper(launch, script, module, options):
+    assert "name the folder of ImageNet" in launch(script, "epoch_32.pt").stderr
     more = ["--model", "ViT-S-16-ELIP"] if module == "training.finetune" else ["cifar10=/two words", "--redo"]
     words = launch(script, "epoch 32.pt", "/data/imagenet", *more, NPROC=2).torchrun
     assert words[:6] == ["--standalone", "--nproc_per_node", "2", "-m", module, "--"]
@@ -130,13 +113,6 @@ def test_evaluation_of_the_paper(launch, script, module, options):
     else:
         assert data[1:] == ["cifar10=/two words"]
 
-
-@pytest.mark.parametrize("script", ["zero_shot_imagenet.sh", "linear_probe.sh", "finetune.sh"])
-def test_a_script_says_what_is_missing(launch, script):
-    assert "name the folder of ImageNet" in launch(script, "epoch_32.pt").stderr
-
-
-# --- SLURM ---
 
 
 @pytest.fixture
@@ -166,27 +142,14 @@ def test_slurm(slurm, launch, monkeypatch):
     found = parse(PretrainingOptions, result.torchrun[13:])
     assert (found.name, found.resume, found.lr) == ("cc12m_plus_vit_b_16_elip", "latest", 2e-3)
     assert found.global_batch == 920
-    assert not (slurm / "scontrol").exists()
-
-
-def test_slurm_flags_win(slurm, launch):
-    words = launch("train_slurm.sbatch", recipe("cc12m_plus_vit_b_16"), "--name", "mine").torchrun
-    assert parse(PretrainingOptions, words[13:]).name == "mine"
-
-
-def test_slurm_without_a_config(slurm, launch):
+    words = launch("train_slurm.sbatch", RECIPE, "--name", "mine").torchrun
+    assert parse(PretrainingOptions, words[13:]).name == "mine"  # flags win
     assert launch("train_slurm.sbatch", "nowhere.yaml").stderr == "train_slurm: there is no config file nowhere.yaml.\n"
-
-
-def test_slurm_directives():
+    stub(slurm / "bin" / "torchrun", "exit 3\n")
+    assert launch("train_slurm.sbatch", RECIPE).returncode == 3
+    assert not (slurm / "scontrol").exists()  # a failure is not queued again
     directives = re.findall(r"^#SBATCH --(\S+)$", (ROOT / "scripts" / "train_slurm.sbatch").read_text(), re.MULTILINE)
     assert {"signal=B:USR1@120", "requeue", "open-mode=append", "ntasks-per-node=1"} <= set(directives)
-
-
-def test_slurm_failure_is_not_queued_again(slurm, launch):
-    stub(slurm / "bin" / "torchrun", "exit 3\n")
-    assert launch("train_slurm.sbatch", recipe("cc12m_plus_vit_b_16")).returncode == 3
-    assert not (slurm / "scontrol").exists()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +167,7 @@ def test_slurm_stops(slurm, sent, code, queued):
         f'trap \'sleep 0.2; echo saved > "{slurm}/saved"; exit {code}\' TERM\n'
         f'echo $$ > "{slurm}/pid" && mv "{slurm}/pid" "{slurm}/started"; for _ in $(seq 600); do sleep 0.1; done\n',
     )
-    command = ["bash", str(ROOT / "scripts" / "train_slurm.sbatch"), str(recipe("cc12m_plus_vit_b_16"))]
+    command = ["bash", str(ROOT / "scripts" / "train_slurm.sbatch"), str(RECIPE)]
     # SLURM sends SIGTERM to the processes as well as to the job's shell: here, to the whole group.
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -1,6 +1,5 @@
 """Retrieval from the command line: the pairs for fine-tuning, its recipes, and the script that evaluates."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import make_caption_shards as script
 import open_clip
 import pandas
 import pytest
@@ -16,7 +16,7 @@ from PIL import Image
 
 import open_clip_elip  # noqa: F401  (makes the models known)
 from tests.training.runs import picture, register_models
-from training.data.report import DataReport
+from training.data import DataReport
 from training.data.sets.captioned import CaptionOptions, load_captions
 from training.data.shards import read_shard
 from training.main import main as train
@@ -25,19 +25,6 @@ from training.tasks.contrastive import PretrainingOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "finetune"
-SCRIPT = ROOT / "scripts" / "make_caption_shards.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("make_caption_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    path = sys.path.copy()
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-script = load_script()
 
 
 def make(*words):
@@ -65,10 +52,8 @@ def captions_of(data):
     return [(Path(data.images.name(i)).name, c) for c, i in zip(data.captions, data.image_of.tolist(), strict=True)]
 
 
-# --- pairs ---
 
-
-def test_table(coco, capsys):
+def test_table(coco, capsys, tmp_path):
     out = coco / "retrieval_train.csv"
     assert make("--data", f"coco={coco}", "--out", out) == 0
     assert "11 captions of 5 images (coco, train+restval)" in capsys.readouterr().out
@@ -78,9 +63,7 @@ def test_table(coco, capsys):
     assert list(table.title)[:2] == ['train "0", 0', 'train "0", 1']
     original = load_captions(str(coco), CaptionOptions(split="train+restval"))
     assert captions_of(load_captions(str(out))) == captions_of(original)
-
-
-def test_table_elsewhere_and_one_caption_each(coco, tmp_path):
+    # Elsewhere, and one caption of each picture.
     out = tmp_path / "tables" / "val.tsv"
     assert make("--data", coco, "--split", "val", "--captions-per-image", 1, "--out", out) == 0
     assert out.read_text() == f'filepath\ttitle\n{coco}/val2014/3.png\t"val ""3"", 0"\n'
@@ -167,15 +150,13 @@ def test_refusals(coco, tmp_path, capsys):
 
 
 def test_by_itself_with_two_processes(coco, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--data", str(coco), "--shard-size", "4", "--workers", "2", "--out"]
+    command = [sys.executable, script.__file__, "--data", str(coco), "--shard-size", "4", "--workers", "2", "--out"]
     result = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert make("--data", coco, "--shard-size", 4, "--out", tmp_path / "one") == 0
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two and len(one) == 4
 
-
-# --- recipes ---
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("coco", 5), ("flickr30k", 10)])

@@ -1,43 +1,39 @@
 """Tiny shards and tables, and stand-ins for the transform and the tokenizer."""
 
 import argparse
-import io
 import json
 import random
 import tarfile
+import time
 from pathlib import Path
 
 import numpy
+import pytest
 import torch
 from PIL import Image
 
 from training.data import TrainData, ValData, build_train_data, build_val_data
-from training.data.pairs import PairEncoding
+from training.data.samples import PairEncoding
+
+from .data.sets import layout_files
 
 BROKEN_IMAGE = b"\xff\xd8 this was a picture once"
 
 
 def encode(number: int, format: str = "jpeg") -> bytes:
     pixels = numpy.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=numpy.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format)
-    return file.getvalue()
+    return layout_files.encode(Image.fromarray(pixels), format)
 
 
 def sample(number: int) -> dict[str, bytes]:
     return {"jpg": encode(number), "txt": f"caption {number}".encode()}
 
 
-def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """samples: key -> extension -> content"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for extension, content in files.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]] | list[tuple[str, dict[str, bytes]]]) -> Path:
+    """samples: key -> extension -> content, or pairs of these, for a key that comes again"""
+    pairs = samples.items() if isinstance(samples, dict) else samples
+    members = [(f"{key}.{ending}", content) for key, files in pairs for ending, content in files.items()]
+    return layout_files.write_shard(path, members)
 
 
 def key_of(shard: int, number: int) -> str:
@@ -55,6 +51,10 @@ def write_shards(folder: Path, sizes: list[int], first: int = 0, info: bool = Tr
     return f"{folder}/{{{first:05d}..{first + len(sizes) - 1:05d}}}.tar"
 
 
+# What there is to be skipped in the damaged shards.
+DAMAGE = {"unreadable image": 2, "no caption": 1, "empty caption": 1, "no image": 1, "broken shard": 1}
+
+
 def write_damaged_shards(folder: Path) -> str:
     """Six shards, in which everything that can be skipped occurs. The first one is as it should be."""
     write_shards(folder, [7] * 6)
@@ -67,6 +67,7 @@ def write_damaged_shards(folder: Path) -> str:
     write_shard(folder / "00001.tar", {key_of(1, n): damage.get(key_of(1, n), sample(100 + n)) for n in range(7)})
     truncate(folder / "00003.tar", keep=4)
     write_shard(folder / "00004.tar", {key_of(4, 0): {"jpg": BROKEN_IMAGE, "txt": b"broken"}, key_of(4, 1): sample(1)})
+    (folder / "sizes.json").write_text(json.dumps({f"{n:05d}.tar": 2 if n == 4 else 7 for n in range(6)}))
     return f"{folder}/{{00000..00005}}.tar"
 
 
@@ -108,6 +109,7 @@ def data_args(**changes) -> argparse.Namespace:
     values = {
         "train_data": None, "val_data": None, "train_num_samples": None, "val_num_samples": None,
         "dataset_type": "auto", "dataset_resampled": False, "train_data_upsampling_factors": None,
+        "shard_img_key": None, "shard_caption_key": "txt",
         "csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title",
         "workers": 0, "batch_size": 4, "seed": 0, "stall_seconds": 60,
     }  # fmt: skip
@@ -134,3 +136,11 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
         assert a["key"] == b["key"]
         assert torch.equal(a["text"], b["text"])
         assert torch.equal(a["image"].pixels, b["image"].pixels)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail("It does not come to it.")
+        time.sleep(0.002)

@@ -1,5 +1,4 @@
 """The linear probe's command, on a data set of noise in three colours; what it is made of is tested in evaluation/."""
-import json
 import os
 import shutil
 from pathlib import Path
@@ -19,12 +18,7 @@ from training.evaluation import probe
 
 from ..processes import spawn
 from .colours import write_colours
-from .runs import write_local_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_local_model(tmp_path_factory.mktemp("model"))
+from .runs import records
 
 
 @pytest.fixture
@@ -54,10 +48,6 @@ def command(model, data, results):
             "--workers", "0", "--device", "cpu", "--precision", "fp32", "--no-progress"]  # fmt: skip
 
 
-def written(results):
-    return [json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json"))]
-
-
 def pooled_features(model, colours, split):
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
     data = load_data(str(colours), split=split)
@@ -70,7 +60,7 @@ def pooled_features(model, colours, split):
 def test_command(run, model, colours, tmp_path, monkeypatch):
     """The sweep's choice, fitted again by scikit-learn on all training pictures, has the same score."""
     shown = run()
-    (record,) = written(tmp_path / "results")
+    (record,) = records(tmp_path / "results")
     assert (record["command"], record["data"], record["split"]) == ("linear_probe", "colours", "test")
     assert (record["num_train_samples"], record["metrics"]["num_samples"]) == (60, 30)
     assert len(record["trials"]) >= 11 and record["regularisation"] in {t["regularisation"] for t in record["trials"]}
@@ -87,7 +77,7 @@ def test_command(run, model, colours, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "sweep", lambda *args: pytest.fail("swept again"))
     (path,) = (tmp_path / "results").glob("*.json")
     assert run() == f"{shown}found, not evaluated again (--redo does it): {path}\n"
-    assert written(tmp_path / "results") == [record]  # the date too
+    assert records(tmp_path / "results") == [record]  # the date too
     value = repr(record["regularisation"])
     assert run("--regularisation", value) == shown  # the same classifier
     path.unlink()
@@ -108,10 +98,10 @@ def test_probe_is_kept_for_more_test_sets(run, colours, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "fit", lambda *args: pytest.fail("fitted again"))
     lines = run("--also", str(more)).splitlines()
     assert [line.split()[0] for line in lines] == ["data", "colours", "more", "found,"]
-    other = next(record for record in written(tmp_path / "results") if record["data"] == "more")
+    other = next(record for record in records(tmp_path / "results") if record["data"] == "more")
     assert other["metrics"]["num_samples"] == 29 and len(other["skipped"]) == 1
     assert other["settings"]["train"] == "colours"
-    assert other["regularisation"] == written(tmp_path / "results")[0]["regularisation"]
+    assert other["regularisation"] == records(tmp_path / "results")[0]["regularisation"]
 
 
 @pytest.mark.parametrize(
@@ -123,25 +113,39 @@ def test_probe_is_kept_for_more_test_sets(run, colours, tmp_path, monkeypatch):
 )
 def test_options(run, tmp_path, flags):
     run(*flags)
-    (record,) = written(tmp_path / "results")
+    (record,) = records(tmp_path / "results")
     assert record["metrics"]["top1"] > 0.6
     if "--max-train-samples" in flags:
         assert record["num_train_samples"] == 30
         assert record["settings"]["feature_dtype"] == "bf16" and record["settings"]["standardize"] is True
     else:
         assert record["num_train_samples"] == 60
-    run(*flags, results="again")
-    (again,) = written(tmp_path / "again")
-    assert {**again, "date": ""} == {**record, "date": ""}
+
+
+def test_shots(run, colours, tmp_path):
+    """So many of each class are trained on and no others, seeded; a val split only chooses."""
+    run("--shots", "4", "--regularisation", "1")
+    run("--shots", "4", "--seed", "1", "--regularisation", "1")
+    shutil.copytree(colours / "test", colours / "val")
+    shutil.rmtree(colours / "test")
+    write_colours(tmp_path / "other", train=3, test=3)
+    (tmp_path / "other" / "test").rename(colours / "test")
+    run("--shots", "5")
+    found = sorted(records(tmp_path / "results"), key=lambda record: (record["num_train_samples"], record["date"]))
+    assert [record["num_train_samples"] for record in found] == [12, 12, 15]
+    assert [record["settings"]["shots"] for record in found] == [4, 4, 5]
+    assert {record["settings"]["seed"] for record in found[:2]} == {0, 1}
+    assert len({record["settings"]["train_fingerprint"] for record in found}) == 3
+    assert "15 samples to train on, 30 held out" in run.log
 
 
 def test_streaming_from_disk_changes_nothing(run, tmp_path):
-    records = []
+    found = []
     for gigabytes, said in (("0", "read from disk in each iteration"), ("1", "kept on cpu")):
         run("--feature-memory", gigabytes, "--redo")
         assert said in run.log
-        records += [{**record, "date": ""} for record in written(tmp_path / "results")]
-    assert records[0] == records[1]
+        found += [{**record, "date": ""} for record in records(tmp_path / "results")]
+    assert found[0] == found[1]
 
 
 def test_a_val_split_is_used_for_the_sweep(run, colours, tmp_path):
@@ -155,7 +159,7 @@ def test_a_val_split_is_used_for_the_sweep(run, colours, tmp_path):
         path.rename(target)
     run(results="with-val")
     assert "60 samples to train on, 45 held out" in run.log
-    (record,) = written(tmp_path / "with-val")
+    (record,) = records(tmp_path / "with-val")
     assert record["num_train_samples"] == 105  # the refit takes both
     assert record["settings"]["val_fingerprint"] and record["settings"]["held_out"] is None
 
@@ -184,7 +188,7 @@ def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
     assert "one training image a class, none to hold out" in run(data="imagenet", code=2)
     run("--also", "imagenet-r", "--regularisation", "1e6", "--max-iterations", "50", data="imagenet")
     assert set(asked) == {"train", "test"}  # the "test" set is the val split, which no sweep may look at
-    first, second = written(tmp_path / "results")
+    first, second = records(tmp_path / "results")
     by_name = {record["data"]: record["metrics"] for record in (first, second)}
     assert by_name["imagenet-r"]["top1"] == 1  # it has seen them
     assert by_name["imagenet-r"]["num_samples"] == 3
@@ -195,10 +199,13 @@ def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--held-out", "0"], "--held-out must be between 0 and 1"),
-        (["--regularisation", "nan"], "--regularisation must be sweep or a number above 0, not 'nan'"),
+        (["--regularisation", "nan"], "--regularisation must be sweep or a number from 1e-30 to 1e30, not 'nan'"),
+        (["--regularisation", "1e-300"], "--regularisation must be sweep or a number from 1e-30 to 1e30"),
+        (["--shots", "21"], "has 20 training images of 'blue'; lower --shots to that"),
+        (["--shots", "2", "--max-train-samples", "9"], "--shots and --max-train-samples both choose images"),
         (["--max-train-samples", "2"], "1 of the 3 classes of colours have no readable training image"),
         (["--results", "none"], "--results none leaves no place for the features; name one with --cache"),
-        (["--cache", "pets/classnames.txt"], "--cache pets/classnames.txt is a file; name a folder"),
+        (["--cache", "pets/classnames.txt"], "pets/classnames.txt is a file; name a folder"),
         (["--data", "colours/test"], "has no train split"),
         (["--data", "colours/train"], "no test split"),
         (["--also", "pets"], "pets (test) has 2 classes, but the classifier is for the 3 of colours (train)"),
@@ -218,13 +225,10 @@ def test_mistakes(run, colours, tmp_path, monkeypatch, flags, message):
     assert not Path("results").exists()
 
 
-def test_a_class_of_broken_pictures(run, colours):
+def test_classes_without_pictures(run, colours):
     for path in (colours / "train" / "green").iterdir():
         path.write_bytes(b"no picture")
     assert "1 of the 3 classes of colours have no readable training image (the first is 'green')" in run(code=2)
-
-
-def test_one_class(run, colours):
     for path in [*colours.glob("*/green"), *colours.glob("*/blue")]:
         shutil.rmtree(path)
     (colours / "classnames.txt").write_text("red\n")
@@ -242,9 +246,12 @@ def test_splits_are_compared_by_their_pictures(run, colours, tmp_path):
     for path in (other / "test").glob("*/*.png"):
         Image.open(path).rotate(180).save(path)
     run("--regularisation", "1", data=other)
-    shutil.copytree(other / "test", other / "val")
-    run("--regularisation", "1", "--redo", data=other)
-    assert written(tmp_path / "results")[0]["settings"]["val_fingerprint"] is None
+    for split in ("test", "train"):
+        shutil.copytree(other / split, other / "val")
+        run("--regularisation", "1", "--redo", data=other)
+        assert records(tmp_path / "results")[0]["settings"]["val_fingerprint"] is None
+        shutil.rmtree(other / "val")
+    assert "the validation and the training split are the same pictures; it is left out" in run.log
 
 
 def test_two_processes(model, colours, tmp_path):
@@ -253,7 +260,7 @@ def test_two_processes(model, colours, tmp_path):
     one, two = (command(model, colours, tmp_path / name) for name in ("one", "two"))
     spawn(rank_main, two, group=False)
     assert linear_probe.main(one) == 0
-    (first,), (second,) = (written(tmp_path / name) for name in ("one", "two"))
+    (first,), (second,) = (records(tmp_path / name) for name in ("one", "two"))
     assert {**first, "date": ""} == {**second, "date": ""}
     assert first["num_train_samples"] == 59 and len(first["train_skipped"]) == 1
     files = [sorted((tmp_path / name / "features").iterdir()) for name in ("one", "two")]

@@ -1,5 +1,4 @@
 """Figures arrive where they were asked for, once each, also after a resume."""
-import csv
 import json
 import logging
 import sys
@@ -11,10 +10,7 @@ import pytest
 from training.errors import UserError
 from training.log import RunLog, setup_logging
 
-
-def rows(folder):
-    with (folder / "train.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+from .runs import rows
 
 
 def test_rows_after_the_resumed_step_are_written_once(tmp_path):
@@ -28,7 +24,7 @@ def test_rows_after_the_resumed_step_are_written_once(tmp_path):
 
 def test_tensorboard_and_results(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    log = RunLog(tmp_path, report_to=frozenset({"tensorboard"}))
+    log = RunLog(tmp_path, "tensorboard")
     log.train({"step": 0, "loss": 1.0})
     log.evaluation({"epoch": 1, "image_to_text_R@1": 0.5}, step=1)
     log.close()
@@ -51,7 +47,7 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["run", "lr:1e-3", "a/b #1?"])
 def test_wandb(offline, name, tmp_path):
-    log = RunLog(tmp_path, report_to=frozenset({"wandb"}), wandb_options={"project": "test", "name": name, "id": name})
+    log = RunLog(tmp_path, "wandb", wandb_options={"project": "test", "name": name})
     assert (log.writers["wandb"].id == name) == (name == "run") and log.writers["wandb"].name == name
     log.train({"step": 0, "loss": 1.0})
     log.close()
@@ -64,15 +60,15 @@ def test_wandb(offline, name, tmp_path):
 
 def test_what_cannot_be_reported_to_is_told_in_a_sentence(offline, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^--report-to wandb cannot be used \(.*project.*\); install or set up[^\n]*$"):
-        RunLog(tmp_path, report_to=frozenset({"wandb"}), wandb_options={"project": "a/b"})
+        RunLog(tmp_path, "wandb", wandb_options={"project": "a/b"})
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="^--report-to tensorboard cannot be used"):
-        RunLog(tmp_path, report_to=frozenset({"tensorboard"}))
+        RunLog(tmp_path, "tensorboard")
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = RunLog(tmp_path, enabled=False, report_to=frozenset({"tensorboard", "wandb"}))
+    log = RunLog(tmp_path, "tensorboard,wandb", enabled=False)
     log.train({"step": 0, "loss": 1.0})
     log.evaluation({"epoch": 1}, step=1)
     log.close()
@@ -95,7 +91,7 @@ def test_results_with_damaged_lines(text, left, tmp_path, caplog):
     path.parent.mkdir()
     path.write_text(text)
     log = RunLog(tmp_path, step=8)
-    assert [epoch for epoch in (1, 2) if log.has_evaluation(epoch)] == left
+    assert [result["epoch"] for result in log.results] == left
     assert caplog.text.count("1 line(s) of") == (text not in ("", TEXT))
     log.evaluation({"epoch": 3, "step": 12}, step=12)
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [*left, 3]
@@ -127,12 +123,12 @@ def test_figures_that_cannot_be_written_are_one_line_of_the_log(tmp_path, caplog
     (tmp_path / "checkpoints").mkdir()
     for name in ("train.csv", "checkpoints/results.jsonl"):
         (tmp_path / name).symlink_to("/dev/full")
-    log = RunLog(tmp_path, report_to=frozenset({"tensorboard"}))
+    log = RunLog(tmp_path, "tensorboard")
     log.writers["tensorboard"] = None  # as good as a full disk
     for step in range(3):
         log.train({"step": step, "loss": 1.0})
         log.evaluation({"epoch": step}, step)
-    assert log.last_evaluation == {"epoch": 2}
+    assert log.results[-1] == {"epoch": 2}
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3 and all("the run goes on" in message for message in messages)
     (tmp_path / "train.csv").unlink()  # room again
@@ -167,8 +163,5 @@ def test_logging_goes_to_file_and_console(tmp_path, capsys):
         setup_logging(logging.INFO, tmp_path / "no folder" / "out.log", console=True)
         assert "out.log could not be updated" in capsys.readouterr().err
     finally:
-        for handler in list(root.handlers):
-            root.removeHandler(handler)
-        for handler in handlers:
-            root.addHandler(handler)
+        root.handlers[:] = handlers
         root.setLevel(level)

@@ -1,6 +1,4 @@
 """The command as a person runs it: a run on files, its folder, and what it says to bad input."""
-import csv
-import json
 import os
 
 import open_clip
@@ -11,12 +9,9 @@ import yaml
 from training.main import main
 
 from ..processes import torchrun
-from .runs import assert_equal_weights, command, register_models, weights, write_shards
+from .runs import assert_equal_weights, command, evaluations, rows, weights, write_shards
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_model(tmp_path_factory):
-    return register_models(tmp_path_factory.mktemp("configs"))
+pytestmark = pytest.mark.usefixtures("local_model")
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +22,10 @@ def shards(tmp_path_factory):
 def test_a_run_and_what_it_leaves(shards, tmp_path):
     assert main(command(shards, tmp_path, "--val-data", shards, "--report-to", "tensorboard")) == 0
     run = tmp_path / "run"
-    with (run / "train.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(r["step"]) for r in rows] == list(range(8))
-    assert float(rows[0]["rrt"]) == pytest.approx(1 - (17 + 16 + 3 * 12 + 8) / (6 * 17))
-    assert all(float(r["loss"]) > 0 for r in rows)
-    results = [json.loads(line) for line in (run / "checkpoints" / "results.jsonl").read_text().splitlines()]
+    steps, results = rows(run), evaluations(run)
+    assert [int(r["step"]) for r in steps] == list(range(8))
+    assert float(steps[0]["rrt"]) == pytest.approx(1 - (17 + 16 + 3 * 12 + 8) / (6 * 17))
+    assert all(float(r["loss"]) > 0 for r in steps)
     assert [r["epoch"] for r in results] == [1, 2]
     assert results[0]["num_samples"] == 32 and 0 <= results[0]["image_to_text_R@1"] <= 1
     assert "RRT" in (run / "out.log").read_text()
@@ -47,18 +40,6 @@ def test_a_run_and_what_it_leaves(shards, tmp_path):
     assert config["model"] == "Tiny-ELIP"
     assert main(["--config", str(run / "config.yaml"), "--name", "again"]) == 0
     assert_equal_weights(weights(tmp_path / "again" / "checkpoints" / "epoch_2.pt"), state["state_dict"])
-
-
-def test_resume_latest_ends_with_the_same_weights(shards, tmp_path):
-    assert main(command(shards, tmp_path, name="straight")) == 0
-    assert main(command(shards, tmp_path, name="resumed")) == 0
-    checkpoints = tmp_path / "resumed" / "checkpoints"
-    (checkpoints / "epoch_2.pt").unlink()
-    assert main(command(shards, tmp_path, "--resume", "latest", name="resumed")) == 0
-    straight = weights(tmp_path / "straight" / "checkpoints" / "epoch_2.pt")
-    assert_equal_weights(weights(checkpoints / "epoch_2.pt"), straight)
-    with (tmp_path / "resumed" / "train.csv").open() as file:
-        assert [int(r["step"]) for r in csv.DictReader(file)] == list(range(8))
 
 
 def test_another_seed_is_another_run(shards, tmp_path):
@@ -86,8 +67,7 @@ def test_an_openclip_checkpoint_is_continued(shards, tmp_path):
     }
     torch.save(foreign, tmp_path / "foreign.pt")
     assert main(command(shards, tmp_path, "--resume", str(tmp_path / "foreign.pt"), name="second")) == 0
-    with (tmp_path / "second" / "train.csv").open() as file:
-        assert [int(r["step"]) for r in csv.DictReader(file)] == [4, 5, 6, 7]
+    assert [int(r["step"]) for r in rows(tmp_path / "second")] == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +94,7 @@ def test_flags_run(flags, shards, tmp_path):
     assert main(command(shards, tmp_path, "--epochs", "1", *flags)) == 0
     state = weights(tmp_path / "run" / "checkpoints" / "epoch_1.pt")
     assert all(torch.isfinite(v.float()).all() for v in state.values())
-    with (tmp_path / "run" / "train.csv").open() as file:
-        rrt = float(next(csv.DictReader(file))["rrt"])
+    rrt = float(rows(tmp_path / "run")[0]["rrt"])
     assert (rrt == 0) == ("none" in flags)
 
 
@@ -128,7 +107,7 @@ def test_evaluation_alone(shards, tmp_path):
     ]  # fmt: skip
     assert main([*flags, "--name", "a", "--pretrained", trained]) == 0
     assert main([*flags, "--name", "b", "--resume", trained]) == 0
-    a, b = (json.loads((tmp_path / n / "checkpoints" / "results.jsonl").read_text()) for n in "ab")
+    (a,), (b,) = (evaluations(tmp_path / name) for name in "ab")
     assert a["num_samples"] == 32 and a["clip_val_loss"] == b["clip_val_loss"]
 
 
@@ -161,6 +140,10 @@ BAD = {
     "stages of another depth": (["--token-reduction", "depths=2,2,6,2"], ["12 layers", "has 6"]),
     "increasing ratio": (["--token-reduction", "keep_ratio=.5,.9,.4,.4"], ["must not increase"]),
     "unknown method": (["--token-reduction", "tomes"], ["tomes"]),
+    "all tokens without reduction": (["--model", "Tiny", "--full-tokens-last", "10%"], ["needs a model with token"]),
+    "all tokens, no reduction": (["--token-reduction", "none", "--full-tokens-last", "10%"], ["needs a model with"]),
+    "knob of another method": (["--token-reduction", "tome", "lam=0.5"], ["Unknown token_reduction option 'lam'"]),
+    "two rates": (["--token-reduction", "evit", "keep_rate=0.5", "target_rrt=0.3"], ["either keep_rate or target_rrt"]),
     "missing shards": (["--train-data", "nowhere/{00000..00003}.tar"], ["nowhere/00000.tar"]),
     "empty source": (["--train-data", "::"], ["--train-data"]),
     "too many workers": (["--workers", "7"], ["2 shards", "--dataset-resampled"]),
@@ -168,8 +151,13 @@ BAD = {
     "missing pretrained": (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
     "missing zero-shot": (["--zeroshot-data", "nowhere"], ["nowhere"]),
     "window larger than epoch": (["--accum-freq", "9"], ["--accum-freq"]),
+    "augmentation": (["--aug-cfg", "scale=(2,1)"], ["--aug-cfg {'scale': [2, 1]} does not work"]),
+    "augmentation now and then": (["--aug-cfg", "use_timm=True", "re_prob=.5", "re_count=x"], ["--aug-cfg"]),
     "unknown timm optimizer": (["--opt", "timm/nothing"], ["timm"]),
     "unknown flag": (["--bach-size", "8"], ["--batch-size"]),
+    "no contrast": (["--batch-size", "1"], ["A step of one pair has no contrast", "raise --batch-size"]),
+    "no patch": (["--force-image-size", "7"], ["[7, 7] pixels", "--force-image-size"]),
+    "no weights for the tower": (["--pretrained-image"], ["needs an image tower of timm's"]),
 }
 
 
@@ -177,6 +165,15 @@ BAD = {
 def test_bad_input_is_one_sentence_and_leaves_nothing(case, shards, tmp_path, capsys):
     flags, words = BAD[case]
     refuse(capsys, command(shards, tmp_path / "logs", *flags), *words)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_allocation_of_slurm_without_srun(shards, tmp_path, capsys, monkeypatch):
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    set_by_openclip = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}  # which are to be gone afterwards
+    for name, value in (slurm | set_by_openclip).items():
+        monkeypatch.setenv(name, value)
+    refuse(capsys, command(shards, tmp_path / "logs"), "cannot meet", "srun", "unset SLURM_NTASKS")
     assert not (tmp_path / "logs").exists()
 
 
@@ -199,17 +196,16 @@ def test_a_checkpoint_of_another_shape(shards, tmp_path, capsys):
     refuse(capsys, command(shards, tmp_path, "--pretrained", small, model="ViT-Ti-8-64-ELIP"), "does not fit", "192")
 
 
-def test_two_processes_end_alike(tiny_model, shards, tmp_path):
+def test_two_processes_end_alike(local_model, shards, tmp_path):
     """Through torchrun: a run on two processes; then bad input, which ends both with the same code and one sentence."""
 
     def run(*more, name):
-        argv = command(shards, tmp_path, *more, name=name, model=f"local-dir:{tiny_model}")
+        argv = command(shards, tmp_path, *more, name=name, model=f"local-dir:{local_model}")
         return torchrun("-m", "training.main", "--", *argv)
 
     good = run("--val-data", shards, "--epochs", "1", name="good")
     assert good.returncode == 0, good.stderr
-    results = json.loads((tmp_path / "good" / "checkpoints" / "results.jsonl").read_text())
-    assert results["num_samples"] == 32
+    assert evaluations(tmp_path / "good")[0]["num_samples"] == 32
     bad = run("--workers", "2", name="bad")
     assert bad.returncode != 0
     assert bad.stderr.count("error: ") == 1 and "2 shards" in bad.stderr, bad.stderr

@@ -9,20 +9,20 @@ import open_clip
 import pytest
 import torch
 
-from open_clip_elip.identity import ModelError, create, describe
+from open_clip_elip.identity import CHANGES, ModelError, create, describe
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation.loaded import hash_weights, load_model
-from training.models import CHANGES, build_model, build_teacher, checkpoint_identity
+from training.models import build_model, build_teacher, checkpoint_identity
 
 TINY = "ViT-Pico-8-64-ELIP"
 CPU = torch.device("cpu")
 
 
 def options(**changes) -> argparse.Namespace:
-    values = dict.fromkeys(CHANGES) | {
+    values = dict.fromkeys((*CHANGES, "cache_dir")) | {
         "model": TINY, "pretrained": None, "pretrained_image": False, "token_reduction": None, "siglip": False,
-        "precision": "fp32", "shortcuts": True, "grad_checkpointing": False, "distill_model": None,
+        "precision": "fp32", "cache_dir": None, "shortcuts": True, "grad_checkpointing": False, "distill_model": None,
         "distill_pretrained": None,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
@@ -38,20 +38,19 @@ def evaluation(pretrained, **changes) -> argparse.Namespace:
 
 def test_a_model_from_options_and_back_from_its_checkpoint(tmp_path, caplog):
     torch.manual_seed(0)
-    built = build_model(
-        options(token_reduction={"lam": 0.3}, siglip=True, force_image_size=[48], image_mean=[0.5] * 3), CPU
-    )
+    changes = {"siglip": True, "force_image_size": [48], "image_mean": [0.5] * 3}
+    built = build_model(options(token_reduction={"lam": 0.3}, **changes), CPU)
     assert built.model.reduction.config.lam == 0.3 and built.model.logit_bias.item() == -10
     state = {"model": built.identity.to_dict(), "state_dict": built.model.state_dict(), "config": {"model": "other"}}
     torch.save(state, tmp_path / "c.pt")
     assert checkpoint_identity(torch.load(tmp_path / "c.pt", weights_only=True)) == built.identity
     loaded = load_model(evaluation(tmp_path / "c.pt", vision_guided_reduction=True), Ranks(CPU))
-    assert loaded.weights_hash == hash_weights(built.model.state_dict()) and loaded.name == TINY
+    assert loaded.described["weights"] == hash_weights(built.model.state_dict()) and loaded.described["model"] == TINY
     assert loaded.model.reduction.config.lam == 0.3 and loaded.model.tower.vision_guided
-    assert "48" in loaded.transform_key
+    assert "48" in loaded.described["settings"]["transform"]
 
     again = build_model(options(pretrained=str(tmp_path / "c.pt"), siglip=True, force_image_size=48), CPU)
-    assert hash_weights(again.model.state_dict()) == loaded.weights_hash
+    assert hash_weights(again.model.state_dict()) == loaded.described["weights"]
     assert "c.pt was trained with mean [0.5, 0.5, 0.5] (not [0.48" in caplog.text
     build_model(options(pretrained=str(tmp_path / "c.pt"), force_image_size=48), CPU)
     assert "not used: logit_bias" in caplog.text
@@ -95,10 +94,11 @@ def test_the_name_of_a_sibling_keeps_a_checkpoints_settings(tmp_path, caplog, mo
     averages = {k: v / 2 for k, v in weights.items()}
     torch.save({"state_dict": weights, "config": config, "ema": averages}, tmp_path / "c.pt")
     own = load_model(evaluation(tmp_path / "c.pt"), Ranks(CPU))
-    assert own.weights_hash == hash_weights(weights)
+    assert own.described["weights"] == hash_weights(weights)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-Pico-8-64", describe(TINY).config)
     for name in (TINY, "ViT-Pico-8-64"):
-        assert load_model(evaluation(tmp_path / "c.pt", model=name), Ranks(CPU)).transform_key == own.transform_key
+        sibling = load_model(evaluation(tmp_path / "c.pt", model=name), Ranks(CPU))
+        assert sibling.described["settings"] == own.described["settings"]
     averaged = load_model(evaluation(tmp_path / "c.pt", ema=True), Ranks(CPU))
     assert torch.equal(averaged.model.visual.proj, weights["visual.proj"] / 2)
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": open_clip.get_model_config(TINY)}))
@@ -126,19 +126,22 @@ def test_a_teacher_sees_what_the_student_sees(caplog):
     assert build_teacher(options(), student, CPU) is None
     teacher = build_teacher(options(distill_model="ViT-Nano-8-64-ELIP"), student, CPU)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
-    with pytest.raises(UserError, match="takes pictures of 224x224 pixels, and ViT-Pico-8-64-ELIP 64x64"):
+    with pytest.raises(UserError, match="takes pictures of 224x224 pixels, and ViT-Pico-8-64-ELIP pictures of 64x64"):
         build_teacher(options(distill_model="ViT-S-16"), student, CPU)
+    with pytest.raises(UserError, match="--distill-pretrained no.pt is neither a file nor a name"):
+        build_teacher(options(distill_model="ViT-S-16", distill_pretrained="no.pt"), student, CPU)
     with pytest.raises(UserError, match="takes captions of 77 tokens"):
         build_teacher(options(distill_model="ViT-S-16"), describe("ViT-S-16", force_context_length=24), CPU)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"model": "Tiny-ELPI"}, "There is no model named"),
-        ({"pretrained": "nowhere.pt"}, "neither a file nor a name"),
-    ],
-)
-def test_what_a_person_can_mend(changes, sentence):
-    with pytest.raises(UserError, match=sentence):
-        build_model(options(**changes), CPU)
+def test_half_precision_on_a_cpu_is_told_to_be_slow(caplog):
+    for precision, told in (("fp32", 0), ("amp", 1)):
+        build_model(options(precision=precision), CPU)
+        assert len([message for message in caplog.messages if "fp32 may be three times as fast" in message]) == told
+
+
+def test_what_a_person_can_mend():
+    with pytest.raises(UserError, match="There is no model named"):
+        build_model(options(model="Tiny-ELPI"), CPU)
+    with pytest.raises(UserError, match="neither a file nor a name"):
+        build_model(options(pretrained="nowhere.pt"), CPU)

@@ -3,7 +3,7 @@ import itertools
 import logging
 import os
 import shutil
-import time
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -12,7 +12,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from training import checkpoint
 from training.errors import UserError
-from training.remote import RemoteSync, check_unused, fetch_newest
+from training.remote import RemoteSync
+
+from .data_helpers import wait_until
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -87,13 +89,6 @@ def copies(target):
     return {path[len(root) + 1 :]: fs.cat_file(path).decode() for path in find(fs, root)}
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
-
-
 FIRST = {"config.yaml": "epochs: 2\n", "train.csv": "step,loss\n", "checkpoints/epoch_1.pt": "one"}
 
 
@@ -101,14 +96,15 @@ def test_what_is_new_or_has_changed_is_copied(run, target):
     for name in (".lock", "checkpoints/.epoch_2.pt.77.tmp", ".git/HEAD"):
         write(run / name, "hidden")
     (run / "gone").symlink_to("nowhere")
-    sync = RemoteSync(run, target, 3600)
+    shutil.move(run / "checkpoints", run.parent / "big-disk")
+    (run / "checkpoints").symlink_to(run.parent / "big-disk")
+    sync = RemoteSync(run, target)
     sync.start()
     assert copies(target) == FIRST
-    assert sync.copy_changes() == []
     changes = {"train.csv": "step,loss\n0,4.5\n", "checkpoints/epoch_1.pt": "two", "wandb/a/b.log": "new"}
     for name, text in changes.items():
         write(run / name, text)
-    assert sorted(sync.copy_changes()) == sorted(changes)
+    sync.copy_changes()
     assert copies(target) == FIRST | changes
     write(run / "out.log", "the last line")
     sync.close()
@@ -118,21 +114,14 @@ def test_what_is_new_or_has_changed_is_copied(run, target):
 def test_a_restarted_run_copies_no_checkpoint_again(run, flaky):
     write(run / "checkpoints" / "epoch_2.pt", "two")
     for _ in range(2):
-        RemoteSync(run, flaky, 3600).start()
+        RemoteSync(run, flaky).start()
         arrived = {call[2].partition("/run/")[2] for call in FlakyFileSystem.calls if call[0] == "mv"}
         FlakyFileSystem.calls.clear()
     assert arrived == {"config.yaml", "train.csv"}
 
 
-def test_checkpoints_that_are_kept_elsewhere_are_copied(run, tmp_path):
-    shutil.move(run / "checkpoints", tmp_path / "big-disk")
-    (run / "checkpoints").symlink_to(tmp_path / "big-disk")
-    RemoteSync(run, f"{tmp_path}/copy", 3600).start()
-    assert copies(f"{tmp_path}/copy") == FIRST
-
-
 def test_a_name_appears_when_its_file_is_complete(run, flaky, monkeypatch):
-    RemoteSync(run, flaky, 3600).start()
+    RemoteSync(run, flaky).start()
     put = [call[1].rpartition("/")[2] for call in FlakyFileSystem.calls if call[0] == "put"]
     assert sorted(put) == [".config.yaml.tmp", ".epoch_1.pt.tmp", ".train.csv.tmp"]
     assert copies(flaky) == FIRST
@@ -140,12 +129,12 @@ def test_a_name_appears_when_its_file_is_complete(run, flaky, monkeypatch):
     put, original = [], MemoryFileSystem.put_file  # an object store has no half files, and cannot rename
     counting = lambda fs, a, b, **kwargs: (put.append(b.rpartition("/")[2]), original(fs, a, b, **kwargs))  # noqa: E731
     monkeypatch.setattr(MemoryFileSystem, "put_file", counting)
-    RemoteSync(run, f"memory://{next(_number)}/run", 3600).start()
+    RemoteSync(run, f"memory://{next(_number)}/run").start()
     assert sorted(put) == ["config.yaml", "epoch_1.pt", "train.csv"]
 
 
 def test_rotated_checkpoints_go_once_the_newer_ones_have_arrived(run, flaky):
-    sync = RemoteSync(run, flaky, 3600)
+    sync = RemoteSync(run, flaky)
     sync.start()
     write(run / "checkpoints" / "epoch_2.pt", "two")
     os.remove(run / "checkpoints" / "epoch_1.pt")
@@ -164,7 +153,7 @@ def test_rotated_checkpoints_go_once_the_newer_ones_have_arrived(run, flaky):
 
 def test_one_file_that_fails_does_not_keep_the_others_back(run, flaky):
     FlakyFileSystem.fails = "epoch_1.pt"  # the smallest, so the first
-    sync = RemoteSync(run, flaky, 3600)
+    sync = RemoteSync(run, flaky)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             sync.copy_changes()
@@ -193,15 +182,15 @@ def test_a_failure_is_logged_and_tried_again(run, flaky, caplog):
         ("{run}", "into itself"),
         ("{run}/checkpoints/../copy", "into itself"),
         ("{run}/train.csv/run", "into itself"),
-        ("{run}/../../file/run", r"cannot be copied to .*/file/run \(.*; check its name, the package"),
-        ("{flaky}", r"cannot be copied to flaky.* \(no answer\); check its name, the package"),
+        ("{run}/../../file/run", r"--remote-sync .*/file/run cannot be used \(.*; check its name, the package"),
+        ("{flaky}", r"--remote-sync flaky.* cannot be used \(no answer\); check its name, the package"),
     ],
 )
 def test_a_target_that_cannot_be_used_is_told_in_a_sentence(target, said, run, flaky, tmp_path):
     write(tmp_path / "file", "not a folder")
     FlakyFileSystem.fails = ""
     with pytest.raises(UserError, match=f"^[^\n]*{said}[^\n]*\\.$"):
-        RemoteSync(run, target.format(run=run, flaky=flaky), 3600).start()
+        RemoteSync(run, target.format(run=run, flaky=flaky)).start()
 
 
 # ---------------------------------------------------------------------- and back
@@ -216,11 +205,11 @@ def save(folder, name, epoch):
 def copy(tmp_path, target):
     """A run of ten epochs that lies at `target` only."""
     folder = tmp_path / "other-machine" / "run"
-    for name in ("epoch_2", "epoch_9", "epoch_10", "best"):
-        save(folder, f"{name}.pt", int(name.partition("_")[2] or 2))
+    for name, epoch in {"epoch_2": 2, "epoch_9": 9, "epoch_10": 10, "best": 2, "step_90": 3, "step_100": 4}.items():
+        save(folder, f"{name}.pt", epoch)
     for name in ("train.csv", "out.log", "checkpoints/results.jsonl", "tensorboard/events"):
         write(folder / name, name)
-    RemoteSync(folder, target, 3600).start()
+    RemoteSync(folder, target).start()
     return target
 
 
@@ -228,31 +217,27 @@ def files(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
+NOT_FETCHED = ("epoch_2", "epoch_9", "best", "step_90")
 BESIDE = {"train.csv", "out.log", "checkpoints/results.jsonl"}
 
 
 def test_fetch_the_newest_and_go_on(copy, tmp_path):
     folder = tmp_path / "fresh"
-    assert fetch_newest(copy, folder)
-    assert files(folder) == {"checkpoints/epoch_10.pt", *BESIDE}
+    RemoteSync(folder, copy).fetch_newest()
+    assert files(folder) == {"checkpoints/epoch_10.pt", "checkpoints/step_100.pt", *BESIDE}
     assert checkpoint.newest(folder / "checkpoints").name == "epoch_10.pt"
-    assert not fetch_newest(copy, folder)  # there is one here
+    os.remove(folder / "out.log")
+    RemoteSync(folder, copy).fetch_newest()  # does nothing: there is a checkpoint here
+    assert not (folder / "out.log").exists()
 
-    sync = RemoteSync(folder, copy, 3600)
+    sync = RemoteSync(folder, copy)
     sync.start()
     save(folder, "epoch_11.pt", 11)
     os.remove(folder / "checkpoints" / "epoch_10.pt")
     sync.copy_changes()
     fs, root = fsspec.core.url_to_fs(copy)
     there = {path.rpartition("/")[2] for path in fs.find(f"{root}/checkpoints")}
-    assert there == {"epoch_2.pt", "epoch_9.pt", "epoch_11.pt", "best.pt", "results.jsonl"}
-
-
-def test_fetch_takes_the_newest_of_steps_and_epochs(tmp_path):
-    for name, epoch in (("epoch_1", 1), ("epoch_3", 3), ("step_90", 4), ("step_100", 4)):
-        save(tmp_path / "a", f"{name}.pt", epoch)
-    assert fetch_newest(str(tmp_path / "a"), tmp_path / "b")
-    assert checkpoint.newest(tmp_path / "b" / "checkpoints").name == "step_100.pt"
+    assert there == {"epoch_11.pt", "results.jsonl", *map("{}.pt".format, NOT_FETCHED), "step_100.pt"}
 
 
 def test_fetch_passes_over_what_is_unreadable_and_replaces_nothing_else(copy, tmp_path, caplog):
@@ -261,35 +246,32 @@ def test_fetch_passes_over_what_is_unreadable_and_replaces_nothing_else(copy, tm
     fs.pipe_file(f"{root}/checkpoints/.epoch_11.pt.tmp", b"half")
     write(tmp_path / "here" / "checkpoints" / "epoch_9.pt", "broken")
     write(tmp_path / "here" / "out.log", "mine")
-    assert fetch_newest(copy, tmp_path / "here")
-    assert files(tmp_path / "here") == {"checkpoints/epoch_9.pt", *BESIDE}
+    RemoteSync(tmp_path / "here", copy).fetch_newest()
+    assert files(tmp_path / "here") == {"checkpoints/epoch_9.pt", "checkpoints/step_100.pt", *BESIDE}
     assert checkpoint.newest(tmp_path / "here" / "checkpoints").name == "epoch_9.pt"
     assert (tmp_path / "here" / "out.log").read_text() == "mine"
     assert "checkpoints/epoch_10.pt of the run's copy is passed over" in caplog.text
 
 
-def test_nothing_to_fetch(target, tmp_path):
-    assert not fetch_newest(target, tmp_path / "fresh")
-    assert not (tmp_path / "fresh").exists()
-
-
 def test_what_cannot_be_fetched_does_not_pass_for_nothing(flaky, tmp_path):
+    RemoteSync(tmp_path / "fresh", flaky).fetch_newest()  # there is nothing
+    assert not (tmp_path / "fresh").exists()
     write(tmp_path / "a" / "checkpoints" / "epoch_1.pt", "broken")
     save(tmp_path / "a", "another.pt", 1)  # readable, but not one to continue from
     with pytest.raises(UserError, match=r"^None of the 2 checkpoint\(s\) at .*/a can be continued from; [^\n]*\.$"):
-        fetch_newest(f"{tmp_path}/a", tmp_path / "fresh")
+        RemoteSync(tmp_path / "fresh", f"{tmp_path}/a").fetch_newest()
     FlakyFileSystem.fails = ""
-    with pytest.raises(UserError, match=rf"^The run at {flaky} cannot be fetched \(no answer\); check[^\n]*\.$"):
-        fetch_newest(flaky, tmp_path / "fresh")
-    with pytest.raises(UserError, match=rf"^Whether there is a run at {flaky} .* \(no answer\); check[^\n]*\.$"):
-        check_unused(flaky)
+    sync = RemoteSync(tmp_path / "fresh", flaky)
+    for ask in (sync.fetch_newest, sync.check_unused):
+        with pytest.raises(UserError, match=rf"^--remote-sync {flaky} cannot be used \(no answer\); check[^\n]*\.$"):
+            ask()
 
 
 @pytest.mark.parametrize("left", ["config.yaml", "checkpoints/epoch_1.pt"])
 def test_a_run_that_exists_there_is_not_overwritten(left, run, target):
-    check_unused(target)
+    RemoteSync(Path("new"), target).check_unused()
     for name in FIRST.keys() - {left}:
         os.remove(run / name)
-    RemoteSync(run, target, 3600).start()
+    RemoteSync(run, target).start()
     with pytest.raises(UserError, match="^There is a run at .* already; choose another --name[^\n]*$"):
-        check_unused(target)
+        RemoteSync(Path("new"), target).check_unused()

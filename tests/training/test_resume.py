@@ -1,8 +1,5 @@
 """A run that is interrupted anywhere and resumed is, bit for bit, the run that was not."""
-import csv
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -13,12 +10,9 @@ from training.main import main
 from training.trainer import Trainer
 
 from ..processes import torchrun
-from .runs import assert_equal_weights, command, register_models, weights, write_shards
+from .runs import assert_equal_weights, command, evaluations, interrupted, losses, rows, weights, write_shards
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_model(tmp_path_factory):
-    return register_models(tmp_path_factory.mktemp("configs"))
+pytestmark = pytest.mark.usefixtures("local_model")
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +24,13 @@ def shards(tmp_path_factory):
     return f"{first}::{second}"
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """`interrupt(k)`: a SIGTERM arrives during optimizer step k (counted from 1)."""
-
-    def at(step):
-        original = Trainer.step
-
-        def step_and_signal(self, window):
-            if self.steps + 1 == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, window)
-
-        monkeypatch.setattr(Trainer, "step", step_and_signal)
-
-    yield at
-
-
-def losses(run):
-    with (run / "train.csv").open() as file:
-        return [(r["step"], r["loss"], r["lr"]) for r in csv.DictReader(file)]
+def test_a_signal_in_the_first_step_is_answered_at_once(shards, tmp_path):
+    with interrupted(1):
+        assert main(command(shards, tmp_path)) == EXIT_INTERRUPTED
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "Reading the first batch, for the first step." in log
+    assert "Stopped by signal 15 before the end of the first step." in log
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 SETTINGS = {
@@ -71,16 +52,14 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_interrupted_equals_uninterrupted(name, shards, tmp_path, interrupt, monkeypatch):
+def test_interrupted_equals_uninterrupted(name, shards, tmp_path):
     flags, stops = SETTINGS[name]
     flags = [*flags, "--val-data", shards.split("::")[0]]
     assert main(command(shards, tmp_path, *flags, name="straight")) == 0
     for stop in stops:
-        with monkeypatch.context():
-            interrupt(stop)
+        with interrupted(stop):
             argv = command(shards, tmp_path, *flags, "--resume", "latest", name="stopped")
             assert main(argv) == EXIT_INTERRUPTED
-        monkeypatch.undo()
         state = checkpoint.load(checkpoint.newest(tmp_path / "stopped" / "checkpoints"))
         assert state["step"] == stop
     assert main(command(shards, tmp_path, *flags, "--resume", "latest", name="stopped")) == 0
@@ -92,8 +71,7 @@ def test_interrupted_equals_uninterrupted(name, shards, tmp_path, interrupt, mon
         assert_equal_weights(a["ema"], b["ema"])
     assert torch.equal(a["random"][0]["cpu"], b["random"][0]["cpu"])
     assert losses(straight) == losses(stopped)
-    results = [(run / "checkpoints" / "results.jsonl").read_text() for run in (straight, stopped)]
-    assert results[0] == results[1] and len(results[0].splitlines()) == 2
+    assert evaluations(straight) == evaluations(stopped) and len(evaluations(straight)) == 2
     skipped = [
         [line.split("WARNING")[1] for line in (run / "out.log").read_text().splitlines() if "unreadable image" in line]
         for run in (straight, stopped)
@@ -104,29 +82,12 @@ def test_interrupted_equals_uninterrupted(name, shards, tmp_path, interrupt, mon
 def test_the_last_part_of_a_run_uses_all_tokens(shards, tmp_path):
     flags = ["--token-reduction", "random", "keep_ratio=0.5", "--full-tokens-last", "25%"]
     assert main(command(shards, tmp_path, *flags)) == 0
-    with (tmp_path / "run" / "train.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    ratios, operations = ([float(row[key]) for row in rows] for key in ("rrt", "gflops_per_sample"))
-    assert len(rows) == 16
+    steps = rows(tmp_path / "run")
+    ratios, operations = ([float(row[key]) for row in steps] for key in ("rrt", "gflops_per_sample"))
+    assert len(steps) == 16
     assert ratios == pytest.approx([1 - 9 / 17] * 12 + [0.0] * 4, abs=1e-6)
     assert min(operations[12:]) > 1.3 * max(operations[:12])
     assert f"rrt {0.75 * (1 - 9 / 17):.4g}" in (tmp_path / "run" / "summary.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--model", "Tiny", "--full-tokens-last", "10%"], "--full-tokens-last needs a model with token reduction"),
-        (["--token-reduction", "none", "--full-tokens-last", "10%"], "--full-tokens-last needs a model with token"),
-        (["--token-reduction", "tome", "lam=0.5"], "Unknown token_reduction option 'lam'"),
-        (["--token-reduction", "evit", "keep_rate=0.5", "target_rrt=0.3"], "either keep_rate or target_rrt"),
-        (["--token-reduction", "target_rrt=0.3"], "Unknown token_reduction option 'target_rrt'"),
-    ],
-)
-def test_options_of_another_method_are_refused(flags, sentence, shards, tmp_path, capsys, caplog):
-    assert main(command(shards, tmp_path, *flags)) == 2
-    assert sentence in capsys.readouterr().err + caplog.text
-    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_step_checkpoints_and_resume_from_any_of_them(shards, tmp_path):
@@ -154,14 +115,14 @@ def test_an_evaluation_that_was_missed_is_made_up_for(shards, tmp_path, monkeypa
         main(command(shards, tmp_path, *flags, name="killed"))
     monkeypatch.undo()
     assert main(command(shards, tmp_path, *flags, "--resume", "latest", name="killed")) == 0
-    straight, killed = ((tmp_path / n / "checkpoints" / "results.jsonl").read_text() for n in ("straight", "killed"))
-    assert straight == killed
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert evaluations(straight) == evaluations(killed) and losses(straight) == losses(killed)
+    assert_equal_weights(*(weights(run / "checkpoints" / "epoch_2.pt") for run in (straight, killed)))
 
 
-def test_another_batch_size_is_refused_or_elastic(shards, tmp_path, interrupt, monkeypatch, capsys):
-    interrupt(4)
-    assert main(command(shards, tmp_path)) == EXIT_INTERRUPTED
-    monkeypatch.undo()
+def test_another_batch_size_is_refused_or_elastic(shards, tmp_path, capsys):
+    with interrupted(4):
+        assert main(command(shards, tmp_path)) == EXIT_INTERRUPTED
     smaller = ["--batch-size", "4", "--resume", "latest"]
     assert main(command(shards, tmp_path, *smaller)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -169,8 +130,8 @@ def test_another_batch_size_is_refused_or_elastic(shards, tmp_path, interrupt, m
     assert main(command(shards, tmp_path, *smaller, "--allow-elastic")) == 0
     state = torch.load(tmp_path / "run" / "checkpoints" / "epoch_2.pt", weights_only=True)
     assert state["samples"] == 2 * 64 and state["step"] == 4 + 2 * 16 - 8
-    rows = losses(tmp_path / "run")
-    assert float(rows[-1][2]) < float(rows[8][2])  # the cosine goes on to its end
+    steps = losses(tmp_path / "run")
+    assert float(steps[-1][2]) < float(steps[8][2])  # the cosine goes on to its end
     assert state["plan"]["reference_batch"] == 8
     assert "Elastic resume" in (tmp_path / "run" / "out.log").read_text()
 
@@ -179,29 +140,38 @@ def test_workers_may_change_at_the_end_of_an_epoch_and_the_log_says_so(shards, t
     assert main(command(shards, tmp_path)) == 0
     (tmp_path / "run" / "checkpoints" / "epoch_2.pt").unlink()
     assert main(command(shards, tmp_path, "--workers", "2", "--resume", "latest")) == 0
-    assert "2 loader workers instead of 1" in (tmp_path / "run" / "out.log").read_text()
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "The coming data are not those of the uninterrupted run: workers 2 (was 1)." in log
+    (tmp_path / "run" / "checkpoints" / "epoch_2.pt").unlink()
+    flags = ["--seed", "5", "--wd", "0", "--beta2", "0.5", "--resume", "latest"]
+    assert main(command(shards, tmp_path, *flags, "--epochs", "3")) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "epochs 3 (was 2), beta2 0.5 (was 0.999), wd 0.0 (was 0.2)." in log
+    assert "uninterrupted run: seed 5 (was 0)." in log
+    assert "Nothing is left" not in log
+    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "epoch_3.pt")
+    assert {(g["weight_decay"], tuple(g["betas"])) for g in state["optimizer"]["param_groups"]} == {(0.0, (0.9, 0.5))}
+    assert "wd: 0.0" in (tmp_path / "run" / "config.yaml").read_text()
+    assert main(command(shards, tmp_path, *flags, "--epochs", "1")) == 0
+    assert "Nothing is left to train" in (tmp_path / "run" / "out.log").read_text()
 
 
-def test_two_processes_stop_together_and_resume_exactly(tiny_model, shards, tmp_path):
+def test_two_processes_stop_together_and_resume_exactly(local_model, shards, tmp_path):
     def run(name, stop_at=None):
         argv = command(shards, tmp_path, "--batch-size", "4", "--resume", "latest", name=name)
-        argv[argv.index("--model") + 1] = f"local-dir:{tiny_model}"
+        argv[argv.index("--model") + 1] = f"local-dir:{local_model}"
         entry = [str(tmp_path / "stop_one_rank.py"), str(stop_at or 0)]
         return torchrun("--", *entry, *argv)
 
     # Only rank 1 gets the signal; both must stop after the same step.
     (tmp_path / "stop_one_rank.py").write_text(
-        "import os, signal, sys\n"
+        "import os, sys\n"
+        "from tests.training.runs import interrupted\n"
         "from training.distributed import end\n"
         "from training.main import main\n"
-        "from training.trainer import Trainer\n"
-        "stop, original = int(sys.argv[1]), Trainer.step\n"
-        "def step(self, window):\n"
-        "    if self.steps + 1 == stop and self.ranks.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(self, window)\n"
-        "Trainer.step = step\n"
-        "end(main(sys.argv[2:]))\n"
+        "with interrupted(int(sys.argv[1]) if os.environ['RANK'] == '1' else 0):\n"
+        "    code = main(sys.argv[2:])\n"
+        "end(code)\n"
     )
     assert run("straight").returncode == 0
     stopped = run("stopped", stop_at=5)

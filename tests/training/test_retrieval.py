@@ -1,6 +1,5 @@
 """Retrieval: known answers with colours, the command on files, and that two processes give what one gives."""
 
-import io
 import json
 from pathlib import Path
 
@@ -17,26 +16,23 @@ from training.distributed import Ranks, leave
 from training.errors import UserError
 from training.evaluation.metrics import retrieval_metrics
 from training.evaluation.pairs import evaluate_captions
-from training.evaluation.passes import EncodeSettings, encode_texts
+from training.evaluation.passes import EncodeSettings
 
 from ..processes import spawn
-from .runs import picture, write_local_model
+from .data.sets.layout_files import encode, write_folder
+from .runs import WORDS, picture, records
 
 CPU = torch.device("cpu")
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "gray": (128, 128, 128)}
 
 
 def encoded(colour, mode="RGB"):
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), COLOURS[colour]).convert(mode).save(file, "PNG")
-    return file.getvalue()
+    return encode(Image.new("RGB", (4, 4), COLOURS[colour]).convert(mode), "PNG")
 
 
 def write_set(folder, images, name="set.json"):
     """images: (bytes, captions) of each. Returns the path of an ALBEF-style list."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (content, _) in enumerate(images):
-        (folder / f"{number}.png").write_bytes(content)
+    write_folder(folder, {f"{number}.png": content for number, (content, _) in enumerate(images)})
     entries = [{"image": f"{number}.png", "caption": captions} for number, (_, captions) in enumerate(images)]
     path = folder / name
     path.write_text(json.dumps(entries), encoding="utf-8")
@@ -116,22 +112,13 @@ def test_broken_images_go_with_their_captions(tmp_path, caplog):
 
 # --- the command ---
 
-WORDS = "red green blue gray dark light round square".split()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_local_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def noise_set(tmp_path):
     """Twelve images of noise, some with several captions, all different; Karpathy's form."""
     folder = tmp_path / "flickr30k"
-    (folder / "images").mkdir(parents=True)
+    write_folder(folder / "images", {f"{i}.png": picture(i) for i in range(12)})
     items = []
     for i in range(12):
-        (folder / "images" / f"{i}.png").write_bytes(picture(i))
         captions = [f"a {WORDS[i % 8]} {WORDS[k]}\nthing {i}" for k in range(1 + i % 3)]
         items.append({"filename": f"{i}.png", "split": "test", "sentences": [{"raw": c} for c in captions]})
     items.append({"filename": "absent.png", "split": "train", "sentences": [{"raw": "absent"}]})
@@ -144,15 +131,11 @@ def command(model, data, results, *more):
             "--workers", "0", "--device", "cpu", "--precision", "fp32", *more]  # fmt: skip
 
 
-def written(results):
-    return [json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json"))]
-
-
 def test_command(model, noise_set, tmp_path, capsys):
     """Equal to the model's own features; written, shown, and not done again."""
     words = command(model, f"flickr30k={noise_set}", tmp_path / "results")
     assert retrieval.main(words) == 0
-    (record,) = written(tmp_path / "results")
+    (record,) = records(tmp_path / "results")
     assert (record["command"], record["data"], record["split"]) == ("retrieval", "flickr30k", "test")
     assert record["settings"]["equal_captions_are_hits"] is False
 
@@ -173,9 +156,9 @@ def test_command(model, noise_set, tmp_path, capsys):
     assert retrieval.main(words) == 0
     (path,) = (tmp_path / "results").glob("*.json")
     assert capsys.readouterr().out == f"{shown}found, not evaluated again (--redo does it): {path}\n"
-    assert written(tmp_path / "results") == [record]  # the date too
+    assert records(tmp_path / "results") == [record]  # the date too
     assert retrieval.main([*words, "--equal-captions-are-hits"]) == 0
-    assert len(written(tmp_path / "results")) == 2
+    assert len(records(tmp_path / "results")) == 2
     assert "equal captions are hits" in capsys.readouterr().out
 
 
@@ -212,22 +195,15 @@ def test_two_processes(model, noise_set, tmp_path):
     write_set(tmp_path / "colours", COLOUR_SET)
     spawn(rank_main, str(tmp_path), command(model, noise_set, tmp_path / "two"))
     assert retrieval.main(command(model, noise_set, tmp_path / "one")) == 0
-    records = [*written(tmp_path / "one"), *written(tmp_path / "two")]
-    assert len(records) == 2
-    for record in records:
-        del record["date"]
-    assert records[0] == records[1]
-    assert records[0]["metrics"]["num_images"] == 11 and len(records[0]["skipped"]) == 1
+    (one,), (two,) = (records(tmp_path / name) for name in ("one", "two"))
+    assert {**one, "date": ""} == {**two, "date": ""}
+    assert one["metrics"]["num_images"] == 11 and len(one["skipped"]) == 1
 
 
 def rank_main(rank, folder, words):
     data = load_captions(f"{folder}/colours/set.json", CaptionOptions())
     for batch_size in (1, 3, 100):  # with 100, the second process has neither images nor captions
         assert evaluate(data, rank=rank, world_size=2, batch_size=batch_size) == evaluate(data, batch_size=batch_size)
-    settings = EncodeSettings(3, 0, "fp32")
-    ranks = Ranks(CPU, rank, rank, 2)
-    features = encode_texts(encode_text, tokenizer, data.captions, ranks=ranks, settings=settings)
-    assert torch.equal(features, encode_text(tokenizer(data.captions)))
     leave()
     assert retrieval.main(words) == 0
     missing = [word + "-missing" if word.endswith("flickr30k") else word for word in words]

@@ -29,6 +29,10 @@ def tiny_clip(siglip: bool = False, patch_dropout: float = 0.0, dtype=torch.floa
     return model.to(dtype)
 
 
+def gradients(model) -> dict:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def pairs(count: int, seed: int = 0, dtype=torch.float64) -> dict:
     g = torch.Generator().manual_seed(seed)
     text = torch.randint(1, VOCABULARY - 1, (count, CONTEXT), generator=g)

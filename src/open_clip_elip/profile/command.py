@@ -13,39 +13,24 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from open_clip import get_input_dtype
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from ..identity import ModelError, tokenizer
 from ..text import COMPILED_MULTIPLE, COMPILED_PARTS, TextParts, count_columns, cut_text
-from .captions import MEAN, caption_ids, context_length, draw_lengths, read_lengths, typical_lengths
-from .errors import ProfileError
-from .flops import Flops, count_flops
-from .machine import describe_machine, find_device, machine
-from .memory import SavedBytes, allocated, largest_batch, peak_bytes, prepare_optimizer
-from .models import Candidate
-from .report import (
-    NO_MATPLOTLIB,
-    Profile,
-    count_parameters,
-    make_folder,
-    markdown_table,
-    plot,
-    save,
-    table,
-    text_table,
-    tokens_per_layer,
-)  # fmt: skip
-from .step import TrainStep
-from .timing import Spread, in_turn, ratios
+from . import report
+from .flops import count_flops
+from .measure import SavedBytes, TrainStep, in_turn, largest_batch, peak_bytes, ratios, spread
+from .models import MEAN, Candidate, ProfileError, caption_ids, caption_lengths, context_length, find_device
+from .report import Figures
 
-COMPILED = (COMPILED_PARTS, COMPILED_MULTIPLE)
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
 
 
@@ -55,124 +40,108 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check(args)
         models = [Candidate.parse(text, args.image_size) for text in args.models]
-        profiles = profile_counts(models, args)
+        figures = [count(one, args) for one in models]
         if args.time:
-            profile_runs(models, profiles, args)
-        setting, rows = describe(profiles, args), table(profiles)
-        print(setting + "\n\n" + text_table(rows))
+            measure(models, figures, args)
+        setting, rows = _describe(figures[0], args), report.table(figures)
+        print(setting + "\n\n" + report.text_table(rows))
         if args.json is not None:
-            found = {"setting": machine(args.device) | _flags(args), "models": [p.to_dict() for p in profiles]}
-            save(args.json, json.dumps(found, indent=2) + "\n")
+            names = ("batch_size", "precision", "compile", "image_size", "rounds", "repeat")
+            flags = {name: getattr(args, name) for name in names}
+            found = {"setting": report.machine(args.device) | flags, "models": figures}
+            report.save(args.json, json.dumps(found, indent=2) + "\n")
         if args.markdown is not None:
-            save(args.markdown, setting + "\n\n" + markdown_table(rows))
+            report.save(args.markdown, setting + "\n\n" + report.markdown_table(rows))
         if args.plot is not None:
-            plot(profiles, args.plot, setting.splitlines()[0])
+            report.plot(figures, args.plot, setting.splitlines()[0])
     except (ProfileError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-# ---------------------------------------------------------------------- counts
-
-
-def profile_counts(models: Sequence[Candidate], args: argparse.Namespace) -> list[Profile]:
-    """What needs no step: parameters, tokens, operations. The models have shapes only, so any size will do."""
-    profiles = []
-    for one in models:
-        model = one.build("meta")
-        text = batch_text(model, one, args, args.batch_size)
-        rrt = model.tower.rrt() if hasattr(model, "tower") else 0.0
-        profiles.append(
-            Profile(
-                one.label, args.batch_size, *count_parameters(model), tokens_per_layer(model), rrt,
-                count_columns(text) / args.batch_size, _flops(model, text, one),
-            )
-        )  # fmt: skip
-    return profiles
-
-
-def _flops(model: nn.Module, text: Tensor | TextParts, one: Candidate) -> Flops:
-    pairs = len(text.place if isinstance(text, TextParts) else text)
+def count(one: Candidate, args: argparse.Namespace) -> Figures:
+    """What needs no step: parameters, tokens, operations. The model has shapes only, so any size will do."""
+    model, pairs = one.build("meta"), args.batch_size
+    image, text = _batch(model, one, args, pairs, "meta")
     try:
-        return count_flops(model, batch_image(model, pairs, "meta"), text.to("meta"))
+        flops = count_flops(model, image, text)
     except (NotImplementedError, RuntimeError):  # a tower that looks at the numbers: a real step, then
-        model = one.build("cpu")
-        return count_flops(model, batch_image(model, pairs, "cpu"), text)
+        flops = count_flops(one.build("cpu"), *_batch(model, one, args, pairs, "cpu"))
+    parts = ("forward", "backward", "scoring", "total", "text_forward", "text_backward", "text", "image")
+    vision = sum(p.numel() for p in model.visual.parameters())
+    others = sum(p.numel() for name, p in model.named_parameters() if p.ndim and "visual." not in name)
+    lengths = _lengths(model, one, args, pairs)
+    return {
+        "label": one.label,
+        "batch_size": pairs,
+        "vision_parameters": vision,
+        "text_parameters": others,  # without the logit scale and bias
+        "tokens_per_layer": report.tokens_per_layer(model),
+        "rrt": model.tower.rrt() if hasattr(model, "tower") else 0.0,
+        "text_tokens": count_columns(text) / pairs,
+        "caption_tokens": {"mean": sum(lengths) / pairs, "min": min(lengths), "max": max(lengths)},
+        "flops": asdict(flops),
+        "tflops_per_step": flops.total / 1e12,
+        "gflops_per_pair": {part: getattr(flops, part) / pairs / 1e9 for part in parts},
+    }
 
 
-def batch_image(model: nn.Module, pairs: int, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    size = model.visual.image_size
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return torch.randn(pairs, 3, height, width, device=device, dtype=dtype)
-
-
-def batch_text(model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int) -> Tensor | TextParts:
-    """Token ids on the CPU, cut as the model takes them in training."""
-    given, context = args.caption_lengths, context_length(model)
-    if given == "full":
-        lengths = [context] * pairs
-    elif isinstance(given, float):
-        lengths = typical_lengths(pairs, given, context)
-    else:
-        lengths = draw_lengths(read_lengths(given, tokenizer(one.identity), context), pairs)
-    return cut_text(caption_ids(model, lengths), model, *(COMPILED if args.compile else ()))
-
-
-# ---------------------------------------------------------------------- runs
-
-
-def profile_runs(models: Sequence[Candidate], profiles: Sequence[Profile], args: argparse.Namespace) -> None:
-    """Adds to `profiles` what takes steps on the device: memory of one model at a time, then times of all in turn."""
+def measure(models: Sequence[Candidate], figures: Sequence[Figures], args: argparse.Namespace) -> None:
+    """Adds what takes steps on the device: memory of one model at a time, then times of all in turn."""
     steps = {}
-    for one, profile in zip(models, profiles, strict=True):
-        others = allocated(args.device)
-        steps[one.label] = step = _step(one.build(args.device, args.precision), one, args, args.batch_size)
-        prepare_optimizer(step.optimizer)
+    for one, found in zip(models, figures, strict=True):
+        model = one.build(args.device, args.precision)
+        batch = _batch(model, one, args, args.batch_size, args.device)
+        steps[one.label] = step = TrainStep(model, *batch, args.precision)
         with _running(one, args):
-            _measure_memory(profile, step, one, args, others)
+            found |= _memory(step, one, args)
         step.optimizer.zero_grad(set_to_none=True)
     warmup = 1 if args.device.type == "cpu" else 3
     with _running(models[0], args):
         times = in_turn(steps, device=args.device, rounds=args.rounds, warmup=warmup, repeat=args.repeat)
-    for profile in profiles:
-        profile.seconds = Spread.of(times[profile.label])
-        profile.time_ratio = Spread.of(ratios(times[profile.label], times[profiles[0].label]))
+    for found in figures:
+        found["seconds"] = spread(times[found["label"]])
+        found["time_ratio"] = spread(ratios(times[found["label"]], times[models[0].label]))
+        found["samples_per_second"] = rate = args.batch_size / found["seconds"]["median"]
+        found["hours_per_epoch"] = {data: pairs / rate / 3600 for data, pairs in report.EPOCHS.items()}
 
 
-def _measure_memory(profile: Profile, step: TrainStep, one: Candidate, args: argparse.Namespace, others: int) -> None:
-    """Adds what the model keeps, its peak, and with `--memory` the batch that fits.
-
-    What is kept is that of the model as it is: a compiled one is not seen from inside, nor is its peak on the CPU.
-    """
-    pairs = args.batch_size
-    with SavedBytes(step.model) as saved, step.not_compiled():
-        profile.peak = _peak(step, others)
-    profile.saved = saved.bytes
-    compiled = args.compile and args.device.type == "cuda"
-    if compiled:
+def _memory(step: TrainStep, one: Candidate, args: argparse.Namespace) -> Figures:
+    """What the model keeps, its peak, and with `--memory` the batch that fits. Then it is compiled: a compiled model is
+    not seen from inside, nor is its peak on the CPU."""
+    pairs, on_gpu = args.batch_size, args.device.type == "cuda"
+    saved = SavedBytes(step.model)
+    with saved:
+        peak = peak_bytes(step, step.batch)
+    if args.compile and on_gpu:
+        step.runnable = torch.compile(step.model)
         step()
-        profile.peak = _peak(step, others)
-    if args.memory is None:
-        return
-    half = _step(step.model, one, args, pairs // 2)
-    half.optimizer = step.optimizer
-    with nullcontext() if compiled else half.not_compiled():
+        peak = peak_bytes(step, step.batch)
+    found = {"peak": peak, "saved": saved.bytes}
+    if args.memory is not None:
+        half = copy(step)
+        half.set_batch(*_batch(step.model, one, args, pairs // 2, args.device))
         half()
-        peak = _peak(half, others + sum(tensor.nbytes for tensor in step.inputs()))
-    profile.memory_limit = args.memory * 1e9
-    profile.largest_batch, profile.fixed, profile.per_pair = largest_batch(
-        profile.memory_limit, (pairs // 2, peak), (pairs, profile.peak), saved=profile.saved / pairs
-    )
+        measured = (pairs // 2, peak_bytes(half, half.batch)), (pairs, peak)
+        found["memory_limit"] = args.memory * 1e9
+        found["largest_batch"] = largest_batch(args.memory * 1e9, *measured, saved=saved.bytes / pairs)
+    if args.compile and not on_gpu:
+        step.runnable = torch.compile(step.model)
+    return found
 
 
-def _peak(step: TrainStep, others: int) -> int:
-    return peak_bytes(step, step.model, step.optimizer, step.inputs(), step.image.device, others)
+def _batch(
+    model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int, device: torch.device | str
+) -> tuple[Tensor, Tensor | TextParts]:
+    """Images, and token ids, cut as the model takes them in training."""
+    image = torch.randn(pairs, 3, *to_2tuple(model.visual.image_size), device=device)
+    ids = caption_ids(model, _lengths(model, one, args, pairs))
+    return image, cut_text(ids, model, *([COMPILED_PARTS, COMPILED_MULTIPLE] if args.compile else [])).to(device)
 
 
-def _step(model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int) -> TrainStep:
-    image = batch_image(model, pairs, args.device, get_input_dtype(args.precision))
-    return TrainStep(model, image, batch_text(model, one, args, pairs).to(args.device), args.precision, args.compile)
+def _lengths(model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int) -> list[int]:
+    return caption_lengths(args.caption_lengths, pairs, context_length(model), lambda: tokenizer(one.identity))
 
 
 @contextmanager
@@ -180,46 +149,24 @@ def _running(one: Candidate, args: argparse.Namespace) -> Iterator[None]:
     """Turns what a step of a model can die of into one sentence."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ProfileError(
-            f"{one.label} does not fit the device at batch {args.batch_size}; take a smaller --batch-size."
-        ) from error
     except RuntimeError as error:
-        if not args.compile:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            what = f"does not fit the device at batch {args.batch_size}; take a smaller --batch-size."
+        elif args.compile:
+            what = f"cannot be compiled here ({' '.join(str(error).split())[:200]}); leave --compile out."
+        else:
             raise
-        first = " ".join(str(error).split())[:200]
-        raise ProfileError(f"{one.label} cannot be compiled here ({first}); leave --compile out.") from error
+        raise ProfileError(f"{one.label} {what}") from error
 
 
-# ---------------------------------------------------------------------- the setting
-
-
-def describe(profiles: Sequence[Profile], args: argparse.Namespace) -> str:
+def _describe(first: Figures, args: argparse.Namespace) -> str:
     compiled = ", compiled" if args.compile else ""
-    where = describe_machine(machine(args.device)) if args.time else "Counted, not run"
+    captions = "Captions of {min}-{max} tokens, {mean:.1f} on average.".format(**first["caption_tokens"])
+    where = report.describe_machine(report.machine(args.device)) if args.time else "Counted, not run"
     return (
-        f"Training step, batch {args.batch_size}, {args.precision}{compiled}. {_captions(args)}\n"
-        f"{where}.\nIn brackets: the ratio to {profiles[0].label}."
+        f"Training step, batch {args.batch_size}, {args.precision}{compiled}. {captions}\n"
+        f"{where}.\nIn brackets: the ratio to {first['label']}."
     )
-
-
-def _captions(args: argparse.Namespace) -> str:
-    given = args.caption_lengths
-    if given == "full":
-        return "Captions as long as the context."
-    if isinstance(given, float):
-        lengths = typical_lengths(args.batch_size, given)
-        return f"Captions of {min(lengths)}-{max(lengths)} tokens, {sum(lengths) / len(lengths):.1f} on average."
-    return f"Captions as in {given.name}."
-
-
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("batch_size", "precision", "compile", "image_size", "rounds", "repeat")
-    given = args.caption_lengths
-    return {n: getattr(args, n) for n in names} | {"captions": _captions(args) if isinstance(given, Path) else given}
-
-
-# ---------------------------------------------------------------------- flags
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -231,26 +178,11 @@ def _check(args: argparse.Namespace) -> None:
     args.device = find_device(args.device)
     args.repeat = args.repeat or (1 if args.device.type == "cpu" else 10)
     for path in filter(None, (args.json, args.markdown, args.plot)):
-        make_folder(path.parent)
+        report.make_folder(path.parent)
     if args.plot is not None and find_spec("matplotlib") is None:
-        raise ProfileError(NO_MATPLOTLIB)
-    args.caption_lengths = _lengths(args.caption_lengths)
+        raise ProfileError("--plot needs matplotlib; pip install 'open_clip_elip[profile]' brings it.")
     if len({*args.models}) < len(args.models):
         raise ProfileError("The same model is given twice; name each once.")
-
-
-def _lengths(given: str) -> float | str | Path:
-    if given == "full" or Path(given).is_file():
-        return given if given == "full" else Path(given)
-    try:
-        mean = float(given)
-    except ValueError:
-        raise ProfileError(
-            f"--caption-lengths {given} is neither a mean number of tokens, nor full, nor a file."
-        ) from None
-    if not mean >= 3:
-        raise ProfileError(f"--caption-lengths {given}: captions have at least 3 tokens, start and end included.")
-    return mean
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -264,15 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
     add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is one")
     add("--image-size", type=int, metavar="PIXELS", help="instead of the models' own")
-    add(
-        "--caption-lengths", default=str(MEAN), metavar="MEAN|full|FILE",
-        help="tokens of a caption: a mean (default: %(default)s), all of the context, or a file with one length or one "
-        "caption a line",
-    )  # fmt: skip
+    lengths = "tokens: a mean (default: %(default)s), all of the context, or a file with a length or a caption a line"
+    add("--caption-lengths", default=str(MEAN), metavar="MEAN|full|FILE", help=lengths)
     add("--rounds", type=int, default=5, metavar="N", help="measurements of each model, in turn; default: %(default)s")
     add("--repeat", type=int, metavar="N", help="steps in one measurement; default: 1 on a CPU, 10 on a GPU")
     add("--memory", type=float, metavar="GB", help="tell the largest batch that fits (1 GB = 10^9 bytes)")
-    add("--compile", action="store_true", help="torch.compile the models for the times, and on CUDA the peak memory")
+    add("--compile", "--torchcompile", action="store_true", help="for the times, and on CUDA for the peak memory")
     add("--no-time", dest="time", action="store_false", help="counts only: no step is run, no memory measured")
     add("--json", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE")

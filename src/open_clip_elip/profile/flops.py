@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,8 @@ from ..text import TextParts
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of a step.
-
-    Attributes:
-        forward, backward: the scoring pass left out.
-        scoring: what runs without gradient in the forward pass, to choose the tokens.
-        text_forward, text_backward: the text tower's part of `forward` and `backward`, where it was counted.
-    """
+    """Operations of a step: `scoring` is what runs without gradient in the forward pass, to choose the tokens, and is
+    in no other; `text_forward` and `text_backward` are the text tower's part, where it was counted."""
 
     forward: int
     backward: int
@@ -48,7 +43,6 @@ class Flops:
 
     @property
     def image(self) -> int:
-        """All but the text tower's and the scoring."""
         return self.forward + self.backward - self.text
 
 
@@ -58,8 +52,7 @@ def count(model: nn.Module, step: Callable[[], Any]) -> Flops:
 
     Args:
         model: its gradients are None afterwards.
-        step: the forward pass. What it returns (a tensor; or tensors in a dict, list or tuple) is what is propagated
-            back from.
+        step: the forward pass. What it returns (a tensor; or tensors in a dict, list or tuple) is propagated back from.
     """
     # What a step draws at random leaves the generators as they were.
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -74,14 +67,9 @@ def count(model: nn.Module, step: Callable[[], Any]) -> Flops:
 
 
 def count_flops(model: nn.Module, image: Tensor, text: Tensor | TextParts) -> Flops:
-    """Counts one step of a CLIP model in training mode on a batch of B pairs, the text tower's part by itself too.
-
-    Args:
-        image: (B, 3, H, W).
-        text: token ids (B, T), or cut ones.
-    """
+    """Counts one step of a CLIP model in training mode on images (B, 3, H, W) and token ids (B, T), or cut ones."""
     whole, words = count(model, lambda: model(image, text)), count(model, lambda: model.encode_text(text))
-    return Flops(whole.forward, whole.backward, whole.scoring, words.forward, words.backward)
+    return replace(whole, text_forward=words.forward, text_backward=words.backward)
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -4,18 +4,13 @@ Shapes in this package: B batch, N patch tokens now in the sequence, M patch tok
 K kept patches, D width. A sequence x is (B, 1+N, D) with `[CLS]` first; `[CLS]` is never counted in N, M or K.
 """
 from .attention import check_blocks
-from .base import METHODS, Layer, TokenReduction, drop_alternatives, register
-from .config import ElipConfig, Stage
-from .elip import Elip
-from .evit import Evit, EvitConfig
-from .merge import keep_and_merge
-from .options import ReductionConfig
-from .random_drop import RandomDrop, RandomDropConfig
-from .scoring import cls_attention
-from .tome import Tome, TomeConfig
+from .base import METHODS, Layer, ReductionConfig, TokenReduction, register, resolve
+from .elip import Elip, ElipConfig
+from .evit import Evit
+from .random_drop import RandomDrop
+from .tome import Tome
 
 __all__ = [
-    "METHODS", "Elip", "ElipConfig", "Evit", "EvitConfig", "Layer", "RandomDrop", "RandomDropConfig",
-    "ReductionConfig", "Stage", "TokenReduction", "Tome", "TomeConfig", "check_blocks", "cls_attention",
-    "drop_alternatives", "keep_and_merge", "register",
+    "METHODS", "Elip", "ElipConfig", "Evit", "Layer", "RandomDrop", "ReductionConfig", "TokenReduction", "Tome",
+    "check_blocks", "register", "resolve",
 ]  # fmt: skip

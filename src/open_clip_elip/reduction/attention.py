@@ -5,29 +5,28 @@ The functions compute what OpenCLIP's block does, up to rounding, from its own m
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, L, parts * D) to so many of (B, heads, L, head_dim)."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def asked_once(question: Callable) -> Callable:
+    """Of a graph that is compiled, the answer to this question about a module is a constant."""
+
+    @torch.compiler.assume_constant_result  # which takes no modules before torch 2.9
+    def by_id(number: int, *more):
+        return question(ctypes.cast(number, ctypes.py_object).value, *more)
+
+    return functools.wraps(question)(lambda module, *more: by_id(id(module), *more))
 
 
-def in_proj(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The packed weight (3D, D) and bias (3D,) in effect, with gradient to what makes them up."""
-    return _in_effect(attn)[:2]
-
-
-def out_proj(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The output projection's weight (D, D) and bias (D,) in effect; `attn` does not call that module either."""
-    return _in_effect(attn)[2:]
-
-
-def _in_effect(attn: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def in_effect(attn: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The weights in effect, with gradient to what makes them up: packed (3D, D) and bias (3D,), then those of the
+    output projection, (D, D) and (D,), a module that `attn` does not call either."""
     if not is_lora(attn):  # of a parametrized module these are the effective ones
         return attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias
     base, is_merged = attn.base_layer, attn.merged or attn.disable_adapters
@@ -56,12 +55,11 @@ def check_blocks(blocks: Sequence[nn.Module]) -> None:
             )
 
 
-@torch.compiler.assume_constant_result
-def check_attention(block: nn.Module, *, split: bool) -> None:
-    """Raises ValueError, in one sentence, if a block no longer attends by the weights that `in_proj` gives.
+@asked_once
+def check_attention(block: nn.Module, split: bool) -> None:
+    """Raises ValueError, in one sentence, if a block no longer attends by the weights that are `in_effect`.
 
-    Args:
-        split: the block is run in halves, so that its attention is never called; else its weights are only read.
+    `split`: it is run in halves, so that its attention is never called; else its weights are only read.
     """
     why = _unlike(block)
     called = [] if why else [block.attn, block.attn.base_layer] if is_lora(block.attn) else [block.attn]
@@ -96,22 +94,22 @@ def _unlike(block: nn.Module) -> str | None:
 
 def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all tokens, (B, heads, L, head_dim) each, for `x` (B, L, D)."""
-    return split_heads(F.linear(block.ln_1(x), *in_proj(block.attn)), 3, block.attn.num_heads)
+    return _split_heads(F.linear(block.ln_1(x), *in_effect(block.attn)[:2]), 3, block.attn.num_heads)
 
 
 def project_row(block: nn.Module, x: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `project`, with the query of a single token only, (B, heads, 1, head_dim).
-
-    Args:
-        x: (B, L, D).
-        row: (B,) which token of each sample; None: the first (`[CLS]`).
-    """
+    """As `project`, with the query (B, heads, 1, head_dim) of one token: `row` (B,) of each sample, or the first."""
     heads, width, h = block.attn.num_heads, block.attn.embed_dim, block.ln_1(x)
-    weight, bias = in_proj(block.attn)
+    weight, bias = in_effect(block.attn)[:2]
     w_q, w_kv = weight.split([width, 2 * width])
     b_q, b_kv = (None, None) if bias is None else bias.split([width, 2 * width])
-    (q,) = split_heads(F.linear(take_row(h, row), w_q, b_q), 1, heads)
-    return (q, *split_heads(F.linear(h, w_kv, b_kv), 2, heads))
+    (q,) = _split_heads(F.linear(take_row(h, row), w_q, b_q), 1, heads)
+    return (q, *_split_heads(F.linear(h, w_kv, b_kv), 2, heads))
+
+
+def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, L, parts * D) to so many of (B, heads, L, head_dim)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def take_row(x: Tensor, row: Tensor | None = None) -> Tensor:
@@ -119,22 +117,12 @@ def take_row(x: Tensor, row: Tensor | None = None) -> Tensor:
     return x[:, :1] if row is None else x.gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
-def add_attended(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
-    """The residual stream (B, L, D) after the attention; attended: (B, heads, L, head_dim)."""
-    return x + block.ls_1(F.linear(attended.transpose(1, 2).flatten(2), *out_proj(block.attn)))
+def attend(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor, **masking) -> Tensor:
+    """The residual stream after the attention: `x` (B, L, D), whose queries `q` are, with it added."""
+    attended = F.scaled_dot_product_attention(q, k, v, **masking)
+    return x + block.ls_1(F.linear(attended.transpose(1, 2).flatten(2), *in_effect(block.attn)[2:]))
 
 
 def add_mlp(block: nn.Module, x: Tensor) -> Tensor:
     """The residual stream after the MLP, for any leading shape."""
     return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def cls_row(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of the `[CLS]` query to every other token, mean over heads: (B, N), at least float32, with gradient.
-
-    Args:
-        q, k: (B, heads, 1+N, head_dim), of which only the first query is used.
-    """
-    logits = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    accumulate = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(dim=-1, dtype=accumulate).mean(dim=1)[:, 0, 1:]

@@ -13,12 +13,10 @@ def keep_and_merge(x: Tensor, scores: Tensor, keep: int, merge: bool = True) -> 
     Args:
         x: (B, 1+N, D), `[CLS]` first; `keep` < N.
         scores: (B, N), not negative.
-        keep: K, number of patches to keep.
         merge: append the others' features, weighted by score / sum of their scores (Eq. 4), as the last token.
 
     Returns:
-        (B, 1+K+1, D) (or (B, 1+K, D) without merging) and the kept positions (B, K), ascending, 0-based, not counting
-        `[CLS]`.
+        (B, 1+K+1, D) (or (B, 1+K, D) without merging) and the kept positions (B, K), ascending, without `[CLS]`.
     """
     scores = scores.detach()
     kept_BK = best(scores, keep)

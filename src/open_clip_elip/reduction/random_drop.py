@@ -5,35 +5,22 @@ stretch of training with all of them (the trainer's `--full-tokens-last`).
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from .base import Layer, RunBlock, TokenReduction, register, run_plainly
+from .base import Layer, ReductionConfig, TokenReduction, check_number, register, run_plainly
 from .merge import best, gather_tokens
-from .options import ReductionConfig, check_number
 
 
 @dataclass(frozen=True)
 class RandomDropConfig(ReductionConfig):
-    """
-    Attributes:
-        keep_ratio: share of the patches to keep. The default is FLIP's 0.5.
-        target_rrt: instead of `keep_ratio`, the ratio of removed tokens to come as near to as possible.
-    """
-
-    alternatives = frozenset({"keep_ratio", "target_rrt"})
-    keep_ratio: float | None = None
-    target_rrt: float | None = None
+    alternatives = ("keep_ratio", "target_rrt")
+    keep_ratio: float | None = None  # share of the patches to keep; the default is FLIP's 0.5
+    target_rrt: float | None = None  # instead of it, the ratio of removed tokens to come as near to as possible
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_ratio, (list, tuple)):  # as ELIP's option of this name, which has one entry a stage
-            if len(self.keep_ratio) != 1:
-                raise ValueError(f"keep_ratio is one number for random dropping; got {list(self.keep_ratio)}.")
-            object.__setattr__(self, "keep_ratio", self.keep_ratio[0])
-        if self._or_target("keep_ratio", 0.5):
+        if self._choose(0.5) == "keep_ratio":
             check_number("keep_ratio", self.keep_ratio, 1e-6, 1, "a number in (0, 1]")
 
 
@@ -43,10 +30,7 @@ class RandomDrop(TokenReduction):
 
     Config, suffix, works_alone = RandomDropConfig, "-Random", False
 
-    def forward(
-        self, blocks: Sequence[nn.Module], x: Tensor, guidance: Tensor | None = None, *,
-        run: RunBlock = run_plainly, only_cls: bool = False,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False):
         num_patches = x.shape[1] - 1
         keep = self.keep(num_patches)
         if keep < num_patches:

@@ -12,36 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import add_attended, add_mlp, project, project_row
-from .base import Layer, RunBlock, TokenReduction, nearest, register, rrt, run_plainly
+from .attention import add_mlp, attend, project, project_row
+from .base import Layer, ReductionConfig, TokenReduction, check_number, check_switch, meet, register, run_plainly
 from .merge import gather_tokens, norm
-from .options import ReductionConfig, check_number, check_switch
 
 
 @dataclass(frozen=True)
 class TomeConfig(ReductionConfig):
-    """
-    Attributes:
-        r: tokens that each layer merges away, one number, or one for each layer; what is more than a layer can merge
-            (half of its patches) is cut. The default is 13, as in the source for 224 px and patches of 16.
-        target_rrt: instead of `r`, the ratio of removed tokens to come as near to as possible, evenly over the layers.
-        prop_attn: proportional attention. The source trains without it; Guo et al. compare with it.
-    """
-
-    alternatives = frozenset({"r", "target_rrt"})
+    alternatives = ("r", "target_rrt")
+    # Tokens that each layer merges away, one number, or one for each layer, up to half of its patches. The default is
+    # 13, as in the source for 224 px and patches of 16.
     r: int | tuple[int, ...] | None = None
-    target_rrt: float | None = None
-    prop_attn: bool = True
+    target_rrt: float | None = None  # instead of it, the ratio of removed tokens to come near to, evenly
+    prop_attn: bool = True  # proportional attention; the source trains without it, Guo et al. compare with it
 
     def __post_init__(self) -> None:
-        if self._or_target("r", 13):
+        if self._choose(13) == "r":
             if isinstance(self.r, (list, tuple)):
-                for count in self.r:
-                    check_number("r", count, 0, math.inf, "whole numbers of at least 0", whole=True)
-                object.__setattr__(self, "r", tuple(self.r))
+                self._set_numbers("r", 0, "whole numbers of at least 0")
             else:
                 check_number("r", self.r, 0, math.inf, "a whole number of at least 0, or a list of them", whole=True)
         check_switch("prop_attn", self.prop_attn)
@@ -58,10 +48,7 @@ class Tome(TokenReduction):
         if isinstance(config.r, tuple) and len(config.r) != num_layers:
             raise ValueError(f"r has {len(config.r)} entries for the {num_layers} layers of the image tower.")
 
-    def forward(
-        self, blocks: Sequence[nn.Module], x: Tensor, guidance: Tensor | None = None, *,
-        run: RunBlock = run_plainly, only_cls: bool = False,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False):
         size = None  # (B, L): patches that each token stands for; None while all are 1
         for block, layer in zip(blocks, self.layers(x.shape[1] - 1), strict=True):
             last = only_cls and block is blocks[-1]  # what [CLS] is there does not depend on what else is merged
@@ -75,24 +62,18 @@ class Tome(TokenReduction):
         return x
 
     def layers(self, num_patches: int) -> list[Layer]:
-        return self._layers(num_patches, self.schedule(num_patches))
-
-    def schedule(self, num_patches: int) -> tuple[int, ...]:
-        """r of each layer: as configured, or even to within one, so that it meets `target_rrt`."""
         if self.config.r is not None:
-            return self.config.r if isinstance(self.config.r, tuple) else (self.config.r,) * self.num_layers
+            even = not isinstance(self.config.r, tuple)
+            return self._layers(num_patches, (self.config.r,) * self.num_layers if even else self.config.r)
 
-        def spread(total: int) -> tuple[int, ...]:
+        def spread(total: int) -> list[Layer]:
             borders = [total * i // self.num_layers for i in range(self.num_layers + 1)]
-            return tuple(b - a for a, b in zip(borders, borders[1:], strict=False))
-
-        def ratio(total: int) -> float:
-            return rrt(self._layers(num_patches, spread(total)), num_patches)
+            return self._layers(num_patches, [borders[i + 1] - borders[i] for i in range(self.num_layers)])
 
         most = self.num_layers * ((num_patches + 1) // 2)  # each layer merges all it can
-        return spread(nearest(self.config.target_rrt, ratio, most))
+        return meet(self.config.target_rrt, spread, most, num_patches)
 
-    def _layers(self, num_patches: int, r: tuple[int, ...]) -> list[Layer]:
+    def _layers(self, num_patches: int, r: Sequence[int]) -> list[Layer]:
         tokens, layers = 1 + num_patches, []
         for count in r:
             after = tokens - min(count, (tokens - 1) // 2)
@@ -104,8 +85,7 @@ class Tome(TokenReduction):
 def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool) -> tuple[Tensor, ...]:
     """The block on `x` (B, L, D) with tokens merged: (B, L-r, D), and their sizes (B, L-r)."""
     q, k, v = project(block, x)
-    bias = _log_size(size, q) if prop_attn else None
-    x = add_attended(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    x = attend(block, x, q, k, v, attn_mask=_log_size(size, q) if prop_attn else None)
     match = soft_match(k.detach().mean(dim=1), r)
     if size is None:
         size = torch.ones(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -117,8 +97,7 @@ def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, p
 def _attend_by_size(block: nn.Module, x: Tensor, size: Tensor, *, only_cls: bool = False) -> Tensor:
     """The block without merging, (B, L, D), or `[CLS]` after it, (B, 1, D)."""
     q, k, v = project_row(block, x) if only_cls else project(block, x)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_log_size(size, q))
-    return add_mlp(block, add_attended(block, x[:, :1] if only_cls else x, attended))
+    return add_mlp(block, attend(block, x[:, :1] if only_cls else x, q, k, v, attn_mask=_log_size(size, q)))
 
 
 def _log_size(size: Tensor | None, q: Tensor) -> Tensor | None:
@@ -128,15 +107,10 @@ def _log_size(size: Tensor | None, q: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def soft_match(keys: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens merge: tokens alternate between two sets, A and B; each of A finds the most similar of B, and the r
-    most similar pairs merge into the one of B. `[CLS]`, the first of A, stays.
+    """Which tokens merge, by `keys` (B, L, d): tokens alternate between two sets, A and B; each of A finds the most
+    similar of B, and the r most similar pairs, at most (L - 1) // 2, merge into the one of B. `[CLS]` of A stays.
 
-    Args:
-        keys: (B, L, d).
-        r: at most half of the L - 1 others.
-
-    Returns:
-        positions in A that stay, (B, |A|-r), ascending; positions in A that go, (B, r); where in B those go, (B, r).
+    Returns positions in A that stay, (B, |A|-r), ascending, that go, (B, r), and where in B those go, (B, r).
     """
     keys = keys / norm(keys).clamp_min(1e-12).to(keys.dtype)
     similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)

@@ -2,6 +2,6 @@
 
 from .batches import TrainData, ValData
 from .build import build_labelled_data, build_train_data, build_val_data
-from .report import DataReport
+from .samples import DataReport
 
 __all__ = ["DataReport", "TrainData", "ValData", "build_labelled_data", "build_train_data", "build_val_data"]

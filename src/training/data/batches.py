@@ -3,74 +3,80 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from . import images
 from .loader import Batch, BatchStream, run
-from .report import DataReport
-from .samples import Encoding
-from .sources import Source
+from .pixels import makes_pixels
+from .samples import DataReport, Encoding
+from .sources import RowSource, ShardSource
 
 log = logging.getLogger(__name__)
 
 
-class TrainData:
-    """Training batches of one rank, epoch by epoch, from any position.
+@dataclass(eq=False)
+class _Data:
+    source: ShardSource | RowSource
+    encoding: Encoding
+    options: Any  # with `batch_size`, `workers`, `seed` and `stall_seconds`
+    rank: int
+    world_size: int
+    _report: DataReport = field(default_factory=DataReport, init=False)
 
-    options: with `batch_size`, `workers`, `seed`, and `stall_seconds`: how long to wait for a batch before the log
-        tells whom the wait is for; 0 for never
-    num_batches: per epoch on each rank
-    num_samples: per epoch on all ranks together
-    identity: what the order depends on besides, in plain types
-    """
+    def report(self) -> DataReport:
+        """What was skipped on this rank since the epoch or the iteration began, before a resume too."""
+        return replace(self._report)
 
-    def __init__(
-        self,
-        source: Source,
-        encoding: Encoding,
-        options: Any,
-        *,
-        rank: int,
-        world_size: int,
-        num_batches: int,
-        identity: dict[str, Any],
-        description: str,
-    ):
-        self.num_batches = num_batches
-        self.num_samples = num_batches * options.batch_size * world_size
-        self._source, self._options, self._description = source, options, description
-        self._make_stream = partial(
-            BatchStream, encoding=encoding, batch_size=options.batch_size, rank=rank, world_size=world_size
-        )
-        self._num_readers = max(1, options.workers)
-        self._identity = {
-            **identity,
-            "batch_size": options.batch_size,
-            "world_size": world_size,
+
+@dataclass(eq=False)
+class TrainData(_Data):
+    """Training batches of one rank, epoch by epoch, from any position."""
+
+    num_batches: int  # per epoch on each rank
+    identity: dict[str, Any]  # what the order depends on besides, in plain types
+    plan: list[str]  # what to say of an epoch
+
+    def __post_init__(self):
+        self.num_samples = self.num_batches * self.options.batch_size * self.world_size  # per epoch on all ranks
+        self._num_readers = max(1, self.options.workers)
+        self.identity = {
+            **self.identity,
+            "batch_size": self.options.batch_size,
+            "world_size": self.world_size,
             "workers": self._num_readers,
-            "seed": options.seed,
-            "batches per epoch": num_batches,
+            "seed": self.options.seed,
+            "batches per epoch": self.num_batches,
         }
-        self._report = DataReport()
         self._loaded = False
         self._go_to(epoch=0)
 
     def _go_to(self, epoch: int, batches: int = 0, positions: list[int] | None = None) -> None:
         self._epoch, self._batches = epoch, batches
         self._positions = positions or [0] * self._num_readers
-        self._report.clear()
+        self._report = DataReport()
 
     def describe(self) -> str:
         """The plan of an epoch, for people."""
-        return self._description
+        options, lines = self.options, self.plan.copy()
+        if makes_pixels(getattr(self.encoding, "transform", None)):
+            decoder = "simplejpeg" if images.simplejpeg else "Pillow (simplejpeg, which is faster, is not installed)"
+            lines.append(f"images by --image-decode {options.image_decode}, JPEGs decoded by {decoder}")
+        lines.append(
+            f"{some(self.num_batches, 'batch', 'batches')} of {options.batch_size:,} on each of "
+            f"{some(self.world_size, 'rank')} ({some(options.workers, 'worker')} each) = {self.num_samples:,} samples "
+            "per epoch"
+        )
+        return "\n  ".join(lines)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Batches of an epoch: from the loaded position if it lies in this epoch, otherwise from the beginning.
 
-        Each is what the encoding makes of it, and "key": a list of B strings. `pixels.to_device` takes it further.
+        Each is what the encoding makes of it, and "key": a list of B strings.
         Raises: UserError if a worker finds nothing usable in a whole pass over its part of the data.
         """
         if not (self._loaded and self._epoch == epoch):
@@ -84,16 +90,12 @@ class TrainData:
             return
         # Batch i is made by worker i % readers: the next one of each worker is
         firsts = [done + (worker - done) % readers for worker in range(readers)]
-        stream = self._make_stream(
-            samples=partial(self._source.train, self._epoch),
-            seed=(self._options.seed, self._epoch),
-            positions=self._positions.copy(),
-            quotas=[len(range(first, self.num_batches, readers)) for first in firsts],
-            first_worker=done % readers,
-        )
-        for batch, progress in run(stream, self._options.workers, self._report, self._options.stall_seconds):
+        quotas = [len(range(first, self.num_batches, readers)) for first in firsts]
+        passes, seed = partial(self.source.train, self._epoch), (self.options.seed, self._epoch)
+        stream = BatchStream(self, passes, seed, self._positions.copy(), quotas, first_worker=done % readers)
+        for batch, worker, position in run(stream, self._report):
             self._batches += 1
-            self._positions[progress["worker"]] = progress["position"]
+            self._positions[worker] = position
             del batch["index"]
             yield batch
 
@@ -103,23 +105,21 @@ class TrainData:
             "epoch": self._epoch,
             "batches": self._batches,
             "positions": list(self._positions),
-            "skipped": dict(self._report.skipped),
-            "examples": list(self._report.examples),
-            "identity": dict(self._identity),
+            **asdict(self._report),
+            "identity": dict(self.identity),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there: `epoch` of the saved epoch begins after its last batch.
 
-        Between epochs anything may have changed since; what makes the data differ is named in the log.
-
-        Raises: UserError if the position lies within an epoch whose order would be another one now.
+        Raises: UserError if the position lies within an epoch whose order would be another one now. Between epochs
+            that is told in the log.
         """
         epoch, batches, saved = state["epoch"], state["batches"], state["identity"]
         changed = ", ".join(
-            f"{name} {saved.get(name)!r} (now {self._identity.get(name)!r})"
-            for name in {**saved, **self._identity}
-            if saved.get(name) != self._identity.get(name)
+            f"{name} {saved.get(name)!r} (now {self.identity.get(name)!r})"
+            for name in {**saved, **self.identity}
+            if saved.get(name) != self.identity.get(name)
         )
         at_the_end = batches == saved["batches per epoch"]
         if at_the_end or batches == 0:
@@ -133,57 +133,37 @@ class TrainData:
             )
         else:
             self._go_to(epoch, batches, list(state["positions"]))
-        self._report.merge(state["skipped"], state["examples"])
+        self._report.merge(DataReport(state["skipped"], state["examples"]))
         self._loaded = True
 
     def skip_to(self, epoch: int, batches: int) -> None:
         """Continue without a saved position: `epoch` of this epoch begins with its batch number `batches`.
 
-        For a run that goes on with another world size or batch size. It is by count, not exact: every worker passes
-        over as many samples as its part of so many batches has. Broken pictures among them were not in those
-        batches, and what was read by one reader is now another's, so some samples come again and others not at all.
+        For a run with another world size or batch size now. It is by count, not exact: every worker passes over as many
+        samples as its part of so many batches has. Some samples come again and others not at all.
         """
         batches = min(batches, self.num_batches)
         made = [len(range(worker, batches, self._num_readers)) for worker in range(self._num_readers)]
-        self._go_to(epoch, batches, [count * self._options.batch_size for count in made])
+        self._go_to(epoch, batches, [count * self.options.batch_size for count in made])
         self._loaded = True
 
-    def report(self) -> DataReport:
-        """What was skipped on this rank since the epoch began, before a resume too."""
-        return DataReport(dict(self._report.skipped), list(self._report.examples))
-
-
-class ValData:
+@dataclass(eq=False)
+class ValData(_Data):
     """Validation batches of one rank. Over all ranks, every sample comes exactly once; ranks may differ in batches.
-
-    num_samples: of the whole set, all ranks together; None if unknown
 
     Batches are those of `TrainData.epoch`, the last ones maybe smaller, and have "index": (B,) long, an order key that
     is unique over all ranks.
     """
 
-    def __init__(
-        self, source: Source, encoding: Encoding, options: Any, *, rank: int, world_size: int, num_samples: int | None
-    ):
-        self.num_samples = num_samples
-        self._options = options
-        self._stream = BatchStream(
-            samples=source.validation,
-            encoding=encoding,
-            batch_size=options.batch_size,
-            seed=("validation",),
-            rank=rank,
-            world_size=world_size,
-            positions=[0] * max(1, options.workers),
-        )
-        self._report = DataReport()
+    num_samples: int | None  # of the whole set, all ranks together; None if unknown
 
     def __iter__(self) -> Iterator[Batch]:
-        self._report.clear()
-        for batch, _ in run(self._stream, self._options.workers, self._report, self._options.stall_seconds):
+        self._report = DataReport()
+        stream = BatchStream(self, self.source.validation, ("validation",), [0] * max(1, self.options.workers))
+        for batch, *_ in run(stream, self._report):
             batch["index"] = torch.tensor(batch["index"])
             yield batch
 
-    def report(self) -> DataReport:
-        """What was skipped on this rank since the iteration began."""
-        return DataReport(dict(self._report.skipped), list(self._report.examples))
+
+def some(count: int, thing: str, things: str | None = None) -> str:
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"

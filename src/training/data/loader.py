@@ -2,10 +2,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import RawArray
 from typing import Any
 
 import torch
@@ -14,166 +23,195 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..errors import UserError
 from .images import Unreadable
 from .randomness import private_randomness, seed_globals, stable_seed
-from .report import DataReport
-from .samples import END_OF_PASS, Encoding, Reader, Sample
-from .signals import held_back, outlive_signals
-from .stalls import Board, StallWatch
+from .samples import DataReport, Pass, Reader, Sample
+from .streams import kill_commands
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+_NAME_BYTES = 1024
 
 
-class NothingUsable(Exception):
-    pass
+class Board:
+    """What each worker is doing, in memory that the worker processes share with this one."""
+
+    def __init__(self, workers: int):
+        self._names = [RawArray("c", _NAME_BYTES) for _ in range(workers)]
+        self.since = RawArray("d", workers)  # on the monotonic clock; 0 before the first shard, infinite after the last
+        self.resuming = RawArray("b", workers)  # on its way past what was used before
+
+    def turns_to(self, worker: int, name: str) -> None:
+        self._names[worker].value = name.encode()[1 - _NAME_BYTES :]  # of a long command the end tells most
+        self.since[worker] = time.monotonic()
+
+    def describe(self, worker: int) -> str:
+        """Such as "worker 2 has been on x.tar for 75 s"."""
+        if not self.since[worker]:
+            return f"worker {worker} has not begun to read"
+        name, seconds = self._names[worker].value.decode(errors="replace"), time.monotonic() - self.since[worker]
+        told = f"worker {worker} has been on {name} for {seconds:.0f} s"
+        return told + ", on its way past the samples that were used before" * self.resuming[worker]
 
 
-class Cursor:
-    """Walks along a source's stream and counts the samples it has passed.
-
-    usable: set by the owner when a sample of this pass turned out well; a pass without one raises NothingUsable.
-    """
-
-    def __init__(self, stream: Iterator[Sample | None]):
-        self.stream = stream
-        self.position = 0
-        self.usable = False
-
-    def next(self) -> Sample | None:
-        """The next sample; None where a validation stream ends."""
-        for sample in self.stream:
-            if sample is not END_OF_PASS:
-                self.position += 1
-                return sample
-            if not self.usable:
-                raise NothingUsable
-            self.usable = False
-        return None
-
-
-@dataclass(kw_only=True, eq=False)
+@dataclass(eq=False)
 class BatchStream(IterableDataset):
-    """Batches as the workers make them: pairs (batch, progress), see `__iter__`.
+    """Batches as the workers make them."""
 
-    samples: (reader, report) -> the source's stream
-    positions: samples to skip, for each worker
-    quotas: batches to make, for each worker; None makes all there are, the last one maybe smaller
-    first_worker: whose turn it is; the DataLoader begins with its worker 0
-    board: where the workers say what they are reading
-    """
-
-    samples: Callable[[Reader, DataReport], Iterator[Sample | None]]
-    encoding: Encoding
-    batch_size: int
+    data: Any  # with `encoding`, `options`, `rank` and `world_size`
+    passes: Callable[[Reader], Iterable[Pass]]  # over the source: one for validation, any number for training
     seed: tuple[int | str, ...]
-    rank: int
-    world_size: int
-    positions: list[int]
-    quotas: list[int] | None = None
-    first_worker: int = 0
+    positions: list[int]  # samples to skip, for each worker
+    quotas: list[int] | None = None  # batches to make, for each worker; None: all there are, the last maybe smaller
+    first_worker: int = 0  # whose turn it is; the DataLoader begins with its worker 0
     board: Board | None = None
 
-    def __iter__(self) -> Iterator[tuple[Batch | None, dict[str, Any]]]:
-        """Yield (batch, progress). progress: worker, its position after the batch, what was skipped for it.
-
-        The batch is None when there is only something to tell: an error for the person, or the last skipped samples.
-        """
-        info, board, num_workers = get_worker_info(), self.board, len(self.positions)
+    def __iter__(self) -> Iterator[tuple[Batch | UserError | None, int, int, DataReport]]:
+        """(batch, worker, its position after the batch, what was skipped for it). An error may stand for the batch."""
+        info, data, num_workers = get_worker_info(), self.data, len(self.positions)
         worker = (self.first_worker + (info.id if info else 0)) % num_workers
-        report = DataReport()
-        reader = Reader(self.rank, self.world_size, worker, num_workers, partial(board.turns_to, worker))
-        cursor = Cursor(self.samples(reader, report))
-
-        def progress() -> dict[str, Any]:
-            told = {"skipped": report.skipped, "examples": report.examples}
-            report.clear()
-            return {"worker": worker, "position": cursor.position, **told}
-
+        report, turns_to = DataReport(), partial(self.board.turns_to, worker)
+        stream = self._encoded(Reader(data.rank, data.world_size, worker, num_workers, report, turns_to))
         try:
-            board.resuming[worker] = True
-            for _ in range(self.positions[worker]):
-                cursor.next()
-                cursor.usable = True  # unknown, but they were good enough for a saved position
-            board.resuming[worker] = False
-            report.clear()  # what the skipped part had to tell came with the saved position
             for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):
-                if (batch := self._make_batch(cursor, reader, report)) is None:
-                    break
-                yield batch, progress()
-        except NothingUsable:
-            # Sent as a value: raised in here, the DataLoader would wrap it in a traceback.
-            problem = (
-                f"Worker {worker} of rank {self.rank} found not one usable sample in a whole pass over its part of the "
-                f"data, {report.summary() or 'which is empty'}: repair the data or share it among fewer --workers."
-            )
-            yield None, {"error": problem}
+                with private_randomness():
+                    found = list(itertools.islice(stream, data.options.batch_size))
+                    if not found:
+                        break
+                    positions, samples, encoded = zip(*found, strict=True)
+                    batch = data.encoding.collate(list(encoded))
+                batch |= {"key": [sample.key for sample in samples], "index": [sample.index for sample in samples]}
+                yield batch, worker, positions[-1], report.take()
+        except UserError as error:  # sent as a value: raised in here, the DataLoader would wrap it in a traceback
+            yield error, worker, 0, report.take()
             return
-        if report.skipped:
-            yield None, progress()
-        board.finished[worker] = True
+        if report.skipped:  # after the last batch
+            yield None, worker, 0, report.take()
+        self.board.since[worker] = math.inf
 
-    def _make_batch(self, cursor: Cursor, reader: Reader, report: DataReport) -> Batch | None:
-        encoded, keys, indices = [], [], []
-        with private_randomness():
-            while len(encoded) < self.batch_size and (sample := cursor.next()) is not None:
+    def _encoded(self, reader: Reader) -> Iterator[tuple[int, Sample, Any]]:
+        """(position after the sample, sample, what the encoding makes of it), after those to skip."""
+        position, skip = 0, self.positions[reader.worker]
+        self.board.resuming[reader.worker] = skip > 0
+        for samples in self.passes(reader):
+            usable = False
+            for sample in samples:
+                position += 1
+                if position <= skip:
+                    usable = True  # unknown, but they were good enough for a saved position
+                    if position == skip:
+                        reader.report.take()  # what the skipped part had to tell came with the saved position
+                        self.board.resuming[reader.worker] = False
+                    continue
                 if not all(isinstance(image, bytes) for image in sample.images):
                     reader.turns_to(sample.key)
-                seed_globals(stable_seed(*self.seed, self.rank, reader.worker, cursor.position))
+                seed_globals(stable_seed(*self.seed, reader.rank, reader.worker, position))
                 try:
-                    encoded.append(self.encoding.encode(sample))
+                    encoded = self.data.encoding.encode(sample)
                 except Unreadable as error:
-                    report.add("unreadable image", f"{sample.origin}: {sample.key}: {error}")
+                    reader.report.add("unreadable image", f"{sample.origin}: {sample.key}: {error}")
                     continue
-                cursor.usable = True
-                keys.append(sample.key)
-                indices.append(sample.index)
-            if not encoded:
-                return None
-            return {**self.encoding.collate(encoded), "key": keys, "index": indices}
+                usable = True
+                yield position, sample, encoded
+            if not usable and self.quotas is not None:
+                why = reader.report.summary() or "which is empty"
+                raise UserError(
+                    f"Worker {reader.worker} of rank {reader.rank} found not one usable sample in a whole pass over "
+                    f"its part of the data, {why}: repair the data or share it among fewer --workers."
+                )
 
 
-def run(
-    stream: BatchStream, workers: int, report: DataReport, stall_seconds: float
-) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Run the stream in `workers` processes (0: in this one), and tell `report` what was skipped.
-
-    Who has to wait for a batch longer than `stall_seconds` is told in the log what for.
-    """
-    board = Board(len(stream.positions))
-    last = (stream.first_worker - 1) % board.readers
+def run(stream: BatchStream, report: DataReport) -> Iterator[tuple[Batch, int, int]]:
+    """Run the stream in its workers: (batch, worker, its position after the batch). What is skipped joins `report`."""
+    options, count = stream.data.options, len(stream.positions)
+    board, last = Board(count), (stream.first_worker - 1) % count
 
     def due() -> str:
-        if not workers:
-            return f"this process reads them itself and {board.describe(0)}"
-        # Workers take turns, but those that are through: their last batches are here.
-        for worker in ((last + turn) % board.readers for turn in range(1, board.readers + 1)):
-            if not board.finished[worker]:
-                return f"worker {worker} is due, which {board.describe(worker)}"
-        return "all workers have made their last batch"
+        """Workers take turns, but those that are through: their last batches are here."""
+        turns = ((last + turn) % count for turn in range(1, count + 1))
+        return board.describe(next((worker for worker in turns if board.since[worker] < math.inf), last))
 
     loader = DataLoader(
         replace(stream, board=board),
         batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
+        num_workers=options.workers,
+        collate_fn=tuple,  # as they are
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_signals,
         # Not Python's default since 3.14: that would import torch again in each worker, every epoch.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if options.workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # otherwise each iterator draws from the global one
     )
-    # No name for the iterator: the traceback of an error would keep it, and its workers, alive.
-    for batch, progress in StallWatch(stream.rank, stall_seconds, due).watch(_start_workers(loader)):
-        if "error" in progress:
-            raise UserError(progress["error"])
-        last = progress["worker"]
-        report.merge(progress["skipped"], progress["examples"])
+    start = held_back()(iter)  # no name for the iterator: the traceback of an error would keep it, and workers, alive
+    for batch, worker, position, skipped in watched(start(loader), options.stall_seconds, stream.data.rank, due):
+        if isinstance(batch, UserError):
+            raise batch
+        last = worker
+        report.merge(skipped)
         if batch is not None:
-            yield batch, progress
+            yield batch, worker, position
 
 
-def _start_workers(loader: DataLoader) -> Iterator[tuple[Batch | None, dict[str, Any]]]:
-    with held_back():
-        return iter(loader)
+def watched(items: Iterable, seconds: float, rank: int, due: Callable[[], str]) -> Iterator:
+    """The items as they are. A thread warns when one takes longer than `seconds`, and each time the wait has doubled.
+
+    due: says, at that moment, who is waited for
+    """
+    begun, over = time.monotonic(), threading.Event()  # infinity while there is no wait
+
+    def watch() -> None:
+        limit = seconds
+        while not over.wait(min(seconds / 4, 5)):
+            waited = time.monotonic() - begun
+            if waited < seconds:  # another wait, or none
+                limit = seconds
+            elif waited >= limit:
+                log.warning("Rank %d has been waiting for data for %.0f s: %s.", rank, waited, due())
+                limit = 2 * waited
+
+    if seconds > 0:
+        threading.Thread(target=watch, name="stall-watch", daemon=True).start()
+    try:
+        for item in items:
+            begun = math.inf
+            yield item
+            begun = time.monotonic()
+    finally:
+        over.set()
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+# Signals: when to stop is decided by the process that trains; its workers work on until it has.
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back, also in processes started meanwhile, until these are ready for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_signals(worker: int = 0) -> None:
+    """In a worker forked while signals are `held_back`: ignore Ctrl-C, and SIGTERM from anyone but the parent.
+
+    Terminals, torchrun and SLURM signal whole process groups. A worker that died of it would raise an error in the
+    middle of the step that its parent wants to finish. Its commands inherit all this. Others ignore Ctrl-C alone.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Only threads that were born with SIGTERM blocked leave it to the one below; and macOS does not tell who sent it.
+    if signal.SIGTERM not in held or not hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # for torch, which exits
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the commands: shells lift what is blocked
+    threading.Thread(target=_await_parents_word, name="sigterm", daemon=True).start()
+
+
+def _await_parents_word() -> None:
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid and parent.is_alive():
+        pass
+    kill_commands()
+    os._exit(0)  # what the DataLoader expects of a worker that it terminates

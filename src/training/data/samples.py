@@ -1,25 +1,32 @@
-"""What sources yield and whom they yield it to, and what a task makes of it."""
+"""What sources yield and whom they yield it to, what a task makes of it, and what had to be left out."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
 from .images import ImageLike
+from .pixels import picture_to_tensor, stack
+
+MAX_EXAMPLES = 5
 
 
 class Sample(NamedTuple):
-    """A sample before any work was put into it.
-
-    fields: what else there is to it, by name: "caption", "label", ...
-    origin: the shard or table it comes from, for messages
-    index: an order key, unique in a validation set
-    """
+    """A sample before any work was put into it."""
 
     key: str
     images: tuple[ImageLike, ...]
-    fields: dict[str, Any]
-    origin: str
-    index: int
+    fields: dict[str, Any]  # what else there is to it, by name: "caption", "label", ...
+    origin: str  # the shard or table it comes from, for messages
+    index: int  # an order key, unique in a validation set
+
+
+# The samples of one pass over all that a reader can get. Training goes on with a next pass, without end.
+Pass = Iterator[Sample]
 
 
 class Encoding(Protocol):
@@ -32,18 +39,69 @@ class Encoding(Protocol):
         """A batch, to which the loader adds "key" and "index"."""
 
 
-class Reader(NamedTuple):
-    """Who reads: worker `worker` of `num_workers` (at least one) on rank `rank` of `world_size`.
+class PairEncoding:
+    """Batches {"image": `Images`, "text": (B, T) long} of samples with one picture and a "caption".
 
-    turns_to: is told the shard or picture that it turns to
+    transform: from an RGB picture to (3, H, W); a `PixelTransform` makes pixels, else it makes normalised floats
     """
+
+    field, name = "caption", "text"
+
+    def __init__(self, transform: Callable, tokenizer: Callable[[list], Tensor]):
+        self.transform, self.tokenizer = transform, tokenizer
+
+    def encode(self, sample: Sample) -> tuple[Tensor, Any]:
+        return picture_to_tensor(sample.images[0], self.transform), sample.fields[self.field]
+
+    def collate(self, encoded: list[tuple[Tensor, Any]]) -> dict[str, Any]:
+        images, values = zip(*encoded, strict=True)
+        return {"image": stack(images, self.transform), self.name: self.tokenizer(list(values))}
+
+
+class LabelEncoding(PairEncoding):
+    """Batches {"image": `Images`, "label": (B,) long} of samples with one picture and a "label", a class number."""
+
+    field = name = "label"
+
+    def __init__(self, transform: Callable):
+        super().__init__(transform, torch.tensor)
+
+
+@dataclass
+class DataReport:
+    """Counts of what was skipped, and why."""
+
+    skipped: dict[str, int] = field(default_factory=dict)  # such as {"unreadable image": 2, "broken shard": 1}
+    examples: list[str] = field(default_factory=list)  # the first few, as "shard: key: error"
+
+    def add(self, reason: str, example: str) -> None:
+        self.merge(DataReport({reason: 1}, [example]))
+
+    def merge(self, more: DataReport) -> None:
+        self.skipped = dict(Counter(self.skipped) + Counter(more.skipped))
+        self.examples = [*self.examples, *more.examples][:MAX_EXAMPLES]
+
+    def take(self) -> DataReport:
+        """What there is, which begins anew here."""
+        taken = replace(self)
+        self.skipped, self.examples = {}, []
+        return taken
+
+    def sentence(self) -> str:
+        """One line for the log; empty when nothing was skipped."""
+        return f"Skipped or damaged in the data: {self.summary()}." if self.skipped else ""
+
+    def summary(self) -> str:
+        counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
+        return f"{counts} (for example {'; '.join(self.examples[:2])})" if self.examples else counts
+
+
+class Reader(NamedTuple):
+    """Who reads: worker `worker` of `num_workers` (at least one) on rank `rank` of `world_size`."""
 
     rank: int
     world_size: int
     worker: int
     num_workers: int
-    turns_to: Callable[[str], None]
-
-
-# Stands in an endless stream where everything that the reader can get has been yielded once more.
-END_OF_PASS = None
+    report: DataReport
+    turns_to: Callable[[str], None]  # is told the shard or picture that it turns to

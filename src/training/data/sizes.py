@@ -2,88 +2,105 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import written_whole
 from .images import load_rgb
-from .report import DataReport
-from .shards import ShardSet, listing, local_folders, read_shard
+from .samples import DataReport
+from .shards import PAIRS, Read, ShardSet, by_folder, listing, local_folders, read_shard
 from .streams import local_path, open_stream
-from .tar import reason
+
+log = logging.getLogger(__name__)
 
 SIZES = "sizes.json"
 HOW = "count them with scripts/count_shards.py, or give --train-num-samples"
 
 
-def count_samples(shard_set: ShardSet) -> tuple[int | None, list[str]]:
-    """The number of samples as it is noted in the folders of the shards.
+def count_samples(shard_set: ShardSet, needed: bool = True, warn: bool = False) -> int | None:
+    """The number of samples as it is noted beside the shards.
 
     That is in `sizes.json`; for shards that are not in there, in img2dataset's `NNNNN_stats.json`; or in `__len__`,
     for the whole folder. Of shards that are not on this machine, a `sizes.json` beside them is tried.
-
-    Returns: the number, or None and the folders or shards for which it is unknown, each with the reason.
-    Raises: UserError if a `sizes.json` lacks a shard or one of these files is damaged.
+    warn: of numbers that are older than their shards
+    Raises: UserError if it is unknown or one of these files is damaged; None instead where it is not `needed`
     """
-    found = [_count_folder(folder, names) for folder, names in local_folders(shard_set.urls).items()]
-    found.append(_count_remote([url for url in shard_set.urls if local_path(url) is None], shard_set.pattern))
-    unknown = [problem for problem in found if isinstance(problem, str)]
-    return (None if unknown else sum(found)), unknown
+    here, remote = local_folders(shard_set.urls), by_folder(url for url in shard_set.urls if local_path(url) is None)
+    try:
+        here_count = sum(_count_folder(folder, names, warn) for folder, names in here.items())
+        return here_count + sum(starmap(_count_remote, remote.items()))
+    except UserError:
+        if needed:
+            raise
+        return None
 
 
-def _count_folder(folder: str, names: list[str]) -> int | str:
-    """The number, or of what it is unknown and why."""
+def noted_size(url: str) -> int | None:
+    """What is noted for one shard on this machine, if that can be read."""
+    folder, name = os.path.split(local_path(url) or "")
+    with suppress(UserError):
+        return _noted(folder or ".", [name])[0].get(name) if name else None
+
+
+def _noted(folder: str, names: list[str]) -> tuple[dict[str, int], dict[str, str]]:
+    """Shard -> its number, and shard -> the file that says so."""
     present = listing(folder)
     sizes = read_sizes(os.path.join(folder, SIZES)) if SIZES in present else {}
-    stats = {name: f"{name.rpartition('.tar')[0] or name}_stats.json" for name in names}
+    files = {name: SIZES for name in names if name in sizes}
     for name in names:
-        if name not in sizes and stats[name] in present:
-            path = os.path.join(folder, stats[name])
-            sizes[name] = _read(path, _successes, "does not tell the number of 'successes'", HOW)
+        stats = f"{name.partition('.tar')[0]}_stats.json"
+        if name not in sizes and stats in present:
+            files[name], problem = stats, "does not tell the number of 'successes'"
+            path = os.path.join(folder, stats)
+            sizes[name] = _read(path, lambda text: int(json.loads(text)["successes"]), problem, HOW)
+    return sizes, files
+
+
+def _count_folder(folder: str, names: list[str], warn: bool) -> int:
+    present, (sizes, files) = listing(folder), _noted(folder, names)
     missing = [name for name in names if name not in sizes]
+    if whole := len(missing) == len(names) and "__len__" in present:
+        files = dict.fromkeys(names, "__len__")
+    old = [name for name, file in files.items() if warn and _time(folder, name) > _time(folder, file)]
+    if old:
+        told = f"{files[old[0]]} in {folder} is older than {len(old)} of its shards, the first of them {old[0]}"
+        log.warning("%s: its numbers of samples may be wrong; count anew with scripts/count_shards.py.", told)
     if not missing:
         return sum(sizes[name] for name in names)
-    lack = f"{len(missing)} shards lack one"
-    if SIZES in present:
-        raise UserError(f"{os.path.join(folder, SIZES)} has no entry for {missing[0]} ({lack}): {HOW}.")
-    if len(missing) < len(names):
-        return f"{os.path.join(folder, missing[0])} (no {stats[missing[0]]}; {lack})"
-    if "__len__" not in present:
-        return f"{folder} (no sizes.json or __len__, and no {stats[names[0]]} for {names[0]})"
     unused = {name for name in present if name.endswith(".tar")} - set(names)
-    if unused:
-        return f"{folder} (its __len__ counts {len(unused)} more shards than are used)"
-    return _read(os.path.join(folder, "__len__"), int, "does not hold a number of samples", "write it anew")
+    if whole and not unused:
+        return _read(os.path.join(folder, "__len__"), int, "does not hold a number of samples", "write it anew")
+    length = f"its __len__ counts {len(unused)} more shards than are used" if unused else "there is no __len__"
+    raise UserError(
+        f"How many samples there are is unknown for {len(missing)} of the shards in {folder}: the first, {missing[0]}, "
+        f"is not in {SIZES}, has no {missing[0].partition('.tar')[0]}_stats.json, and {length}; {HOW}."
+    )
 
 
-def _count_remote(urls: list[str], pattern: str) -> int | str:
-    """By the `sizes.json` beside them."""
-    tables: dict[str, dict[str, int]] = {}
-    total = 0
+def _time(folder: str, name: str) -> float:
+    return os.stat(os.path.join(folder, name)).st_mtime
+
+
+def _count_remote(folder: str, names: list[str]) -> int:
     try:
-        for folder, _, name in (url.rpartition("/") for url in urls):
-            if folder.startswith("pipe:"):
-                raise ValueError
-            if folder not in tables:
-                with open_stream(f"{folder}/{SIZES}") as stream:
-                    tables[folder] = _table(stream.read())
-            total += tables[folder][name]
+        if folder.startswith("pipe:"):
+            raise ValueError
+        with open_stream(f"{folder}/{SIZES}") as stream:
+            sizes = _table(stream.read())
+        return sum(sizes[name] for name in names)
     except Exception:  # anything, depending on who opens it; it is for the person to say, then
-        return f"{pattern} (not on this machine)"
-    return total
+        raise UserError(f"How large {names[0]} is is unknown: {folder} is not on this machine; {HOW}.") from None
 
 
 def read_sizes(path: str) -> dict[str, int]:
     """Shard -> samples. Raises: UserError if it is not such a table."""
     return _read(path, _table, "is not a table of shard names and sample counts", "correct or delete it")
-
-
-def _successes(text: str) -> int:
-    return int(json.loads(text)["successes"])
 
 
 def _table(text: str | bytes) -> dict[str, int]:
@@ -97,43 +114,35 @@ def _read(path: str, parse: Callable[[str], Any], problem: str, remedy: str) -> 
         raise UserError(f"{path} {problem} ({error}): {remedy}.") from None
 
 
-@dataclass
-class ShardCount:
-    """What is in a shard.
+class ShardCount(NamedTuple):
+    """The usable samples of a shard up to where it breaks off, what is wrong in it, examples, and how it breaks."""
 
-    samples: the usable ones, up to where it breaks off
-    skipped: reason -> how many are not usable
-    broken: how it breaks off; None if it does not
-    """
-
-    samples: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    broken: str | None = None
+    samples: int
+    skipped: dict[str, int]
+    broken: str | None
+    examples: list[str]
 
 
-def count_shard(path: str, decode: bool = False) -> ShardCount:
-    """Count the samples that training finds in a shard, by the headers of the tar alone unless it is compressed.
+def count_shard(path: str, decode: bool = False, read: Read = PAIRS) -> ShardCount:
+    """Count the samples that training finds in a shard, by headers of the tar and captions. Raises: OSError.
 
     decode: read it all, and count only samples whose picture can be decoded and whose caption is not blank
-
-    Raises: OSError if it cannot be opened.
     """
     open(path, "rb").close()
     report, failures, count = DataReport(), [], 0
-    for sample in read_shard(path, report, failures=failures, headers_only=not decode):
+    for sample in read_shard(path, report, read=read, failures=failures, headers_only=not decode):
         try:
             if decode:
                 load_rgb(sample.images[0])
             count += 1
         except Exception:  # PIL raises nearly anything on damaged files
-            report.add("unreadable image", "")
-    return ShardCount(count, report.skipped, reason(failures[0]) if failures else None)
+            report.add("unreadable image", f"{path}: {sample.key}")
+    return ShardCount(count, report.skipped, reason(failures[0]) if failures else None, report.examples)
 
 
 def write_sizes(folder: str, counts: dict[str, int], since: float) -> None:
-    """Put counts of shards into the `sizes.json` of their folder, in one stroke.
+    """Put counts of shards into their folder's `sizes.json`; other entries stay, unless their shard has changed since.
 
-    Other entries stay, unless their shard has changed after they were written.
     since: when the counting began, in seconds of the clock; dates the file, for `changed_shards`
     """
     path = Path(folder, SIZES)
@@ -151,5 +160,5 @@ def changed_shards(folder: str, names: Iterable[str]) -> set[str]:
     path = os.path.join(folder, SIZES)
     if not os.path.exists(path):
         return set(names)
-    sizes, written = read_sizes(path), os.stat(path).st_mtime
-    return {name for name in names if name not in sizes or os.stat(os.path.join(folder, name)).st_mtime >= written}
+    sizes, written = read_sizes(path), _time(folder, SIZES)
+    return {name for name in names if name not in sizes or _time(folder, name) >= written}

@@ -1,16 +1,16 @@
-"""Image features of a data set: extracted once, on all processes, and kept on disk under a key of all that matters."""
+"""Image features: extracted once, on all processes, kept on disk under a key of all that matters, read in chunks."""
 from __future__ import annotations
 
 import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,27 +20,89 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from open_clip_elip import ImageTower
-from open_clip_elip.clip import Shortcuts
+from open_clip_elip.clip import TextFirst
 
 from ..data.sets.labelled import LabelledImages
 from ..errors import UserError, reason
 from ..files import written_whole
-from .feature_rows import FeatureSet
-from .passes import STOP, ImagePass
+from .passes import ImagePass
 from .results import described_data, digest_of
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ON_DISK = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}  # NumPy has no bfloat16
 _FORMAT = 2  # raise when features would come out differently
+# Numbers in the widest intermediate result of a chunk; with 1000 classes a chunk has 16,777 rows, 64 MiB of logits.
+CHUNK_NUMBERS = 2**24
+
+
+class FeatureSet(NamedTuple):
+    """Features and classes of a data set, or some of its rows.
+
+    features: (M, D) of any floating type, in memory or mapped from `path`. labels: (M,) int64 on the CPU.
+    rows: (n,) int64 on the CPU, increasing: the rows that are meant. skipped: names of the pictures of others.
+    """
+
+    features: Tensor
+    labels: Tensor
+    rows: Tensor
+    skipped: Sequence[str] = ()
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Labelled rows of one or more matrices, one matrix after the other.
+
+    Each use of a row copies it to `device` and converts it to float32 (float64 stays), so a matrix may be larger than
+    the memory. The chunks do not depend on where the matrices are: results are the same to the last bit. Labels are
+    below `num_classes`. With `shift` and `scale`, (D,) on the device, a row x is given as (x - shift) / scale.
+    """
+
+    parts: Sequence[FeatureSet]
+    num_classes: int
+    device: torch.device
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(len(part.rows) for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        return self.parts[0].features.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parts[0].features.dtype, torch.float32)
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows in order: features (b, D) and labels (b,), on the device."""
+        size = max(1, CHUNK_NUMBERS // max(self.width, self.num_classes))
+        for part in self.parts:
+            for rows in part.rows.split(size):
+                first, last = int(rows[0]), int(rows[-1])
+                if last - first == len(rows) - 1:  # side by side: no copy
+                    rows = slice(first, last + 1)
+                x = part.features[rows].to(self.device).to(self.dtype)
+                if self.shift is not None:
+                    x = (x - self.shift) / self.scale
+                yield x, part.labels[rows].to(self.device)
+
+    def standardized(self) -> FeatureRows:
+        """The same rows with mean 0 and variance 1 in each column (summed in float64); a constant column becomes 0."""
+        mean = sum(x.double().sum(dim=0) for x, _ in self.chunks()) / len(self)
+        variance = sum((x.double() - mean).square().sum(dim=0) for x, _ in self.chunks()) / len(self)
+        # What rounding leaves of a constant column must not be blown up.
+        constant = variance.sqrt() <= 1e-6 * mean.abs()
+        scale = variance.sqrt().masked_fill(constant, 1)
+        return replace(self, shift=mean.to(self.dtype), scale=scale.to(self.dtype))
 
 
 def feature_encoder(model: nn.Module, layer: str, normalize: bool, compiled: bool = False) -> Callable:
     """(B, 3, H, W) to float32 features (B, D), with all tokens; the model stays as it is.
 
-    layer: `projected` into the space that images and texts share, or `pooled`, what is projected there (CLIP's probes
-    use these); UserError if the image tower does not offer it. normalize: to unit length.
+    layer: `projected` into the space that images and texts share, or `pooled`, what is projected there; UserError if
+    the image tower does not offer it. normalize: to unit length.
     """
     forward = model.encode_image if layer == "projected" else _pooled(model)
 
@@ -54,7 +116,7 @@ def feature_encoder(model: nn.Module, layer: str, normalize: bool, compiled: boo
 def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     visual = model.visual
     if isinstance(visual, VisionTransformer) and visual.pool_type != "none":
-        return (model.tower if isinstance(model, Shortcuts) else ImageTower(visual)).pooled
+        return (model.tower if isinstance(model, TextFirst) else ImageTower(visual)).pooled
     if isinstance(visual, TimmModel) and "pool" not in dict(visual.head.named_children()):
         trunk = visual.trunk
         if len(visual.head):
@@ -75,109 +137,91 @@ def extract_features(
     folder: Path,
     redo: bool = False,
 ) -> FeatureSet:
-    """The features of `data`, from `folder` if they are there, else computed and put there. A collective call.
+    """The features of `data`, from `folder` if they are there, else (or with `redo`) put there. A collective call.
 
     A file, in NumPy's format, is there only when it is complete: its JSON, which says what it is, is written last. It
     has a row for each picture, zeros for those that cannot be read. No process holds more than a batch of features.
 
-    Args:
-        image_pass: over the pictures of `data`, with a `feature_encoder`; not begun.
-        what: all that the features depend on besides the data and `dtype`, in plain types.
-        redo: compute them anew.
+    image_pass: over the pictures of `data`, with a `feature_encoder`; not begun.
+    what: all that the features depend on besides the data and `dtype`, in plain types.
 
-    Raises:
-        UserError: on all processes: no picture can be read, one is broken and none may be (`settings.on_broken`),
-            features that are not finite, no room on the disk, or a folder that not all processes see.
+    Raises UserError on all processes: as `collect`, no room on the disk, or a folder that not all processes see.
     """
     ranks, settings = image_pass.ranks, image_pass.settings
     key = {"format": _FORMAT, **what, **described_data(data), "dtype": str(dtype).removeprefix("torch.")}
     words = [re.sub(r"[^\w.-]+", "_", word) for word in (data.name, data.split) if word]
     path = folder / ("-".join([*words, digest_of(key)]) + ".npy")
-    with ranks.agree():
-        found = ranks.broadcast(ranks.is_main and not redo and _is_complete(path, key))
-    if found:
-        log.info(f"{settings.description}: using the features in {path}")
+    described = ranks.broadcast(_described(path, key) if ranks.is_main and not redo else None)
+    if described is None:
+        described = _extract(image_pass, data, path, key, dtype)
     else:
-        _extract(image_pass, data, path, key, dtype)
+        logging.info(f"{settings.description}: using the features in {path}")
     with ranks.agree(), _disk_errors(folder):
-        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         features = torch.from_numpy(np.load(path, mmap_mode="c")).view(dtype)
-        if described["skipped"] and settings.on_broken == STOP:
+        if described["skipped"] and settings.on_broken == "stop":
             raise UserError(f"{described['skipped'][0]} cannot be read; mend it, or take --on-broken skip.")
     readable = torch.ones(len(data), dtype=torch.bool)
     readable[described["unreadable"]] = False
     return FeatureSet(features, data.labels, readable.nonzero()[:, 0], described["skipped"], path)
 
 
-def _extract(image_pass: ImagePass, data: LabelledImages, path: Path, key: dict[str, Any], dtype: torch.dtype) -> None:
-    """Each process writes its rows into one file, which gets its name when all have."""
+def _extract(image_pass: ImagePass, data: LabelledImages, path: Path, key: dict[str, Any], dtype: torch.dtype) -> dict:
+    """Each process writes its rows into one file, which gets its name when all have. Returns what its JSON says."""
     ranks = image_pass.ranks
     partial = ranks.broadcast(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+    batches = iter(image_pass)
+    with ranks.agree():
+        first = list(islice(batches, 1))
+    width = max(ranks.gather(first[0][1].shape[1] if first else 0))
     try:
-        batches = iter(image_pass)
-        with ranks.agree():
-            first = next(batches, None)
-        width = max(ranks.gather(0 if first is None else first[1].shape[1]))
         with ranks.agree(), _disk_errors(path.parent):
             if ranks.is_main and width:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                needed, free = len(data) * width * dtype.itemsize, shutil.disk_usage(path.parent).free
-                if free < needed:
-                    raise UserError(
-                        f"The features need {needed / 1e9:.1f} GB in {path.parent}, but {free / 1e9:.1f} GB are free; "
-                        "give another --cache, or --feature-dtype bf16."
-                    )
                 np.lib.format.open_memmap(partial, "w+", _ON_DISK[dtype], (len(data), width))
-        places = torch.empty(0, dtype=torch.int64)
         with ranks.agree(), _disk_errors(path.parent):
-            if first is not None:
-                places = _write_rows(partial, chain([first], batches), data, dtype)
+            read = [_write(partial, *batch, data, dtype) for batch in chain(first, batches)]
         skipped = image_pass.all_skipped()
-        unreadable = sorted(set(range(len(data))).difference(*(part.tolist() for part in ranks.gather(places))))
-        more = {"skipped": skipped, "unreadable": unreadable, "labels": data.labels.tolist()}
+        unreadable = set(range(len(data))).difference(*chain.from_iterable(ranks.gather(read)))
+        found = {"skipped": skipped, "unreadable": sorted(unreadable), "labels": data.labels.tolist()}
         with ranks.agree(), _disk_errors(path.parent):
             if ranks.is_main:
                 path.with_suffix(".json").unlink(missing_ok=True)
                 partial.replace(path)
                 with written_whole(path.with_suffix(".json")) as file:
-                    file.write(json.dumps({**key, **more}).encode())
+                    file.write(json.dumps({**key, **found}).encode())
+        return found
     finally:
         if ranks.is_main:
             with suppress(OSError):
                 partial.unlink()
 
 
-def _write_rows(
-    path: Path, batches: Iterable[tuple[Tensor, Tensor]], data: LabelledImages, dtype: torch.dtype
-) -> Tensor:
-    """The places of the rows.
+def _write(path: Path, places: Tensor, features: Tensor, data: LabelledImages, dtype: torch.dtype) -> list[int]:
+    """Writes the rows of a batch; returns their places.
 
-    They are written, not mapped: there a full disk would end the process, and machines that share a file by pages would
-    overwrite each other's rows.
+    Not by a map: a full disk would end the process, and machines that share a file overwrite each other's rows.
     """
-    begin, written = np.load(path, mmap_mode="r").offset, []
+    first, last = int(places[0]), int(places[-1])
+    rows = torch.zeros(last + 1 - first, features.shape[1], dtype=dtype)
+    rows[places - first] = features.to(dtype)
+    finite = rows.isfinite().all(dim=1)
+    if not finite.all():
+        name = data.images.name(first + int(finite.logical_not().nonzero()[0]))
+        raise UserError(f"The features of {name} are too large for this --feature-dtype; take float32.")
     with path.open("r+b") as file:
-        for places, features in batches:
-            first, last = int(places[0]), int(places[-1])
-            rows = torch.zeros(last + 1 - first, features.shape[1], dtype=dtype)
-            rows[places - first] = features.to(dtype)
-            finite = rows.isfinite().all(dim=1)
-            if not finite.all():
-                name = data.images.name(first + int(finite.logical_not().nonzero()[0]))
-                raise UserError(f"The features of {name} are too large for this --feature-dtype; take float32.")
-            file.seek(begin + first * rows[0].nbytes)
-            file.write(rows.view(torch.uint8).numpy())
-            written.append(places)
-    return torch.cat(written)
+        file.seek(np.load(path, mmap_mode="r").offset + first * rows[0].nbytes)
+        file.write(rows.view(torch.uint8).numpy())
+    return places.tolist()
 
 
-def _is_complete(path: Path, key: dict[str, Any]) -> bool:
+def _described(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """What the JSON beside whole features for this key says."""
     try:
         described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         np.load(path, mmap_mode="r")
-        return key.items() <= described.items()
+        return described if key.items() <= described.items() else None
     except (OSError, ValueError, EOFError, AttributeError):
-        return False
+        return None
 
 
 @contextmanager

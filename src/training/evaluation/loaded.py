@@ -4,54 +4,45 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from open_clip_elip import identity as identities
 from open_clip_elip import weights
-from open_clip_elip.identity import Identity
 
 from ..data.transforms import with_decoding
 from ..distributed import Ranks
 from ..errors import UserError
 from ..models import check_works_alone, checkpoint_identity, create_filled, told
+from .passes import NotFinite
+from .results import described_model
 
 
-@dataclass
-class LoadedModel:
-    """A model with its weights, on the device and in eval mode.
-
-    `transform_key` says what the evaluation transform does, and `weights_hash` tells these weights from any others,
-    wherever they came from: both for cache keys. `name` and `pretrained` are those of the command line.
-    """
+class LoadedModel(NamedTuple):
+    """A model with its weights, on the device and in eval mode; `described` is its `described_model`, for all keys."""
 
     model: nn.Module
     tokenizer: Callable
     preprocess: Callable
-    transform_key: str
-    weights_hash: str
-    name: str
-    pretrained: str | None
-    identity: Identity
+    described: dict[str, Any]
 
 
 def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> LoadedModel:
-    """The model of `--model` and `--pretrained`; for the block of a `ranks.agree()`.
+    """The model of an evaluation's `--model` and `--pretrained`; for the block of a `ranks.agree()`.
 
-    A checkpoint of this trainer tells its model. With the name of another model of the same shape it keeps all but its
-    token reduction: picture size, normalisation, activation, ...
+    A checkpoint of this trainer tells its model, and an `options.model` of None is filled in. With the name of another
+    model of the same shape it keeps all but its token reduction: picture size, normalisation, activation, ...
 
-    options: those of an evaluation; a `model` of None is filled in. image_tower: weights of an image tower alone will
-    do, as fine-tuning leaves them; it then gives the features before the projection into CLIP's space.
+    image_tower: weights of an image tower alone will do, as fine-tuning leaves them; it then gives the features before
+    the projection into CLIP's space.
 
-    Raises UserError: no such model, or weights that cannot be had or do not fit.
+    Raises UserError: no such model, or weights that cannot be had, do not fit or are not finite.
     """
     with told():
         content = trained_as = None
-        if weights.is_file(options.pretrained) and not options.pretrained.endswith(weights.NUMPY):
+        if weights.is_file(options.pretrained):
             content = weights.read(options.pretrained)
             trained_as = checkpoint_identity(content)
         if options.model is None and trained_as is not None:
@@ -91,11 +82,14 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
     if options.vision_guided_reduction:
         check_works_alone(model, options.model)
         model.tower.vision_guided = True
-    preprocess = with_decoding(preprocess, options.image_decode)
-    weights_hash = hash_weights(model.state_dict())
-    return LoadedModel(
-        model.eval(), tokenizer, preprocess, repr(preprocess), weights_hash, options.model, options.pretrained, identity
-    )
+    preprocess, state = with_decoding(preprocess, options.image_decode), model.state_dict()
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise NotFinite(
+                f"The weights of {options.model} are not finite (the first is {name}); take those of another step."
+            )
+    described = described_model(options, identity, hash_weights(state), preprocess, tokenizer)
+    return LoadedModel(model.eval(), tokenizer, preprocess, described)
 
 
 def hash_weights(state_dict: Mapping[str, Tensor]) -> str:

@@ -1,34 +1,18 @@
 """Multinomial logistic regression on feature rows by L-BFGS."""
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .feature_rows import FeatureRows
-from .metrics import full_float32, predictions
+from .features import FeatureRows
+from .metrics import full_float32, outcomes
 
-log = logging.getLogger(__name__)
-
-LBFGS_BLOCK = 10  # iterations between two looks at how much the objective still falls
-
-
-@dataclass(frozen=True)
-class SolverSettings:
-    """When a fit ends, and how many pairs of steps and gradient differences it remembers (`history`).
-
-    It ends when no entry of the gradient is larger than `tolerance` times the largest one at zero weights, as a
-    fraction of the objective at either point; when ten iterations lower the objective by less than `tolerance` / 10 of
-    itself; or after `iterations` (1000 in CLIP).
-    """
-
-    iterations: int = 1000
-    tolerance: float = 1e-6
-    history: int = 10
+_BLOCK = 10  # iterations between two looks at how much the objective still falls
 
 
 @dataclass(frozen=True)
@@ -40,37 +24,70 @@ class LinearClassifier:
     iterations: int = 0
     converged: bool = True
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(n, D) -> (n, C)"""
-        return torch.addmm(self.bias, x, self.weight.T)
+    def logits(self, rows: FeatureRows) -> Iterator[tuple[Tensor, Tensor]]:
+        """(n, C) and the labels (n,) of each chunk of rows, on the device."""
+        for x, y in rows.chunks():
+            with full_float32():
+                logits = torch.addmm(self.bias, x, self.weight.T)
+            yield logits, y
 
 
-def fit(rows: FeatureRows, regularisation: float, settings: SolverSettings) -> LinearClassifier:
+@full_float32()
+def fit(
+    rows: FeatureRows, regularisation: float, iterations: int = 1000, tolerance: float = 1e-6
+) -> LinearClassifier:
     """A linear classifier for the classes of `rows`, for features as they are before `rows.shift` and `rows.scale`.
 
-    `regularisation` is the C of scikit-learn's LogisticRegression, and the objective is its
+    `regularisation` is the C of scikit-learn's LogisticRegression (with two classes, half of its C), and the objective
 
         C * sum_i -log softmax(W x_i + b)[y_i] + 0.5 * ||W||^2
 
-    with the bias b left out of the penalty; CLIP's sweep is over this number. (With two classes scikit-learn keeps one
-    weight vector, the difference of the two here: its C is then half of this one.) Weights start at zero.
-
-    The same to the last bit wherever the rows are kept. A fit that diverges gives weights that are not finite.
+    Weights start at zero. It ends when no entry of the gradient is larger than `tolerance` times the largest one there,
+    as a fraction of the objective at either point; when ten iterations lower the objective by less than the fraction
+    `tolerance` / 10; or after `iterations` (1000 in CLIP). If it diverges, the weights are not finite.
     """
-    with full_float32():
-        theta, iterations, converged = _lbfgs(Objective(rows, regularisation), settings)
-    weight, bias = _split(theta, rows.num_classes, rows.width)
+    objective = Objective(rows, regularisation)
+    coordinates = _Coordinates(objective)
+    size = rows.num_classes * (rows.width + 1)
+    theta = torch.zeros(size, dtype=rows.dtype, device=rows.device, requires_grad=True)
+    last: tuple[Tensor, float, Tensor] | None = None
+
+    @torch.no_grad()
+    def closure() -> float:
+        nonlocal last
+        if last is None or not torch.equal(theta, last[0]):  # each block begins where the one before ended
+            loss, grad = objective(coordinates.to_weights(theta))
+            last = theta.clone(), loss, coordinates.gradient(grad)
+        theta.grad = last[2]
+        return last[1]
+
+    # The optimizer's own stops compare sizes of steps and losses with constants, which mean another thing on each data
+    # set; it is run for a few iterations at a time without them.
+    endless = {"max_eval": 3 * _BLOCK, "tolerance_grad": 0, "tolerance_change": 0}
+    optimizer = torch.optim.LBFGS([theta], history_size=10, line_search_fn="strong_wolfe", **endless)
+    loss = closure()
+    enough = tolerance * theta.grad.abs().max().item() / loss
+    done, converged = 0, False
+    while done < iterations and not converged:
+        before = loss
+        optimizer.param_groups[0]["max_iter"] = min(_BLOCK, iterations - done)
+        optimizer.step(closure)
+        done = optimizer.state[theta].get("n_iter", 0)
+        loss = closure()
+        small = theta.grad.abs().max().item() <= enough * loss
+        slow = before - loss <= tolerance / 10 * abs(loss)
+        converged = small or slow or not math.isfinite(loss)
+    weight, bias = _split(coordinates.to_weights(theta.detach()), rows)
     if rows.shift is not None:
         weight = weight / rows.scale
         bias = bias - weight @ rows.shift
-    return LinearClassifier(weight, bias, iterations, converged)
+    return LinearClassifier(weight, bias, done, converged)
 
 
 class Objective:
-    """f(W, b) = sum_i -log softmax(W x_i + b)[y_i] + ||W||^2 / (2 C), and its gradient.
+    """f(W, b) = sum_i -log softmax(W x_i + b)[y_i] + ||W||^2 / (2 C), that of `fit` divided by C, and its gradient.
 
-    This is the objective of `fit` divided by C. Only a chunk of the logits exists at a time; the loss is summed in
-    float64, the gradient in the type of the rows (float32).
+    Only a chunk of the logits exists at a time; the loss is summed in float64, the gradient in the type of the rows.
     """
 
     def __init__(self, rows: FeatureRows, regularisation: float):
@@ -78,10 +95,9 @@ class Objective:
 
     @torch.no_grad()
     def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
-        """theta: (num_classes * (width + 1),), W row by row, then b."""
         grad = torch.zeros_like(theta)
-        weight, bias = _split(theta, self.rows.num_classes, self.rows.width)
-        weight_grad, bias_grad = _split(grad, self.rows.num_classes, self.rows.width)
+        weight, bias = _split(theta, self.rows)
+        weight_grad, bias_grad = _split(grad, self.rows)
         loss = torch.zeros((), dtype=torch.float64, device=theta.device)
         for x, y in self.rows.chunks():
             logits = torch.addmm(bias, x, weight.T)
@@ -100,29 +116,23 @@ class Objective:
         return loss.item(), grad
 
 
-def all_logits(classifier: LinearClassifier, rows: FeatureRows) -> Tensor:
-    """(len(rows), C) on the CPU."""
-    with full_float32():
-        return torch.cat([classifier.logits(x).cpu() for x, _ in rows.chunks()])
-
-
 def held_out_score(classifier: LinearClassifier, rows: FeatureRows) -> tuple[float, float]:
     """Top-1 as a fraction, and the mean cross entropy (infinite for a classifier that is not finite)."""
     hits, loss = 0, 0.0
-    with full_float32():
-        for x, y in rows.chunks():
-            logits = classifier.logits(x)
-            hits += int((predictions(logits) == y).sum())
-            loss += F.cross_entropy(logits, y, reduction="none").sum(dtype=torch.float64).item()
+    for logits, y in classifier.logits(rows):
+        hits += int((outcomes(logits, y)[:, 0] == 0).sum())
+        loss += F.cross_entropy(logits, y, reduction="none").sum(dtype=torch.float64).item()
     return hits / len(rows), loss / len(rows) if math.isfinite(loss) else math.inf
 
 
-def _split(theta: Tensor, num_classes: int, width: int) -> tuple[Tensor, Tensor]:
-    return theta[: num_classes * width].view(num_classes, width), theta[num_classes * width :]
+def _split(theta: Tensor, rows: FeatureRows) -> tuple[Tensor, Tensor]:
+    """Views of W (num_classes, width) and b in theta (num_classes * (width + 1),), where W is row by row, then b."""
+    weight, bias = theta.tensor_split([rows.num_classes * rows.width])
+    return weight.view(rows.num_classes, rows.width), bias
 
 
 class _Coordinates:
-    """theta (num_classes * (width + 1),) -> W, b, chosen so that the objective of `Objective` is round at theta = 0.
+    """theta -> W, b, chosen so that the objective is round at theta = 0.
 
     W = U P and b = a / r - W m with the mean m of the rows: since b has no penalty, this moves the features' mean to 0.
     P is the inverse root of the Hessian there without its coupling of the classes, n h Cov(x) + 1 / C with
@@ -132,7 +142,7 @@ class _Coordinates:
 
     def __init__(self, objective: Objective):
         rows = objective.rows
-        self.shape = rows.num_classes, rows.width
+        self.rows = rows
         total = torch.zeros(rows.width, dtype=torch.float64, device=rows.device)
         square = torch.zeros(rows.width, rows.width, dtype=torch.float64, device=rows.device)
         for x, _ in rows.chunks():
@@ -149,52 +159,11 @@ class _Coordinates:
         self.bias_scale = curvature**-0.5
 
     def to_weights(self, theta: Tensor) -> Tensor:
-        u, a = _split(theta, *self.shape)
+        u, a = _split(theta, self.rows)
         weight = u @ self.matrix
         return torch.cat([weight.flatten(), a * self.bias_scale - weight @ self.mean])
 
     def gradient(self, grad: Tensor) -> Tensor:
         """The gradient with respect to theta from that with respect to W and b."""
-        weight, bias = _split(grad, *self.shape)
+        weight, bias = _split(grad, self.rows)
         return torch.cat([((weight - torch.outer(bias, self.mean)) @ self.matrix).flatten(), bias * self.bias_scale])
-
-
-def _lbfgs(objective: Objective, settings: SolverSettings) -> tuple[Tensor, int, bool]:
-    coordinates, rows = _Coordinates(objective), objective.rows
-    size = rows.num_classes * (rows.width + 1)
-    theta = torch.zeros(size, dtype=rows.dtype, device=rows.device, requires_grad=True)
-    last: tuple[Tensor, float, Tensor] | None = None
-
-    @torch.no_grad()
-    def closure() -> float:
-        nonlocal last
-        if last is None or not torch.equal(theta, last[0]):  # each block begins where the one before ended
-            loss, grad = objective(coordinates.to_weights(theta))
-            last = theta.clone(), loss, coordinates.gradient(grad)
-        theta.grad = last[2]
-        return last[1]
-
-    # The optimizer's own stops compare sizes of steps and losses with constants, which mean another thing on each data
-    # set; it is run for a few iterations at a time without them.
-    optimizer = torch.optim.LBFGS(
-        [theta],
-        max_eval=3 * LBFGS_BLOCK,
-        tolerance_grad=0,
-        tolerance_change=0,
-        history_size=settings.history,
-        line_search_fn="strong_wolfe",
-    )
-    loss = closure()
-    enough = settings.tolerance * theta.grad.abs().max().item() / loss
-    iterations, converged = 0, False
-    while iterations < settings.iterations and not converged:
-        before = loss
-        optimizer.param_groups[0]["max_iter"] = min(LBFGS_BLOCK, settings.iterations - iterations)
-        optimizer.step(closure)
-        iterations = optimizer.state[theta].get("n_iter", 0)
-        loss = closure()
-        small = theta.grad.abs().max().item() <= enough * loss
-        slow = before - loss <= settings.tolerance / 10 * abs(loss)
-        converged = small or slow or not math.isfinite(loss)
-        log.debug(f"L-BFGS: {iterations} iterations, objective {loss:.6g}")
-    return coordinates.to_weights(theta.detach()), iterations, converged

@@ -1,7 +1,8 @@
 """Retrieval ranks, contrastive loss and classification accuracy as pure tensor code."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,14 +34,12 @@ def best_ranks(
 ) -> Tensor:
     """Rank of the best right item for each query, where several items may be right.
 
-    query: (N, D), gallery: (M, D). An item is right for a query if they share a label. Labels are given as pairs of
-    int64 tensors (rows, labels) of equal length, each pair once; every query needs a right item, and no item may
-    share two labels with a query. Returns (N,) int64, 0-based: the number of *wrong* items that are not clearly less
-    similar than the best right one, so right items never count against each other.
+    query: (N, D), gallery: (M, D). An item is right for a query if they share a label; every query needs one. Labels
+    are pairs of int64 tensors (rows, labels) of equal length, each pair once; no item may share two with a query.
+    Returns (N,) int64, 0-based: the number of *wrong* items that are not clearly less similar than the best right one.
 
     At most `chunk` x M similarities exist at a time. They are compared in float32 up to its rounding error, and ties
-    count against the model: an encoder that maps everything to one point (or to NaN) has the worst rank everywhere,
-    not the best. A right item that is NaN is never the best one, a wrong one counts against the model.
+    count against the model: an encoder that maps everything to one point (or to NaN) has the worst rank everywhere.
     """
     order = query_labels[0].argsort()
     query_row, query_label = query_labels[0][order], query_labels[1][order]
@@ -85,9 +84,8 @@ def retrieval_metrics(
 
     image_features: (N, D), N >= 1; text_features: (M, D); image_of: (M,) int64 row of the image that each caption
     belongs to, and every image has at least one; default: row i of both is a pair. An image's rank is that of the best
-    of its captions, and its other captions do not count against that one; a caption's rank is that of its image.
-    same_text: (M,) int64, equal for captions with the same text. If given, a caption is right for every image that has
-    one with this text.
+    of its captions. same_text: (M,) int64, equal for captions of one text; if given, a caption is right for every
+    image that has one with this text.
 
     Keys are OpenCLIP's: `image_to_text_` (of N ranks) and `text_to_image_` (of M) with `mean_rank`, `median_rank`
     (1-based, the median rounded down) and `R@1`, `R@5`, `R@10` as fractions.
@@ -99,21 +97,17 @@ def retrieval_metrics(
     else:
         image_labels = tuple(torch.stack([image_of, same_text]).unique(dim=1))
         text_labels = (captions, same_text)
-    return {
-        **_rank_metrics("image_to_text", best_ranks(image_features, text_features, image_labels, text_labels, chunk)),
-        **_rank_metrics("text_to_image", best_ranks(text_features, image_features, text_labels, image_labels, chunk)),
-    }
-
-
-def _rank_metrics(name: str, ranks: Tensor) -> dict[str, float]:
-    ranks = ranks.sort().values
-    middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]
-    metrics = {
-        f"{name}_mean_rank": ranks.double().cpu().mean().item() + 1,
-        f"{name}_median_rank": float(middle.item() // 2 + 1),
-    }
-    for k in (1, 5, 10):
-        metrics[f"{name}_R@{k}"] = (ranks < k).sum().item() / len(ranks)
+    metrics = {}
+    for name, ranks in (
+        ("image_to_text", best_ranks(image_features, text_features, image_labels, text_labels, chunk)),
+        ("text_to_image", best_ranks(text_features, image_features, text_labels, image_labels, chunk)),
+    ):
+        ranks = ranks.sort().values
+        middle = ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]
+        metrics[f"{name}_mean_rank"] = ranks.double().cpu().mean().item() + 1
+        metrics[f"{name}_median_rank"] = float(middle.item() // 2 + 1)
+        for k in (1, 5, 10):
+            metrics[f"{name}_R@{k}"] = (ranks < k).sum().item() / len(ranks)
     return metrics
 
 
@@ -129,7 +123,6 @@ def contrastive_loss(
 ) -> float:
     """Contrastive loss of N pairs (N, D), taken over consecutive batches of `batch_size` and averaged by batch length.
 
-    The batches are those of the given order, so the value does not depend on how many processes made the features.
     `siglip` selects the sigmoid loss (summed over texts, averaged over images) instead of the symmetric cross entropy.
     """
     total = 0.0
@@ -147,29 +140,26 @@ def contrastive_loss(
     return total / len(image_features)
 
 
-def topk_hits(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """Whether each sample's target is among the k highest logits: (N, len(ks)) bool.
+def outcomes(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, 2) int64 of logits (N, C) and labels (N,): how many classes are before the right one, and the first class.
 
-    logits: (N, C), target: (N,). With k > C every sample counts. Ties go to the lower class index, as with `argmax`:
-    a classifier that gives every class the same logit scores at chance, and class names that occur twice (ImageNet has
-    two such pairs) score as usual. A row whose target is NaN never counts.
+    Ties go to the lower class, as with `argmax`: a classifier that gives every class the same logit scores at chance. A
+    right class that is NaN is behind everything; with any NaN in its row, the first class is none of them (-1).
     """
-    own = logits.gather(1, target[:, None])
-    lower_index = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
-    rank = (~(logits <= own) | ((logits == own) & lower_index)).sum(dim=1)
-    return (rank[:, None] < torch.tensor(ks, device=rank.device)) & ~own.isnan()
+    own = logits.gather(1, labels[:, None])
+    lower = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    before = (~(logits <= own) | ((logits == own) & lower)).sum(dim=1).masked_fill(own.isnan()[:, 0], sys.maxsize)
+    return torch.stack([before, logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)], dim=1)
 
 
-def predictions(logits: Tensor) -> Tensor:
-    """(N,) class of the highest logit of (N, C), the lower index where tied; -1 (no class) for a row with a NaN."""
-    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
-
-
-def mean_per_class_recall(pred: Tensor, target: Tensor, num_classes: int) -> float:
-    """Share of right predictions within each class, averaged over the classes that occur in `target`.
-
-    pred, target: (N,) with N >= 1; a `pred` of -1 is always wrong.
-    """
-    present = torch.bincount(target, minlength=num_classes)
-    right = torch.bincount(target[pred == target], minlength=num_classes)
-    return (right[present > 0].double() / present[present > 0].double()).mean().item()
+def summary(outcomes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """`top1`, `top5`, `mean_per_class_recall` (of the classes that occur) and `num_samples` of N >= 1 `outcomes`."""
+    before, predicted = outcomes.unbind(dim=1)
+    present = torch.bincount(labels, minlength=num_classes)
+    right = torch.bincount(labels[predicted == labels], minlength=num_classes)
+    return {
+        "top1": int((before < 1).sum()) / len(labels),
+        "top5": int((before < 5).sum()) / len(labels),
+        "mean_per_class_recall": (right[present > 0].double() / present[present > 0].double()).mean().item(),
+        "num_samples": len(labels),
+    }

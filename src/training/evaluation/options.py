@@ -7,7 +7,8 @@ import torch
 
 from ..errors import UserError
 from ..options.data import IMAGE_DECODE
-from ..options.parser import COUNT, POSITIVE_COUNT, SWITCH, Section, forbid, one_of, option
+from ..options.kinds import COUNT, POSITIVE_COUNT, SWITCH, one_of
+from ..options.parser import Section, forbid, option
 from ..options.run import PRECISION
 
 
@@ -24,11 +25,12 @@ class EvaluationOptions(Section, title="model, data and results"):
     batch_size: int = option(64, "Images a process and step.", POSITIVE_COUNT)
     workers: int = option(4, "Decoding processes a process.", COUNT)
     device: str | None = option(None, "cpu, cuda or mps. Without it: cuda, or cpu where there is none.", metavar="NAME")
-    precision: str | None = option(None, "As in training. Without it: amp_bf16 with CUDA, else fp32.", PRECISION)
+    precision: str | None = option(
+        None, "Number format, of those of training.main. Without it: amp_bf16 with CUDA, else fp32.", PRECISION)
     vision_guided_reduction: bool = option(
         False, "Reduce the image tokens of an ELIP model as the image alone would have it: faster, not exact.")
     torchcompile: bool = option(False, "Compile the image tower with torch.compile.", spellings=("--compile",))
-    image_decode: str = option("plain", "As in training.", IMAGE_DECODE)
+    image_decode: str = option("plain", "One of the ways of training.main, whose default is fast.", IMAGE_DECODE)
     on_broken: str = option("skip", "Leave images that cannot be read out, or stop.", one_of("skip", "stop"))
     results: str = option("results", "Where results go; none: nowhere.", metavar="DIR", path=True)
     redo: bool = option(False, "Do finished work again.")
@@ -43,8 +45,11 @@ class EvaluationOptions(Section, title="model, data and results"):
         forbid(not self.data, "--data is missing: name the data, as in --data imagenet=/data/imagenet.")
         forbid(not self.results, "--results is empty; name a folder, or none.")
         try:
-            cuda = torch.device(self.device).type == "cuda"
+            device = torch.device(self.device)
         except RuntimeError:
-            raise UserError(f"There is no device {self.device!r}; use cpu, cuda or mps.") from None
-        missing = cuda and not torch.cuda.is_available()
-        forbid(missing, f"--device {self.device} is not available; use --device cpu.")
+            device = None
+        cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = {"cpu": 1, "cuda": cuda, "mps": int(torch.backends.mps.is_available())}
+        if device is None or device.type not in there:
+            raise UserError(f"There is no device {self.device!r}; use cpu, cuda or mps.")
+        forbid((device.index or 0) >= there[device.type], f"--device {self.device} is not available; use --device cpu.")

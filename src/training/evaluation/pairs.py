@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from open_clip import get_input_dtype
 from torch import Tensor, nn
 
@@ -16,31 +16,19 @@ from ..data.sets.captioned import CaptionedImages
 from ..distributed import Ranks
 from ..errors import UserError
 from .metrics import contrastive_loss, retrieval_metrics
-from .passes import EncodeSettings, ImagePass, collect, encode_texts, evaluation_mode, gather_rows, run_pass
+from .passes import EncodeSettings, ImagePass, collect, encode_places, evaluation_mode, gather_rows, run_pass
 
 
-def evaluate_pairs(
-    model: nn.Module,
-    val_data: Iterable[dict],
-    *,
-    device: torch.device,
-    precision: str,
-    batch_size: int,
-    siglip: bool = False,
-    world_size: int = 1,
-) -> dict[str, float]:
+def evaluate_pairs(model: nn.Module, val_data: Iterable[dict], options: Any, ranks: Ranks) -> dict[str, float]:
     """Retrieval metrics, `clip_val_loss` and `num_samples` over all processes' pairs; the same dict on every process.
 
-    val_data: this process's batches {"image": (B, 3, H, W), "text": (B, T), "index": (B,) int64}, where "index" is the
-    sample's place in the whole set and every sample occurs on one process only. A process may have no batch at all.
-    `clip_val_loss` is that of consecutive batches of `batch_size` in this order, whatever the number of processes.
-    A collective call when `world_size` > 1.
+    val_data: this process's batches {"image": (B, 3, H, W), "text": (B, T), "index": (B,) int64, "key": names}, if any;
+    "index" is the sample's place in the whole set, and every sample occurs on one process only. `clip_val_loss` is that
+    of consecutive batches of `options.batch_size` in this order, whatever the number of processes. A collective call.
 
-    Raises UserError, on all processes, if reading fails with one on any of them or if there is no pair at all, and
-    `NotFinite` for features that are no numbers.
+    Raises, on all processes, UserError: reading fails with one, or there is no pair; NotFinite: features that are none.
     """
-    ranks = Ranks(torch.device(device), dist.get_rank() if world_size > 1 else 0, world_size=world_size)
-    input_dtype = get_input_dtype(precision)
+    input_dtype = get_input_dtype(options.precision)
     keys: dict[int, str] = {}  # of the current batch
 
     def batches() -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
@@ -48,8 +36,7 @@ def evaluate_pairs(
             places = batch["index"].cpu()
             keys.clear()
             keys.update(zip(places.tolist(), batch["key"], strict=True))
-            image = to_device(batch["image"], ranks.device, input_dtype)
-            yield places, (image, batch["text"])
+            yield places, (to_device(batch["image"], ranks.device, input_dtype), batch["text"])
 
     with evaluation_mode(model) as encoder:
 
@@ -59,23 +46,20 @@ def evaluate_pairs(
             features = encoder.encode_image(image, normalize=True), encoder.encode_text(text, normalize=True)
             return torch.stack([x.float() for x in features], dim=1)
 
-        def name(place: int) -> str:
-            return f"the features of the pair {keys[place]}"
-
-        rows = run_pass(encode, batches(), ranks=ranks, precision=precision, name=name)
+        rows = run_pass(
+            encode, batches(), ranks=ranks, precision=options.precision,
+            name=lambda place: f"the features of the pair {keys[place]}",
+        )  # fmt: skip
         _, features = gather_rows(rows, ranks)
         if features is None:
             raise UserError("The validation data has no readable image-text pair; check what --val-data points to.")
         metrics = None
         if ranks.is_main:  # only there: on another kind of device the last digits could differ
-            image, text = (features[:, i].contiguous().to(device) for i in range(2))
+            image, text = (features[:, i].contiguous().to(ranks.device) for i in range(2))
             scale, bias = encoder.logit_scale.exp().mean().item(), getattr(encoder, "logit_bias", None)
             bias = None if bias is None else bias.mean().item()
-            metrics = {
-                **retrieval_metrics(image, text),
-                "clip_val_loss": contrastive_loss(image, text, scale, bias, siglip, batch_size=batch_size),
-                "num_samples": len(image),
-            }
+            loss = contrastive_loss(image, text, scale, bias, options.siglip, batch_size=options.batch_size)
+            metrics = {**retrieval_metrics(image, text), "clip_val_loss": loss, "num_samples": len(image)}
     return ranks.broadcast(metrics)
 
 
@@ -92,17 +76,18 @@ def evaluate_captions(
 ) -> tuple[dict[str, float], list[str]]:
     """Retrieval in both directions, the same on every process and for every number of processes; collective.
 
-    encode_image: (B, 3, H, W) to normalized float32 features (B, D); it never sees a caption.
-    encode_text: tokens (B, T) to normalized float32 features (B, D).
+    encode_image and encode_text: (B, 3, H, W) and tokens (B, T) to normalized features (B, D).
     equal_captions_are_hits: a caption is right for every image that has one with the same text.
 
     Returns `retrieval_metrics`, `num_images` and `num_captions`, and the names of the images that cannot be read, which
     are left out with their captions. Raises as `collect`.
     """
     images, captions = (replace(settings, description=f"{settings.description} {x}") for x in ("images", "captions"))
-    image_pass = ImagePass(encode_image, data.images, preprocess, ranks=ranks, settings=images)
-    image, kept, skipped = collect(image_pass)
-    text = encode_texts(encode_text, tokenizer, data.captions, ranks=ranks, settings=captions)
+    image, kept, skipped = collect(ImagePass(encode_image, data.images, preprocess, ranks=ranks, settings=images))
+    text = encode_places(
+        lambda places: encode_text(tokenizer([data.captions[i] for i in places]).to(ranks.device)).float(),
+        len(data.captions), lambda place: f"the features of the text {data.captions[place]!r}", ranks, captions,
+    )  # fmt: skip
     metrics = None
     if ranks.is_main:  # only there: on another kind of device the last digits could differ
         row_of = torch.full((len(data),), -1)
@@ -111,9 +96,6 @@ def evaluate_captions(
         good = image_of >= 0
         texts = data.same_text()[good] if equal_captions_are_hits else None
         features = (image, text[good], image_of[good], texts)
-        metrics = {
-            **retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features)),
-            "num_images": len(image),
-            "num_captions": int(good.sum()),
-        }
+        metrics = retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features))
+        metrics |= {"num_images": len(image), "num_captions": int(good.sum())}
     return ranks.broadcast(metrics), skipped

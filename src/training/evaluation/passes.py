@@ -5,8 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from ..data.sets.labelled import Images as ImageSet
 from ..distributed import Ranks
 from ..errors import UserError, reason
 
-SKIP, STOP = "skip", "stop"
-
 
 class NotFinite(UserError):
     """What a model makes of some input is no number; the sentence names the input."""
@@ -31,16 +28,15 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How images and texts are read and encoded.
+    """How images and texts are read and encoded; `batch_size` and `workers` are those of one process.
 
-    `batch_size` and `workers` (0 decodes in the process itself) are those of one process. With `on_broken` a broken
-    picture is left out ("skip") or ends the pass with its name ("stop"). `description` is what the progress bar says.
+    on_broken: a broken picture is left out ("skip"), or ends the pass with its name ("stop"). progress: show a bar.
     """
 
     batch_size: int
     workers: int
     precision: str
-    on_broken: str = SKIP
+    on_broken: str = "skip"
     progress: bool = False
     description: str = ""
 
@@ -83,41 +79,28 @@ def image_encoder(model: nn.Module, compiled: bool = False) -> Callable[[Tensor]
     return torch.compile(encode) if compiled else encode
 
 
-def check_weights(model: nn.Module, name: str) -> None:
-    """Raises NotFinite with the name of the first tensor that has a NaN or is infinite."""
-    for key, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise NotFinite(f"The weights of {name} are not finite (the first is {key}); take those of another step.")
-
-
 class Halving:
-    """Calls a function on a batch; when the device runs out of memory, on halves of it, from then on.
-
-    The function maps tensors (B, ...) to a tensor (B, ...), each row by itself.
-    """
+    """A function of tensors (B, ...), row by row, called on half of a batch once the device runs out of memory."""
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.limit: int | None = None  # rows that are known to fit, once the memory has run out
+        self.limit = sys.maxsize  # rows that may fit
 
     def __call__(self, *batch: Tensor) -> Tensor:
         while True:
-            rows = min(len(batch[0]), self.limit or len(batch[0]))
+            rows = min(len(batch[0]), self.limit)
             try:
                 parts = zip(*(tensor.split(rows) for tensor in batch), strict=True)
                 return torch.cat([self.function(*part) for part in parts])
             except RuntimeError as error:
-                if not out_of_memory(error) or rows <= 1:
+                no_memory = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+                if not no_memory or rows <= 1:
                     raise
             # Outside of the except block, where the error still holds the tensors of the failed call.
             self.limit = (rows + 1) // 2
             logging.warning(f"Out of memory with a batch of {rows}; going on with {self.limit}.")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def run_pass(
@@ -128,13 +111,11 @@ def run_pass(
     precision: str,
     name: Callable[[int], str],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places (b,) int64 and the function's rows (b, ...) on the CPU, batch by batch.
+    """Places (b,) int64 and the function's rows (b, ...) on the CPU, batch by batch; NotFinite for a row that is none.
 
     function: see `Halving`; runs without gradients and under the precision's autocast.
     batches: this process's: places in the whole set, and the function's arguments.
     name: what the row of a place is called, such as "the features of a/b.png".
-
-    Raises NotFinite for a row with a NaN or an infinite number.
     """
     autocast = get_autocast(precision, device_type=ranks.device.type)
     function = Halving(function)
@@ -158,24 +139,20 @@ def gather_rows(batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> tuple
 
     The same on every process; a collective call, in which a `UserError` of one process is raised on all.
     """
-    places, rows = [torch.empty(0, dtype=torch.int64)], []
+    mine = []
     with ranks.agree():
-        for index, values in batches:
-            places.append(index)
-            rows.append(values)
-    parts = ranks.gather((torch.cat(places), torch.cat(rows) if rows else None))
-    places = torch.cat([part for part, _ in parts])
+        mine += batches
+    parts = [part for some in ranks.gather(mine) for part in some]
+    if not parts:
+        return torch.empty(0, dtype=torch.int64), None
+    places, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = places.argsort()
-    rows = [part for _, part in parts if part is not None]
-    return places[order], torch.cat(rows)[order] if rows else None
+    return places[order], rows[order]
 
 
 def deal(count: int, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
-    """Places of this process's batches, each of `batch_size` consecutive ones.
-
-    Batches are dealt whole, so that a batch, and with it rounding, is the same for any number of processes.
-    """
-    return torch.arange(count).split(batch_size)[ranks.rank :: ranks.world_size] if count else ()
+    """Places of this process's batches: dealt whole, so that rounding is the same for any number of processes."""
+    return torch.arange(count).split(batch_size)[ranks.rank :: ranks.world_size]
 
 
 def bar(batches: Iterable, ranks: Ranks, settings: EncodeSettings) -> Iterable:
@@ -183,6 +160,7 @@ def bar(batches: Iterable, ranks: Ranks, settings: EncodeSettings) -> Iterable:
     return tqdm(batches, desc=settings.description, unit="batch", leave=False, disable=not shown)
 
 
+@dataclass
 class ImagePass:
     """Iterates once over this process's share of images; see `run_pass`.
 
@@ -191,47 +169,36 @@ class ImagePass:
     skipped: names of the broken pictures that this process has left out so far.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        images: ImageSet,
-        transform: Callable[[Image.Image], Tensor],
-        *,
-        ranks: Ranks,
-        settings: EncodeSettings,
-    ):
-        self.function, self.images, self.transform = function, images, transform
-        self.ranks, self.settings = ranks, settings
-        self.skipped: list[str] = []
+    function: Callable[[Tensor], Tensor]
+    images: ImageSet
+    transform: Callable[[Image.Image], Tensor]
+    ranks: Ranks
+    settings: EncodeSettings
+    skipped: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raises UserError for a broken picture with `on_broken` "stop", on the process that meets it."""
-
-        def name(place: int) -> str:
-            return f"the features of {self.images.name(place)}"
-
-        precision = self.settings.precision
-        return run_pass(self.function, self._batches(), ranks=self.ranks, precision=precision, name=name)
+        return run_pass(
+            self.function, self._batches(), ranks=self.ranks, precision=self.settings.precision,
+            name=lambda place: f"the features of {self.images.name(place)}",
+        )  # fmt: skip
 
     def _batches(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         settings, device = self.settings, self.ranks.device
-        input_dtype = get_input_dtype(settings.precision)
         batches = deal(len(self.images), settings.batch_size, self.ranks)
         loader = DataLoader(
-            _Decoded(self.images, self.transform),
-            batch_sampler=[batch.tolist() for batch in batches],
+            _Batches(self.images, self.transform, batches),
+            batch_size=None,
             num_workers=min(settings.workers, len(batches)),
-            collate_fn=partial(_collate, transform=self.transform),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # otherwise it draws from the global one, and what follows would differ
         )
-        for images, index, broken in bar(loader, self.ranks, settings):
-            if broken and settings.on_broken == STOP:
+        for images, places, broken in bar(loader, self.ranks, settings):
+            if broken and settings.on_broken == "stop":
                 name, why = broken[0]
                 raise UserError(f"{name} cannot be read ({why}); mend it, or take --on-broken skip.")
             self.skipped += [name for name, _ in broken]
-            if len(index):
-                yield index, (to_device(images, device, input_dtype),)
+            if len(places):
+                yield places, (to_device(images, device, get_input_dtype(settings.precision)),)
 
     def all_skipped(self) -> list[str]:
         """What all processes have skipped, with a warning if that is any. Collective; UserError if it is everything."""
@@ -245,60 +212,42 @@ class ImagePass:
         return skipped
 
 
-def collect(
-    image_pass: ImagePass, then: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor, list[str]]:
+@dataclass
+class _Batches(Dataset):
+    """Item k: of the k-th batch the images that can be read and their places, and (name, why) of the others."""
+
+    images: ImageSet
+    transform: Callable[[Image.Image], Tensor]
+    batches: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> tuple[Images | None, Tensor, list[tuple[str, str]]]:
+        good, places, broken = [], [], []
+        for place in self.batches[k].tolist():
+            try:
+                image = self.images.load(place)
+            except Exception as error:  # broken files make PIL raise almost anything, from OSError to SyntaxError
+                broken.append((self.images.name(place), f"{type(error).__name__}: {reason(error)}"))
+            else:
+                good.append(self.transform(image))
+                places.append(place)
+        return stack(good, self.transform) if good else None, torch.tensor(places, dtype=torch.int64), broken
+
+
+def collect(image_pass: ImagePass) -> tuple[Tensor, Tensor, list[str]]:
     """Rows (n, ...) of a whole pass, their places (n,) in ascending order, and the names of what was skipped.
 
-    The same on every process; a collective call. `then` makes of the rows of a batch and their places what is kept.
-
-    Raises UserError, on all processes, if no image could be read, or none may be broken and one is.
+    The same on every process; a collective call. UserError: no image can be read, or one is broken and none may be.
     """
-    batches = image_pass if then is None else ((places, then(rows, places)) for places, rows in image_pass)
-    places, rows = gather_rows(batches, image_pass.ranks)
+    places, rows = gather_rows(image_pass, image_pass.ranks)
     return rows, places, image_pass.all_skipped()
 
 
-def encode_texts(
-    function: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    texts: Sequence[str],
-    *,
-    ranks: Ranks,
-    settings: EncodeSettings,
+def encode_places(
+    function: Callable[[Tensor], Tensor], count: int, name: Callable[[int], str], ranks: Ranks, settings: EncodeSettings
 ) -> Tensor:
-    """(N, D) features of N >= 1 texts, by a `function` of tokens (B, T); on the CPU of every process. Collective."""
-
-    def batches() -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        for places in bar(deal(len(texts), settings.batch_size, ranks), ranks, settings):
-            yield places, (tokenizer([texts[i] for i in places]).to(ranks.device),)
-
-    def name(place: int) -> str:
-        return f"the features of the text {texts[place]!r}"
-
-    return gather_rows(run_pass(function, batches(), ranks=ranks, precision=settings.precision, name=name), ranks)[1]
-
-
-class _Decoded(Dataset):
-    """Item i: (image (3, H, W), i), or (name, what is wrong with it)."""
-
-    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]):
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | tuple[str, str]:
-        try:
-            image = self.images.load(i)
-        except Exception as error:  # broken files make PIL raise almost anything, from OSError to SyntaxError
-            return self.images.name(i), f"{type(error).__name__}: {reason(error)}"
-        return self.transform(image), i
-
-
-def _collate(samples: Sequence[tuple], transform: Callable) -> tuple[Images | None, Tensor, list[tuple[str, str]]]:
-    """Images and places (B,) of the good samples, and the broken ones."""
-    good = [sample for sample in samples if not isinstance(sample[0], str)]
-    images = stack([image for image, _ in good], transform) if good else None
-    index = torch.tensor([i for _, i in good], dtype=torch.int64)
-    return images, index, [sample for sample in samples if isinstance(sample[0], str)]
+    """Rows (count, ...) of a function of places (b,), as of `run_pass`, on the CPU of every process. Collective."""
+    batches = ((places, (places,)) for places in bar(deal(count, settings.batch_size, ranks), ranks, settings))
+    return gather_rows(run_pass(function, batches, ranks=ranks, precision=settings.precision, name=name), ranks)[1]

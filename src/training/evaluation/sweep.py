@@ -5,19 +5,14 @@ import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import Ranks
 
-log = logging.getLogger(__name__)
-
 LOWEST, HIGHEST = -6, 6  # decades
 STEPS_PER_DECADE = 8
-_COARSE = 2 * STEPS_PER_DECADE  # two decades
 
 
 @dataclass(frozen=True)
@@ -31,24 +26,22 @@ class Trial:
 
 
 def sweep(attempt: Callable[[float], Trial], ranks: Ranks) -> tuple[Trial, list[Trial]]:
-    """The best value and all trials, in ascending order of their values; the same on every process.
+    """The best value and all trials, in ascending order of their values; the same for any number of processes.
 
     First every second power of ten from 1e-6 to 1e6; then the two values half as far around the best so far, again and
-    again, down to 8 steps a decade (Radford et al. 2021, appendix A.3).
-    The higher top-1 wins, then the lower loss, then the lower value. The candidates of a level are dealt to the
-    processes (see `patient`), and no fit uses another one's result, so the outcome does not depend on how many there
-    are. A collective call.
+    again, down to 8 steps a decade (Radford et al. 2021, appendix A.3). The higher top-1 wins, then the lower loss,
+    then the lower value. The candidates of a level are dealt to the processes (see `patient`). A collective call.
     """
     low, high = (STEPS_PER_DECADE * decade for decade in (LOWEST, HIGHEST))
     trials: dict[int, Trial] = {}  # by exponent, in steps
-    step, wanted = _COARSE, list(range(low, high + 1, _COARSE))
+    step, wanted = 2 * STEPS_PER_DECADE, list(range(low, high + 1, 2 * STEPS_PER_DECADE))
     while True:
         mine = wanted[ranks.rank :: ranks.world_size]
         for done in ranks.gather([(exponent, attempt(10 ** (exponent / STEPS_PER_DECADE))) for exponent in mine]):
             trials |= dict(done)
         for exponent in sorted(wanted):
             trial = trials[exponent]
-            log.info(
+            logging.info(
                 f"regularisation {trial.regularisation:.3g}: {trial.top1:.2%} top-1 held out, loss {trial.loss:.4f}, "
                 f"{trial.iterations} iterations"
             )
@@ -58,42 +51,22 @@ def sweep(attempt: Callable[[float], Trial], ranks: Ranks) -> tuple[Trial, list[
         step //= 2
         wanted = [exponent for exponent in (best - step, best + step) if low <= exponent <= high]
     if best in (low, high):
-        log.warning(f"The best regularisation, {trials[best].regularisation:.0e}, is at the end of the range.")
+        logging.warning(f"The best regularisation, {trials[best].regularisation:.0e}, is at the end of the range.")
     return trials[best], [trials[exponent] for exponent in sorted(trials)]
 
 
-@dataclass(frozen=True)
-class _PatientRanks(Ranks):
-    group: Any = None
-
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
-
-
 def patient(ranks: Ranks) -> Ranks:
-    """The same processes, but `gather` and `broadcast` go over the CPU and wait for as long as it takes.
+    """The same processes, but `gather` and `broadcast` wait for as long as it takes, over the CPU. A collective call.
 
-    Fits of different regularisations take unequally long, for hours on much data; the usual groups give up after 10
-    or 30 minutes. A collective call.
+    Fits take unequally long, for hours on much data; the usual groups give up after 10 or 30 minutes.
     """
-    if ranks.world_size == 1:
-        return ranks
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-    return _PatientRanks(ranks.device, ranks.rank, ranks.local_rank, ranks.world_size, group)
+    return ranks.on_cpu(datetime.timedelta(days=30))
 
 
 def stratified_sample(labels: Tensor, count: int, seed: int, leave: int = 0) -> Tensor:
-    """About `count` rows, ascending, drawn at random so that each class keeps its share.
+    """About `count` rows (n,) int64 of labels (N,) int64, ascending, drawn so that each class keeps its share.
 
-    Of labels (N,) int64, row numbers (n,) int64. Every class is among them if `count` allows it; at least `leave` rows
-    of each class are left. (If that leaves fewer than `count`, these.)
+    Every class is among them if `count` allows it; at least `leave` rows of each class are left.
     """
     counts = torch.bincount(labels)
     most = (counts - leave).clamp(min=0)
@@ -110,6 +83,16 @@ def stratified_sample(labels: Tensor, count: int, seed: int, leave: int = 0) -> 
         wish = (sign * (share - quota)).masked_fill(~possible, -torch.inf)[ties]
         chosen = ties[wish.argsort(descending=True, stable=True)[: min(abs(missing), int(possible.sum()))]]
         quota[chosen] += sign
+    return _draw(labels, quota, generator)
+
+
+def few_shots(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` rows of each class of labels (N,) int64, or all that a class has, ascending, drawn at random."""
+    return _draw(labels, torch.full((int(labels.max()) + 1,), count), torch.Generator().manual_seed(seed))
+
+
+def _draw(labels: Tensor, quota: Tensor, generator: torch.Generator) -> Tensor:
+    counts = torch.bincount(labels)
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     number = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]  # within the class

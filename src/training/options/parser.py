@@ -10,7 +10,7 @@
 
     options = parse(PretrainingOptions, ["--train-data", "x.tar"])
 
-Every setting of a config file goes through the same parser as a flag, so both are checked alike and a flag wins.
+Flags and the settings of config files are both brought to (option, words), and read from there; a flag wins.
 """
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-import math
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import UserError
 from . import config_file
+from .kinds import FILE, SWITCH, TEXT, Kind
 
 COMMANDS: dict[str, type[Section]] = {}  # by module, of those that were imported
 MODULES = ("main", "finetune", "zero_shot", "linear_probe", "retrieval")  # imported to say where a flag belongs
@@ -40,13 +41,28 @@ class Section:
 
     Attributes:
         gone: flags that are known only to say, behind their name, what to use instead. "{value}" is what was given.
+        declared: all options by name, those that are gone too.
     """
 
-    title: ClassVar[str] = ""
+    command: ClassVar[str] = ""
     gone: ClassVar[Mapping[str, str]] = {}
+    declared: ClassVar[dict[str, Option]] = {}
 
-    def __init_subclass__(cls, title: str = "", command: str = ""):
-        cls.title, cls.command = title, command
+    def __init_subclass__(cls, title: str = "", command: str = "", needs: str = ""):
+        cls.command = command
+        bases = [getattr(base, "declared", {}) for base in cls.__bases__]
+        cls.declared = {name: option for declared in bases for name, option in declared.items()}
+        for name, value in vars(cls).items():
+            inherited = cls.declared.get(name)
+            if isinstance(value, dataclasses.Field):
+                option = value.metadata["option"]
+                section, need = (inherited.title, inherited.needs) if inherited else (title, needs)
+                need = need if option.needs is None else option.needs
+                cls.declared[name] = replace(option, name=name, title=section, needs=need)
+            elif inherited:  # another default
+                cls.declared[name] = replace(inherited, default=value)
+        for name, reason in vars(cls).get("gone", {}).items():
+            cls.declared[name] = Option(None, "", nargs="*", name=name, gone=reason)
         if command:
             COMMANDS[command] = cls
 
@@ -55,139 +71,144 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What an option takes.
-
-    Attributes:
-        convert: from a word to a value; ArgumentTypeError says what it must be.
-        metavar: a word, on the help page.
-        gather: from the values of several words to that of the option; None takes the list as it is.
-    """
-
-    convert: Callable[[str], Any] = str
-    metavar: str = "TEXT"
-    gather: Callable[[list], Any] | None = None
-
-
-def numbers(kind: type, allowed: Callable[[Any], bool], phrase: str) -> Kind:
-    """Finite numbers for which `allowed` holds."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (abs(value) < math.inf and allowed(value)):
-            raise argparse.ArgumentTypeError(f"must be {phrase}, not {text!r}")
-        return value
-
-    return Kind(convert, "N" if kind is int else "X")
-
-
-COUNT = numbers(int, lambda v: v >= 0, "a whole number of at least 0")
-POSITIVE_COUNT = numbers(int, lambda v: v >= 1, "a whole number of at least 1")
-SEED = numbers(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
-NUMBER = numbers(float, lambda v: True, "a number")
-NOT_NEGATIVE = numbers(float, lambda v: v >= 0, "a number of at least 0")
-POSITIVE = numbers(float, lambda v: v > 0, "a number above 0")
-FRACTION = numbers(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-FRACTION_BELOW_1 = numbers(float, lambda v: 0 <= v < 1, "a number from 0 to 1, below 1")
-FRACTION_ABOVE_0 = numbers(float, lambda v: 0 < v <= 1, "a number from 0 to 1, above 0")
-TEXT, FILE, SWITCH = Kind(), Kind(Path, "FILE"), Kind(metavar="")  # a switch is --x and --no-x
-
-
-def one_of(*names: str) -> Kind:
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, not {text!r}")
-        return text
-
-    return Kind(convert, "{" + ",".join(names) + "}")
-
-
-def key_values(words: list[str]) -> dict[str, Any]:
-    """`a=1 b=[2,3] c=word` as {"a": 1, "b": [2, 3], "c": "word"}."""
-    pairs = [word.partition("=") for word in words]
-    for word, (key, equals, _) in zip(words, pairs, strict=True):
-        if not (key and equals):
-            raise argparse.ArgumentTypeError(f"must be given as key=value, not {word!r}")
-    return {key: config_file.literal(text) for key, _, text in pairs}
-
-
-@dataclass(frozen=True)
 class Option:
-    """What a section says of one of its options.
+    """What a section says of one of its options."""
 
-    Attributes:
-        metavar, nargs: as argparse has them.
-        path: names files or folders: in a config file, `~` and environment variables are expanded.
-        joined: what makes one text of the several that a config file may list.
-        spellings: other flags for the same.
-    """
-
+    default: Any
     help: str
-    kind: Kind
+    kind: Kind = TEXT
     metavar: str | None = None
-    nargs: int | str | None = None
-    path: bool = False
-    joined: str = ""
-    spellings: tuple[str, ...] = ()
+    nargs: tuple[int, ...] | str | None = None  # as argparse has it, or the numbers of words that it may take
+    path: bool = False  # names files or folders: in a config file, `~` and environment variables are expanded
+    joined: str = ""  # what makes one text of the several that a config file may list
+    spellings: tuple[str, ...] = ()  # other flags for the same
+    needs: str | None = None  # what it has no effect without, see `_holds`; None: what its section says
+    name: str = ""
+    title: str = ""
+    gone: str = ""
 
     @property
-    def is_switch(self) -> bool:
-        return self.kind is SWITCH
+    def flags(self) -> dict[str, list[str]]:
+        """Its flags, each with the words that it brings along: those of a switch say true or false."""
+        flags = [_flag(self.name), *self.spellings]
+        switch = self.kind is SWITCH or "{value}" in self.gone
+        off = {"--no-" + flag[2:]: ["false"] for flag in flags if switch and not self.name.startswith("no_")}
+        return dict.fromkeys(flags, ["true"] if self.kind is SWITCH else []) | off
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many words it may take."""
+        least = int(self.nargs == "+" and self.default != [])  # a list may be told to be empty, as it is without a flag
+        return {None: (1,), "+": range(least, sys.maxsize), "*": range(sys.maxsize)}.get(self.nargs, self.nargs)
+
+    def words(self, value: Any) -> list[str]:
+        """The words of a command line that say the same as a value of a config file."""
+        mapping, several = self.kind.gather is not list, self.nargs or self.joined
+        if mapping and isinstance(value, dict):
+            return [f"{key}={item}" for key, item in value.items()]
+        if mapping and isinstance(value, str):
+            value = value.split()
+        texts = value if several and isinstance(value, list) else [value]
+        if not all(isinstance(text, (str, int, float)) for text in texts):
+            takes = "a value or a list of values" if several else "a single value"
+            raise UserError(f"{self.name} cannot be {value!r}: it takes {takes}.")
+        texts = [self.joined.join(map(str, texts))] if self.joined else map(str, texts)
+        return [config_file.expand(text) if self.path else text for text in texts]
+
+    def read(self, words: list[str], flag: str = "") -> Any:
+        """The value that words say; else UserError, which begins with the flag."""
+        flag = flag or _flag(self.name)
+        if self.gone:
+            raise UserError(f"{flag} {self.gone.format(value=','.join(words) or 'true')}.")
+        if self.path and self.default is None and words == [""]:
+            return None  # as a script leaves it whose variable is empty
+        if len(words) not in self.counts:
+            several = isinstance(self.nargs, tuple)
+            raise UserError(f"{flag} needs {' or '.join(map(str, self.nargs)) + ' values' if several else 'a value'}.")
+        try:
+            values = [self.kind(word) for word in words]
+            return self.kind.gather(values) if self.nargs else values[0]
+        except ValueError as error:
+            raise UserError(f"{flag} {error}.") from None
+
+
+CONFIG = Option(
+    None, "Read options from a YAML file. Flags win over it; of several files, later ones win.", FILE, "FILE.yaml",
+    name="config", title="configuration")  # fmt: skip
 
 
 def option(default: Any, help: str, kind: Kind | None = None, **more: Any) -> Any:
     """A field of a section, and a flag: an `Option`; without `kind` a switch if the default is a bool, else text."""
-    metadata = {"option": Option(help, kind or (SWITCH if isinstance(default, bool) else TEXT), **more)}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=partial(copy, default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    found = Option(default, help, kind or (SWITCH if isinstance(default, bool) else TEXT), **more)
+    mutable = isinstance(default, (list, dict))
+    start = {"default_factory": partial(copy, default)} if mutable else {"default": default}
+    return dataclasses.field(**start, metadata={"option": found})
 
 
 T = TypeVar("T", bound=Section)
 
 
 def parse(options: type[T], argv: Sequence[str], *, given: Mapping[str, Any] | None = None, about: str = "") -> T:
-    """Options of one run, complete and checked; nothing is read but the config files.
+    """Options of one run, complete and checked, or UserError; nothing is read but the config files.
 
     Args:
         given: settings by name, over which config files and flags win.
         about: the command, for its help page.
-
-    Raises:
-        UserError: an unknown option, a value out of range, options that exclude each other, a bad config file.
     """
-    parser = _Parser(options, about)
-    # Alone first: the command line's own mistakes are then never blamed on a config file.
-    files = getattr(parser.read(argv, argparse.Namespace()), "config", [])
-    given = given or {}
-    settings = {name: config_file.Setting(parser.named[name], given[name], "What was given") for name in given}
-    for file in files:
-        settings |= config_file.read(Path(file), parser.named, parser.unknown)
-    values = argparse.Namespace()
-    for setting in settings.values():
+    if "--help" in argv or "-h" in argv:
+        print(_help(options, about), end="")
+        raise SystemExit(0)
+    # The command line first: its own mistakes are then never blamed on a config file.
+    line = [(option, option.read(words, flag)) for option, flag, words in _line(options, argv)]
+    settings = {name: ("What was given", value) for name, value in (given or {}).items()}
+    names = {_key(flag): option.name for flag, (option, words) in _flags(options).items() if words != ["false"]}
+    for file in (value for option, value in line if option is CONFIG):
+        for origin, key, value in config_file.read(file):
+            if _key(key) not in names:
+                raise _unknown(options, key, [*names, "include"], f" in {origin}")
+            settings[names[_key(key)]] = origin, value
+    values = {}
+    for name, (origin, value) in settings.items():
+        option = options.declared[name]
         try:
-            parser.read(setting.words(), values)
+            values |= {name: option.read(option.words(value))} if value is not None else {}
         except UserError as error:
-            raise UserError(f"{setting.file}: {error}") from None
-    parser.read(argv, values)
-    vars(values).pop("config", None)
-    complete = options(**vars(values))
+            raise UserError(f"{origin}: {error}") from None
+    complete = options(**values | {option.name: value for option, value in line if option is not CONFIG})
     for section in options.__mro__:
         if "check" in vars(section):
             section.check(complete)
+    _tell_idle(complete, [*values, *(option.name for option, _ in line if option is not CONFIG)])
     return complete
 
 
 def resolved(options: Section) -> dict[str, Any]:
-    """All options as plain types (None, bool, int, float, str, list, dict).
+    """All options as YAML's own types; written to a file and given to `--config`, they make the same options."""
+    shown = [option for option in options.declared.values() if not option.gone]
+    return {option.name: config_file.plain(getattr(options, option.name), option.path) for option in shown}
 
-    Written as YAML and given to `--config`, it makes `parse` return the same options.
-    """
-    found = _declared(type(options))
-    return {name: config_file.plain(getattr(options, name), option.path) for name, option, _, _ in found}
+
+def _tell_idle(options: Section, given: Collection[str]) -> None:
+    """Warns of options that were given another value than their default, and have no effect beside the others."""
+    idle: dict[str, list[str]] = {}
+    for option in (option for name, option in options.declared.items() if name in given):
+        unmet = next((need for need in option.needs.split() if not _holds(options, need)), None)
+        default = replace(options, **{option.name: option.default})
+        if unmet and getattr(options, option.name) != getattr(default, option.name):
+            idle.setdefault(unmet, []).append(_flag(option.name))
+    for need, flags in idle.items():
+        names, _, values = need.removeprefix("!").partition("=")
+        words = [_flag(name) if name in options.declared else name.replace("_", " ") for name in names.split("|")]
+        there = f"{' or '.join(words)} {values.replace('|', ' or ')}".strip().replace("trains", "training")
+        logging.warning(f"{', '.join(flags)}: no effect {'with' if need[0] == '!' else 'without'} {there}.")
+
+
+def _holds(options: Section, need: str) -> bool:
+    """Whether options have what is needed: "one|other" has a value, "name=this|that" is one of them, "!..." neither."""
+    names, equals, values = need.removeprefix("!").partition("=")
+    found = [getattr(options, name, True) for name in names.split("|")]
+    holds = bool({*str(found[0]).lower().split(",")} & {*values.split("|")}) if equals else any(found)
+    return holds != need.startswith("!")
 
 
 def forbid(wrong: bool, sentence: str) -> None:
@@ -195,115 +216,74 @@ def forbid(wrong: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def _declared(options: type[Section]) -> Iterator[tuple[str, Option, Any, str]]:
-    """Name, option, default and section's title of each option, in the order of the help page."""
-    sections = [section for section in options.__mro__ if issubclass(section, Section)]
-    lineage = {section: {field.name: field for field in dataclasses.fields(section)} for section in sections}
-    for section in sections:
-        for name in lineage[section] if section.title else ():
-            having = [other for other in sections if name in lineage[other]]
-            if having[-1] is section:
-                fields = [lineage[other][name] for other in having]
-                default = fields[0].default
-                default = fields[0].default_factory() if default is dataclasses.MISSING else default
-                yield name, next(f.metadata["option"] for f in fields if f.metadata), default, section.title
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _Action(argparse.Action):
-    """Takes the words of an option; or, where that is None, says what to use instead of a flag that is gone."""
-
-    option: Option | None = None
-    gone: str = ""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if self.option is None:
-            value = ",".join(values) or str(not option_string.startswith("--no-")).lower()
-            raise UserError(f"{option_string} {self.gone.format(value=value)}.")
-        if self.option.is_switch:
-            values = option_string == self.option_strings[0] or not option_string.startswith("--no-")
-        elif self.option.kind.gather is not None:
-            try:
-                values = self.option.kind.gather(values)
-            except argparse.ArgumentTypeError as error:
-                raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, values)
+def _key(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Every complaint is a `UserError`."""
+def _flags(options: type[Section]) -> dict[str, tuple[Option, list[str]]]:
+    """Option by flag, with the words that the flag brings along."""
+    return {flag: (option, words) for option in options.declared.values() for flag, words in option.flags.items()}
 
-    def __init__(self, options: type[Section], about: str = ""):
-        self.command = options.command
-        super().__init__(
-            usage=f"torchrun --nproc_per_node N -m {self.command} [options]\n       python -m {self.command} [options]",
-            description=about,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="docs/flags.md: what differs from OpenCLIP's options, and what a config file may hold.",
-            allow_abbrev=False,  # a shortened flag could change its meaning whenever a new flag is added
-            argument_default=argparse.SUPPRESS,  # the dataclass has the defaults
-        )
-        self.named: dict[str, _Action] = {}  # what a config file may set
-        self.flags: dict[str, str] = {}  # the section's title of each
-        help = "Read options from a YAML file. Flags win over it; of several files, later ones win."
-        groups = {"": self.add_argument_group("configuration")}
-        groups[""].add_argument("--config", metavar="FILE.yaml", action="append", help=help)
-        for name, option, default, title in _declared(options):
-            groups[title] = groups.get(title) or self.add_argument_group(title)
-            self._add(groups[title], name, option, default)
-            self.flags |= dict.fromkeys(self.named[name].option_strings, title)
-        for section in reversed(options.__mro__):
-            for name, reason in vars(section).get("gone", {}).items():
-                flags = [_flag(name), _flag("no_" + name)] if "{value}" in reason else [_flag(name)]
-                action = self.add_argument(*flags, dest=name, action=_Action, nargs="*", help=argparse.SUPPRESS)
-                self.named[name], action.gone = action, reason
 
-    def _add(self, group, name: str, option: Option, default: Any) -> None:
-        help, flags, kwargs = option.help, [_flag(name), *option.spellings], {"nargs": 0}
-        if default is True:
-            help += " Default: on."
-        elif default not in (None, "", [], {}) and default is not False:
-            help += f" Default: {default!r}." if isinstance(default, str) else f" Default: {default}."
-        if not option.is_switch:
-            kind = option.kind
-            kwargs = {"metavar": option.metavar or kind.metavar, "type": kind.convert, "nargs": option.nargs}
-        elif not name.startswith("no_"):
-            flags += ["--no-" + flag.removeprefix("--") for flag in flags]
-        action = group.add_argument(*flags, dest=name, action=_Action, help=help.replace("%", "%%"), **kwargs)
-        action.option = option
-        for spelling in (name, *option.spellings):
-            self.named[spelling.removeprefix("--").replace("-", "_")] = action
+def _line(options: type[Section], argv: Sequence[str]) -> list[tuple[Option, str, list[str]]]:
+    """What a command line says: option, flag and words, in its order."""
+    flags = _flags(options) | {"--config": (CONFIG, [])}
+    said: list[tuple[Option, str, list[str]]] = []
+    room = 0  # for more words of the last flag
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag in flags:
+            option, words = flags[flag]
+            if equals and option.kind is SWITCH:
+                raise UserError(f"{flag} takes no value, but was given {value!r}.")
+            said.append((option, flag, [*words, value] if equals else [*words]))
+            room = 0 if equals or words else option.counts[-1]
+        elif re.fullmatch(r"-[^\d.\s]\S*", word):
+            raise _unknown(options, flag, [*flags, "--help"])
+        elif room:
+            said[-1][2].append(word)
+            room -= 1
+        else:
+            raise UserError(f"Unexpected word {word!r} on the command line: every option starts with --.")
+    return said
 
-    def read(self, words: Sequence[str], into: argparse.Namespace) -> argparse.Namespace:
-        """Parse into a namespace, whose attributes lose to `words`."""
-        args, rest = self.parse_known_args(words, into)
-        for flag in (word.partition("=")[0] for word in rest if word.startswith("-")):
-            raise self.unknown(flag, flag, [*self.flags, "--config", "--help"])
-        if rest:
-            raise UserError(f"Unexpected word {rest[0]!r} on the command line: every option starts with --.")
-        return args
 
-    def unknown(self, name: str, flag: str, known: Iterable[str], where: str = "") -> UserError:
-        """The error for a `flag` that this command does not have; `name` and `known` are as they are written there."""
-        for module in MODULES:
-            importlib.import_module(f"training.{module}")
-        others = {command: _Parser(other).flags for command, other in COMMANDS.items() if command != self.command}
-        owners = [f"{command} ({flags[flag]})" for command, flags in others.items() if flag in flags]
-        if owners:
-            return UserError(f"{flag}{where} is an option of {', '.join(owners)}, not of {self.command}.")
-        close = difflib.get_close_matches(name, list(known), n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all options."
-        return UserError(f"Unknown option {name}{where}; {hint}")
+def _unknown(options: type[Section], name: str, known: Sequence[str], where: str = "") -> UserError:
+    """The error for a name that is none of the `known`."""
+    for module in MODULES:
+        importlib.import_module(f"training.{module}")
+    flag = _flag(_key(name))
+    others = {command: _flags(other) for command, other in COMMANDS.items() if other is not options}
+    titles = {command: flags[flag][0].title for command, flags in others.items() if flag in flags}
+    owners = [f"{command} ({title})" for command, title in titles.items() if title]  # those that are gone have none
+    if owners:
+        return UserError(f"{flag}{where} is an option of {', '.join(owners)}, not of {options.command}.")
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "--help lists all options."
+    return UserError(f"Unknown option {name}{where}; {hint}")
 
-    def error(self, message: str) -> NoReturn:
-        about = re.fullmatch(r"argument (--[\w-]+)\S*: (.*)", message, re.DOTALL)
-        if about is None:
-            raise UserError(message)
-        flag, problem = about.groups()
-        problem = problem.replace("expected one argument", "needs a value")
-        problem = problem.replace("expected at least one argument", "needs at least one value")
-        problem = problem.replace("ignored explicit argument", "takes no value, but was given")
-        raise UserError(f"{flag} {problem}.")
+
+def _help(options: type[Section], about: str) -> str:
+    """The help page, which argparse lays out."""
+    command = options.command
+    page = argparse.ArgumentParser(
+        usage=f"torchrun --nproc_per_node N -m {command} [options]\n       python -m {command} [options]",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="docs/flags.md: what differs from OpenCLIP's options, and what a config file may hold.",
+    )
+    shown = [CONFIG, *(option for option in options.declared.values() if not option.gone)]
+    groups = {title: page.add_argument_group(title) for title in dict.fromkeys(option.title for option in shown)}
+    for option in shown:
+        default, text = option.default, option.help.replace("%", "%%")
+        if default not in (None, "", [], {}) and default is not False:
+            text += f" Default: {'on' if default is True else repr(default)}."
+        several = "+" if isinstance(option.nargs, tuple) else option.nargs
+        words = {"metavar": option.metavar or option.kind.metavar, "nargs": several}
+        takes = {"action": "store_true"} if option.kind is SWITCH else words
+        groups[option.title].add_argument(*option.flags, help=text, **takes)
+    return page.format_help()

@@ -1,91 +1,60 @@
 """Options of a training run, whatever is trained: length, optimisation, precision, processes, checkpoints, logging."""
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import dataclass
 
-from ..durations import Duration
+from .. import durations
 from ..errors import UserError
 from .data import LoadingOptions
-from .parser import (
-    COUNT,
-    FRACTION_ABOVE_0,
-    FRACTION_BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_COUNT,
-    SWITCH,
-    Kind,
-    Section,
-    forbid,
-    one_of,
-    option,
-)  # fmt: skip
+from .kinds import COUNT, DEVICE, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SHARE, SWITCH, Kind, one_of
+from .parser import Section, forbid, option
 
+COOLDOWN = "lr_scheduler=const-cooldown !skip_scheduler"
 PRECISION = one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
-
-
-def _duration(text: str) -> int | str:
-    if text.isascii() and text.isdigit():
-        return int(text)
-    try:
-        Duration.parse(text, "steps")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a length like 500, 2ep, 1e6samples or 5%, not {text!r}") from error
-    return text
-
-
-def _optimizer(text: str) -> str:
-    if text.lower() != "adamw" and not re.fullmatch("timm/.+", text.lower()):
-        raise argparse.ArgumentTypeError(f"must be adamw, or timm/NAME for an optimizer of timm, not {text!r}")
-    return text
-
-
-def _reporters(text: str) -> str:
-    names = [name.strip() for name in text.split(",")] if text.strip() else []
-    for name in names:
-        if name not in ("wandb", "tensorboard", "csv", "all"):
-            raise argparse.ArgumentTypeError(f"must name wandb, tensorboard, csv or all, not {name!r}")
-    return ",".join(names)
-
-
-DURATION = Kind(_duration, "N|NUNIT")
+DURATION = Kind(
+    lambda word: int(word) if word.isdecimal() else word, "a length like 500, 2ep, 1e6samples or 5%", "N|NUNIT",
+    lambda value: durations.parse(str(value)))  # fmt: skip
+OPTIMIZER = Kind(
+    str, "adamw, or timm/NAME for an optimizer of timm", "NAME",
+    lambda value: re.fullmatch("adamw|timm/.+", value.lower()))  # fmt: skip
+REPORTERS = Kind(
+    lambda word: word.replace(" ", ""), "wandb, tensorboard, csv (joined with commas) or all", "NAMES",
+    lambda value: {*value.split(",")} <= {"", "wandb", "tensorboard", "csv", "all"})  # fmt: skip
 
 
 @dataclass
-class OptimizationOptions(Section, title="optimisation"):
-    epochs: int = option(32, "Epochs in all.", COUNT)
-    duration: int | str | None = option(
-        None, "Length of the run instead of --epochs: optimizer steps, or with a unit: 2.5ep, 1e7samples.", DURATION)
+class OptimizationOptions(Section, title="optimisation", needs="trains"):
+    epochs: int = option(32, "Epochs in all.", COUNT, needs="trains !duration")
+    duration: int | str | None = option(None, "Instead of --epochs: steps, or 2.5ep, 1e7samples.", DURATION)
     batch_size: int | None = option(
-        None, "Samples of a batch, for each training process. Without it and --global-batch: 64.", POSITIVE_COUNT)
+        None, "Samples of a batch, for each process. Without it and --global-batch: 64.", POSITIVE_COUNT, needs="")
     global_batch: int | None = option(
-        None, "Samples of one optimizer step over all processes, instead of --batch-size.", POSITIVE_COUNT)
+        None, "Samples of a step over all processes, instead of --batch-size.", POSITIVE_COUNT, needs="!batch_size")
     accum_freq: int = option(1, "Batches that make one optimizer step.", POSITIVE_COUNT)
-    opt: str = option("adamw", "Optimizer: adamw, or any of timm's as timm/NAME.", Kind(_optimizer, "NAME"))
+    opt: str = option("adamw", "Optimizer: adamw, or any of timm's as timm/NAME.", OPTIMIZER)
     lr: float | None = option(None, "Highest learning rate. Without it: 5e-4 (timm's have no default).", POSITIVE)
     beta1: float | None = option(None, "Adam's first beta. Without it: 0.9.", FRACTION_BELOW_1)
     beta2: float | None = option(None, "Adam's second beta. Without it: 0.98 for ViTs, else 0.999.", FRACTION_BELOW_1)
     eps: float | None = option(None, "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", NOT_NEGATIVE)
     wd: float = option(0.2, "Weight decay; never applied to biases, norms and the temperature.", NOT_NEGATIVE)
-    momentum: float | None = option(None, "Momentum, for timm optimizers that have one.", NOT_NEGATIVE)
+    momentum: float | None = option(None, "For timm's optimizers that have one.", NOT_NEGATIVE, needs="!opt=adamw")
     grad_clip_norm: float | None = option(None, "Clip the gradient to this norm. Without it: no clipping.", POSITIVE)
     warmup: int | str = option(
-        10000, "How long the learning rate rises from 0: optimizer steps, or with a unit: 2ep, 1e6samples, "
-        "5%.", DURATION)
+        10000, "How long the learning rate rises: steps, or with a unit: 2ep, 1e6samples, 5%.", DURATION,
+        needs="trains !skip_scheduler")
     lr_scheduler: str = option(
         "cosine", "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end.",
-        one_of("cosine", "const", "const-cooldown"))
-    epochs_cooldown: int | None = option(None, "Length of the cooldown, the last N of --epochs.", COUNT)
-    layer_decay: float | None = option(
-        None, "Multiply the learning rate by this for each layer below the last.", FRACTION_ABOVE_0)
-    ema_decay: float | None = option(None, "Also keep an average of the weights with this decay.", FRACTION_BELOW_1)
+        one_of("cosine", "const", "const-cooldown"), needs="trains !skip_scheduler")
+    epochs_cooldown: int | None = option(None, "The last N of --epochs are the cooldown.", COUNT, needs=COOLDOWN)
+    layer_decay: float | None = option(None, "Factor of the rate for each layer below the last.", SHARE)
+    ema_decay: float | None = option(
+        None, "Also keep an average of the weights with this decay.", FRACTION_BELOW_1, needs="")
     nonfinite: str = option(
         "stop", "What to do after a step whose loss or gradient is not finite (it is never applied): stop, or skip it.",
         one_of("stop", "skip"))
-    lr_cooldown_end: float = option(0.0, "Learning rate at the end of the cooldown.", NOT_NEGATIVE)
-    lr_cooldown_power: float = option(1.0, "Power of the cooldown's polynomial; 1 is linear.", NOT_NEGATIVE)
+    lr_cooldown_end: float = option(0.0, "Learning rate at the end of the cooldown.", NOT_NEGATIVE, needs=COOLDOWN)
+    lr_cooldown_power: float = option(1.0, "Power of its polynomial; 1 is linear.", NOT_NEGATIVE, needs=COOLDOWN)
     skip_scheduler: bool = option(False, "Keep the learning rate at --lr throughout.")
 
     @property
@@ -138,15 +107,14 @@ class OptimizationOptions(Section, title="optimisation"):
 @dataclass
 class SpeedOptions(Section, title="precision, speed and memory"):
     precision: str = option(
-        "amp", "Number format. amp: mixed float16 with loss scaling; amp_bf16: mixed bfloat16; bf16 and fp16: weights "
-        "in that format but for norms; pure_*: all weights; fp32.", PRECISION)
-    device: str = option(
-        "cuda", "Where to train: cuda, cpu, ... Where there is no CUDA, cuda means cpu.", metavar="NAME")
-    grad_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
-    torchcompile: bool = option(False, "Compile the model with torch.compile.")
+        "amp", "amp: mixed float16 (on a CPU bfloat16) with loss scaling; amp_bf16: mixed bfloat16; bf16 and fp16: "
+        "weights in that format but for norms; pure_*: all weights; fp32.", PRECISION)
+    device: str = option("cuda", "cuda, cpu, ... Where there is no CUDA, cuda means cpu.", DEVICE)
+    grad_checkpointing: bool = option(False, "Recompute activations backwards, to save memory.", needs="trains")
+    torchcompile: bool = option(False, "Compile it with torch.compile.", spellings=("--compile",), needs="trains")
     shortcuts: bool = option(
-        True, "Leave out what changes no number: captions are cut behind their end, and of the last layers only the "
-        "row that is pooled is computed. --no-shortcuts runs the towers as OpenCLIP does.")
+        True, "Cut captions behind their end, and compute only the pooled row of the last layers; numbers differ by "
+        "rounding alone. --no-shortcuts runs the towers as OpenCLIP does.")
     gone = {
         "use_bnb_linear": "is not supported: use --precision amp_bf16 to save time and memory instead",
         **dict.fromkeys(("torchscript", "trace"), "is not supported: use --torchcompile instead"),
@@ -157,51 +125,49 @@ class SpeedOptions(Section, title="precision, speed and memory"):
 class DistributedOptions(Section, title="several processes (started by torchrun)"):
     dist_url: str | None = option(None, "Address at which the processes meet. Without it: torchrun's.", metavar="URL")
     dist_backend: str | None = option(None, "nccl, gloo, hccl, ... Without it: what fits the device.", metavar="NAME")
-    no_set_device_rank: bool = option(
-        False, "Do not choose the device by local rank, where each process sees one device only.")
-    use_bn_sync: bool = option(False, "Compute BatchNorm statistics over all processes.")
-    fsdp: bool = option(
-        False, "Split weights, gradients and optimizer states over the processes (FSDP2), for large towers.")
-    ddp_static_graph: bool = option(False, "Tell DistributedDataParallel that the graph never changes.")
+    no_set_device_rank: bool = option(False, "Do not choose the device by local rank: each process sees only its own.")
+    use_bn_sync: bool = option(False, "Compute BatchNorm statistics over all processes.", needs="trains")
+    fsdp: bool = option(False, "Split weights, gradients and optimizer states (FSDP2).", needs="trains")
+    ddp_static_graph: bool = option(False, "Tell DistributedDataParallel that the graph never changes.", needs="!fsdp")
     gone = {"horovod": "is not supported: start several processes with torchrun instead"}
 
 
 @dataclass
-class CheckpointOptions(Section, title="run folder and checkpoints"):
-    logs: str = option("./logs/", "Folder of all runs; 'none' keeps nothing.", metavar="DIR", path=True)
+class CheckpointOptions(Section, title="run folder and checkpoints", needs="trains !logs=none"):
+    logs: str = option("./logs/", "Folder of all runs; 'none' keeps nothing.", metavar="DIR", path=True, needs="")
     name: str | None = option(
-        None, "Name of the run's folder in --logs. Without it: from the time and the main options.", metavar="NAME")
+        None, "Name of the folder in --logs. Without it: from the time and the main options.", metavar="NAME", needs="")
     resume: str | None = option(
-        None, "Continue from this checkpoint, or from the newest of --name (latest).", metavar="FILE|latest", path=True)
+        None, "Continue from this checkpoint, or from the newest of --name (latest).", metavar="FILE|latest", path=True,
+        needs="")
     save_frequency: int = option(1, "Save every N epochs and after the last; 0: only after the last.", COUNT)
-    save_every_n_steps: int | None = option(
-        None, "Also save in the middle of an epoch, every N optimizer steps.", POSITIVE_COUNT)
+    save_every_n_steps: int | None = option(None, "Also save every N optimizer steps.", POSITIVE_COUNT)
     save_every_n_minutes: float | None = option(None, "Also save in the middle of an epoch, every N minutes.", POSITIVE)
     keep_last: int | None = option(
         None, "Keep the newest N checkpoints and the best. Without it: every epoch's, and the two newest in the middle "
         "of an epoch.", POSITIVE_COUNT)
     allow_elastic: bool = option(
-        False, "Let --resume go on with another number of processes or another batch size, by samples seen.")
+        False, "Let --resume change the number of processes or the batch, by samples seen.", needs="resume trains")
     save_most_recent: bool = option(False, "Also save every epoch to epoch_latest.pt.")
     delete_previous_checkpoint: bool = option(False, "Delete the checkpoint before, once a new one is saved.")
     remote_sync: str | None = option(
-        None, "Copy the run folder to this URL (s3://..., or any that fsspec knows) as it grows.",
-        metavar="URL", path=True)
-    remote_sync_frequency: int = option(300, "Seconds between two copies.", POSITIVE_COUNT)
-    remote_sync_protocol: str = option("s3", "Program that copies.", one_of("s3", "fsspec"))
-    copy_codebase: bool = option(False, "Keep a copy of the code in the run folder.")
+        None, "Copy the run folder to this URL (of any kind that fsspec knows) as it grows.", metavar="URL", path=True,
+        needs="!logs=none")
+    remote_sync_frequency: int = option(300, "Seconds between two copies.", POSITIVE_COUNT, needs="remote_sync")
+    remote_sync_protocol: str = option("s3", "As in OpenCLIP: fsspec copies in either case.", one_of("s3", "fsspec"))
+    copy_codebase: bool = option(False, "Keep a copy of the code in the run folder.", needs="!logs=none")
 
 
 @dataclass
 class LoggingOptions(Section, title="logging"):
-    log_every_n_steps: int = option(100, "Optimizer steps between two lines of the log.", POSITIVE_COUNT)
+    log_every_n_steps: int = option(100, "Steps between two lines of the log.", POSITIVE_COUNT, needs="trains")
     report_to: str = option(
-        "", "Where metrics are written besides the console: wandb, tensorboard, csv (joined with commas), or all.",
-        Kind(_reporters, "NAMES"), joined=",")
+        "", "Where metrics are written: wandb, tensorboard (joined with commas), or all; csv alone always.",
+        REPORTERS, joined=",")
     progress: bool | None = option(None, "Show a progress bar. Without it: on a terminal only.", SWITCH)
-    wandb_project_name: str = option("open-clip", "Project in wandb.", metavar="NAME")
-    wandb_notes: str = option("", "Notes on the run in wandb.")
-    log_local: bool = option(False, "Write a log file on every machine, not only on the first.")
+    wandb_project_name: str = option("open-clip", "Project in wandb.", metavar="NAME", needs="report_to=wandb|all")
+    wandb_notes: str = option("", "Notes on the run in wandb.", needs="report_to=wandb|all")
+    log_local: bool = option(False, "Write a log file for every process, not only the first.", needs="!logs=none")
     debug: bool = option(False, "Log more.")
 
 

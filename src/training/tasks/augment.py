@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,26 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..options.parser import (
-    FRACTION,
-    FRACTION_ABOVE_0,
-    FRACTION_BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Section,
-    forbid,
-    one_of,
-    option,
-)  # fmt: skip
+from ..options.kinds import FRACTION, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, one_of
+from ..options.parser import Section, forbid, option
 
 
 @dataclass
-class AugmentationOptions(Section, title="augmentation"):
+class AugmentationOptions(Section, title="augmentation", needs="trains"):
     crop_scale: list[float] = option(
         [0.08, 1.0], "Smallest and largest area of the random crop, as a share of the picture.",
-        FRACTION_ABOVE_0, nargs=2)
+        SHARE, nargs=(2,))
     crop_ratio: list[float] = option(
-        [3 / 4, 4 / 3], "Smallest and largest width / height of the random crop.", POSITIVE, nargs=2)
+        [3 / 4, 4 / 3], "Smallest and largest width / height of the random crop.", POSITIVE, nargs=(2,))
     hflip: float = option(0.5, "How often a picture is mirrored.", FRACTION)
     auto_augment: str | None = option(
         None, "A policy by timm's name: rand-m9-mstd0.5-inc1 is RandAugment as most recipes have it.", metavar="POLICY")
@@ -39,13 +30,13 @@ class AugmentationOptions(Section, title="augmentation"):
     random_erasing: float = option(0.0, "How often a rectangle of a picture is erased.", FRACTION)
     erasing_mode: str = option(
         "pixel", "What a rectangle is filled with: noise, one random colour, or the mean colour.",
-        one_of("pixel", "rand", "const"))
+        one_of("pixel", "rand", "const"), needs="trains random_erasing")
     train_interpolation: str = option(
         "bicubic", "How pictures are resized in training.", one_of("bicubic", "bilinear", "random"))
     mixup: float = option(0.0, "Mixup's alpha; 0: none.", NOT_NEGATIVE)
     cutmix: float = option(0.0, "Cutmix's alpha; 0: none.", NOT_NEGATIVE)
-    mixup_prob: float = option(1.0, "How often a batch is mixed at all.", FRACTION)
-    mixup_switch_prob: float = option(0.5, "With both: how often it is cutmix.", FRACTION)
+    mixup_prob: float = option(1.0, "How often a batch is mixed at all.", FRACTION, needs="mixup|cutmix")
+    mixup_switch_prob: float = option(0.5, "With both: how often it is cutmix.", FRACTION, needs="mixup cutmix")
     label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.", FRACTION_BELOW_1)
 
     def check(self) -> None:
@@ -59,18 +50,16 @@ def train_transform(options: AugmentationOptions, preprocess: Mapping[str, Any])
     """From an RGB picture to a normalised tensor (3, H, W), by timm's parts: crop, flip, policy, colours, erasing.
 
     Its randomness comes from the global generators of Python, NumPy and torch, which the loader seeds for each sample.
-
-    Args:
-        preprocess: OpenCLIP's `preprocess_cfg` of the image tower: size, mean and std.
-
-    Raises:
-        UserError: a policy that timm does not know.
+    `preprocess` is OpenCLIP's `preprocess_cfg` of the image tower. Raises UserError: a policy that timm does not know.
     """
-    from timm.data.transforms_factory import transforms_imagenet_train  # takes a second, and only training needs it
+    from timm.data import auto_augment  # takes a second, and only training needs it
+    from timm.data.transforms_factory import transforms_imagenet_train
 
+    # The policies also ask for 0 bits a colour, which Pillow answered with black and now refuses.
+    auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
     size = preprocess["size"]
     try:
-        transform = transforms_imagenet_train(
+        return transforms_imagenet_train(
             tuple(size) if isinstance(size, (tuple, list)) else (size, size),
             scale=tuple(options.crop_scale),
             ratio=tuple(options.crop_ratio),
@@ -88,32 +77,12 @@ def train_transform(options: AugmentationOptions, preprocess: Mapping[str, Any])
             f"timm knows no augmentation policy {options.auto_augment!r} ({str(error) or type(error).__name__}); "
             "write it like rand-m9-mstd0.5-inc1."
         ) from error
-    _mend_posterize(transform)
-    return transform
-
-
-def _mend_posterize(transform: Callable) -> None:
-    """timm's policies also ask for 0 bits a colour, which Pillow answered with black and now refuses."""
-    from timm.data import auto_augment
-
-    for step in transform.transforms:
-        for op in _flat([getattr(step, "ops", []), getattr(step, "policy", [])]):
-            if getattr(op, "aug_fn", None) is auto_augment.posterize:
-                op.aug_fn = _posterize
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
 
 
 def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
-    from timm.data import auto_augment
+    from timm.data.auto_augment import posterize
 
-    return auto_augment.posterize(picture, bits, **options) if bits > 0 else Image.new(picture.mode, picture.size)
+    return posterize(picture, bits, **options) if bits > 0 else Image.new(picture.mode, picture.size)
 
 
 class Mix:
@@ -121,51 +90,34 @@ class Mix:
 
     One draw a batch, as in timm's batch mode. All randomness comes from torch's generator on the CPU: it is in each
     checkpoint, and setting it back gives the same mix again. Batches may have any length.
-
-    Args:
-        options: mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the mixing weight; mixup_prob: how often
-            a batch is mixed at all; mixup_switch_prob: how often it is cutmix, where both are on; label_smoothing.
-        num_classes: C.
     """
 
     def __init__(self, options: AugmentationOptions, num_classes: int):
-        self.num_classes, self.smoothing = num_classes, options.label_smoothing
-        self.mixup, self.cutmix = options.mixup, options.cutmix
-        self.prob, self.switch_prob = options.mixup_prob, options.mixup_switch_prob
+        self.options, self.num_classes = options, num_classes
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            images: (B, 3, H, W); stays as it is.
-            labels: (B,) int64.
-
-        Returns:
-            Images (B, 3, H, W) and targets (B, C) float32, each row with sum 1.
-        """
-        target = self.one_hot(labels)
-        if not (self.mixup or self.cutmix) or torch.rand(()) >= self.prob:
+        """Of images (B, 3, H, W), which stay as they are, and labels (B,) int64: mixed images, and targets (B, C)
+        float32, each row with sum 1."""
+        options, target = self.options, self.one_hot(labels)
+        if not (options.mixup or options.cutmix) or torch.rand(()) >= options.mixup_prob:
             return images, target
-        if self.cutmix and (not self.mixup or torch.rand(()) < self.switch_prob):
-            images, weight = cutmix(images, _beta(self.cutmix))
+        if options.cutmix and (not options.mixup or torch.rand(()) < options.mixup_switch_prob):
+            images, weight = cutmix(images, _beta(options.cutmix))
         else:
-            weight = _beta(self.mixup)
+            weight = _beta(options.mixup)
             images = images * weight + images.flip(0) * (1 - weight)
         return images, target * weight + target.flip(0) * (1 - weight)
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """(B,) -> (B, C) float32 with the label smoothing of Szegedy et al. (2016)."""
-        return F.one_hot(labels, self.num_classes) * (1 - self.smoothing) + self.smoothing / self.num_classes
+        smoothing = self.options.label_smoothing
+        return F.one_hot(labels, self.num_classes) * (1 - smoothing) + smoothing / self.num_classes
 
 
 def cutmix(images: Tensor, weight: float) -> tuple[Tensor, float]:
-    """Puts a rectangle of each image's partner in its place, at random; the partner is that in the reverse order.
+    """Puts a random rectangle of each image's partner, that in the reverse order, in its place; images: (B, 3, H, W).
 
-    Args:
-        images: (B, 3, H, W); stays as it is.
-        weight: share of the area that the image itself should keep.
-
-    Returns:
-        The images, and the share that it did keep: less of the rectangle may lie within the image.
+    Returns the images, and the share of its area that each has kept: `weight`, or more where the rectangle is cut off.
     """
     height, width = images.shape[-2:]
     side = math.sqrt(1 - weight)

@@ -19,13 +19,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a step is in the run, before it is made.
-
-    Attributes:
-        epoch, epoch_steps: epochs that are complete, and optimizer steps of the present one.
-        steps, samples: of the whole run so far.
-        plan: how long the run is.
-    """
+    """Where a step is in the run, before it is made: complete epochs, steps of the present one, and of all."""
 
     epoch: int
     epoch_steps: int
@@ -49,31 +43,23 @@ class Cost(NamedTuple):
 
 
 class Engine:
-    """How a model is run in training.
-
-    Args:
-        model: as it is run: wrapped by DDP, sharded, compiled, or bare.
-        precision: one of OpenCLIP's names.
-        device: where it is.
-    """
+    """How a model is run in training; `model` is wrapped by DDP, sharded, compiled, or bare."""
 
     def __init__(self, model: nn.Module, precision: str, device: torch.device):
         self.model, self.device = model, device
         self.autocast = get_autocast(precision, device_type=device.type)
-        self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss).backward()
 
     def synchronized(self, last: bool) -> AbstractContextManager:
         """Context of a forward and backward pass; the processes average their gradients in the last one of a step."""
         return nullcontext() if last else no_sync(self.model)
 
     def random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
 
     def restore_random_state(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["cpu"])
@@ -85,17 +71,13 @@ class Task:
     """A training objective. A subclass writes `losses`, and of the rest what it has."""
 
     def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Named scalars of one micro-batch on the device, of which `loss` is minimised; all are logged.
-
-        Runs under the precision's autocast. The model (as it is run) may be called several times.
-        """
+        """Named scalars of one micro-batch on the device, of which `loss` is minimised; all are logged. Runs under the
+        precision's autocast. The model (as it is run) may be called several times."""
         raise NotImplementedError
 
     def gradients(self, window: list[Batch], engine: Engine, progress: Progress) -> dict[str, Tensor]:
-        """Adds up the gradients of a step and returns its losses.
-
-        By default those of the mean loss over the window's `--accum-freq` micro-batches, each by itself.
-        """
+        """Adds up the gradients of a step, by default of the mean loss over the window's `--accum-freq` micro-batches,
+        each by itself, and returns its losses."""
         found = []
         for i, batch in enumerate(window):
             with engine.synchronized(last=i == len(window) - 1):

@@ -1,9 +1,11 @@
 """Contrastive pre-training on image-text pairs: its options, its loss, its evaluation."""
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from open_clip import AugmentationCfg
@@ -23,8 +25,9 @@ from ..evaluation.pairs import evaluate_pairs
 from ..evaluation.prompts import run_zero_shot_suite
 from ..options import TrainingOptions
 from ..options.data import PairOptions
+from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
-from ..options.parser import COUNT, POSITIVE_COUNT, Section, forbid, one_of, option
+from ..options.parser import Section, forbid, option
 from ..options.run import DURATION
 from .base import Batch, Cost, Engine, Progress, Task, is_due
 
@@ -36,27 +39,26 @@ class ContrastiveOptions(Section, title="loss"):
     siglip: bool = option(False, "Train with SigLIP's pairwise sigmoid loss.")
     loss_dist_impl: str | None = option(
         None, "How SigLIP's loss exchanges features between processes. Without it: bidir.",
-        one_of("bidir", "shift", "reduce", "gather"))
+        one_of("bidir", "shift", "reduce", "gather"), needs="siglip")
     local_loss: bool = option(
         True, "Compute only this process's rows of the similarity matrix: the same loss for less memory. Belongs "
-        "together with --gather-with-grad; turn both off, or neither.")
-    gather_with_grad: bool = option(True, "Let gradients flow through features of other processes.")
+        "together with --gather-with-grad; turn both off, or neither.", needs="!siglip")
+    gather_with_grad: bool = option(True, "Let gradients flow through features of other processes.", needs="!siglip")
     distill_model: str | None = option(
         None, "Teacher model for distillation; needs --distill-pretrained.", metavar="NAME")
     distill_pretrained: str | None = option(
         None, "Weights of the teacher: a tag or a file.", metavar="TAG|FILE", path=True)
     full_tokens_last: int | str | None = option(
         None, "Train with all tokens in the last part of the run (FLIP's unmasked tuning): steps, or with a unit: 1ep, "
-        "10%.", DURATION)
+        "10%.", DURATION, needs="trains")
     gone = dict.fromkeys(("coca_caption_loss_weight", "coca_contrastive_loss_weight"), _COCA)
 
     def check(self) -> None:
         forbid_coca("--distill-model", self.distill_model)
-        distills = self.distill_model is not None
+        distills, accumulates = self.distill_model is not None, self.accum_freq > 1
         both = "--distill-model and --distill-pretrained belong together: give both, or neither."
         forbid(distills != (self.distill_pretrained is not None), both)
-        wrong = distills and self.accum_freq > 1
-        forbid(wrong, "--distill-model cannot be used with --accum-freq: leave one out.")
+        forbid(distills and accumulates, "--distill-model cannot be used with --accum-freq: leave one out.")
         forbid(distills and self.siglip, "--distill-model needs the softmax loss: leave out --siglip.")
 
 
@@ -64,18 +66,21 @@ class ContrastiveOptions(Section, title="loss"):
 class ValidationOptions(Section, title="evaluation"):
     val_data: str | None = option(
         None, "Image-caption pairs, in the formats of --train-data, for the validation loss and retrieval.",
-        metavar="SHARDS|FILE.csv", path=True, joined="::")
+        metavar="SHARDS|FILE.csv", path=True, joined="::", needs="val_frequency")
     val_num_samples: int | None = option(
-        None, "Samples in --val-data, where that is not noted beside its shards.", POSITIVE_COUNT)
-    val_frequency: int = option(1, "Validate every N epochs and after the last; 0: never.", COUNT)
+        None, "Samples in --val-data, where that is not noted beside its shards.", POSITIVE_COUNT, needs="val_data")
+    val_frequency: int = option(1, "Validate every N epochs and after the last; 0: never.", COUNT, needs="val_data")
     zeroshot_data: str | None = option(
         None, "Labelled images for zero-shot classification: shards, or a folder with one sub-folder of images a "
-        "class; with a classnames.txt beside them.", metavar="DIR", path=True)
+        "class; with a classnames.txt beside them.", metavar="DIR", path=True, needs="zeroshot_frequency")
     imagenet_val: str | None = option(
-        None, "ImageNet's validation images (a folder with one sub-folder a class).", metavar="DIR", path=True)
+        None, "ImageNet's validation images (a folder with one sub-folder a class).", metavar="DIR", path=True,
+        needs="zeroshot_frequency")
     imagenet_v2: str | None = option(
-        None, "ImageNet-V2: one folder a class, named 0 to 999.", metavar="DIR", path=True)
-    zeroshot_frequency: int = option(2, "Classify zero-shot every N epochs and after the last; 0: never.", COUNT)
+        None, "ImageNet-V2: one folder a class, named 0 to 999.", metavar="DIR", path=True, needs="zeroshot_frequency")
+    zeroshot_frequency: int = option(
+        2, "Classify zero-shot every N epochs and after the last; 0: never.", COUNT,
+        needs="zeroshot_data|imagenet_val|imagenet_v2")
 
 
 @dataclass
@@ -90,11 +95,8 @@ class PretrainingOptions(
 
     def check(self) -> None:
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
-        forbid(
-            not (self.trains or evaluates),
-            "There is nothing to do: give --train-data to train, or --val-data, --zeroshot-data or --imagenet-val to "
-            "evaluate.",
-        )
+        data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"
+        forbid(not (self.trains or evaluates), f"There is nothing to do: give {data}.")
         known = [field.name for field in fields(AugmentationCfg)]
         for key in self.aug_cfg:
             forbid(key not in known, f"--aug-cfg has no setting {key!r}: it knows {', '.join(known)}.")
@@ -103,14 +105,7 @@ class PretrainingOptions(
 class ContrastiveTask(Task):
     """Contrastive pre-training: InfoNCE (`ClipLoss`), or pairwise sigmoids with `--siglip`.
 
-    Args:
-        options: of the run.
-        ranks: this process.
-        model: the bare model.
-        tokenizer, transform: for zero-shot evaluation.
-        val_data: pairs to evaluate on, or None.
-        zero_shot_data: labelled images to classify, by metric prefix (`load_zero_shot_data`).
-        teacher: a frozen model to distil from, or None.
+    `model` is the bare one; `zero_shot_data` are images to classify, by the prefix of their metrics.
     """
 
     SHARED = ("logit_scale", "logit_bias", "dist_logit_scale")  # features of the model, not of a sample
@@ -130,20 +125,22 @@ class ContrastiveTask(Task):
         self.tower: ImageTower | None = getattr(model, "tower", None)
         if options.full_tokens_last is not None and getattr(self.tower, "reduction", None) is None:
             raise UserError(f"--full-tokens-last needs a model with token reduction; {options.model} has none.")
+        if options.trains and options.batch_size * options.accum_freq * ranks.world_size == 1:
+            raise UserError("A step of one pair has no contrast, so it teaches nothing: raise --batch-size.")
+        if ranks.world_size > 1 and options.local_loss and not (options.gather_with_grad or options.siglip):
+            raise UserError("--no-gather-with-grad loses a part of the gradient: add --no-local-loss, or leave it out.")
+        if val_data is not None and options.batch_size == 1 and not options.siglip:
+            logging.warning("clip_val_loss is that of batches of --batch-size 1, which have no contrast: it is 0.")
         self.tokenizer, self.transform = tokenizer, transform
         self.val_data, self.zero_shot_data = val_data, zero_shot_data
         self.shapes, self.costs = on_meta(model) if isinstance(model.visual, VisionTransformer) else None, {}
+        place = {"rank": ranks.rank, "world_size": ranks.world_size}
         if options.siglip:
-            self.loss = SigLipLoss(rank=ranks.rank, world_size=ranks.world_size, dist_impl=options.loss_dist_impl)
+            self.loss = SigLipLoss(**place, dist_impl=options.loss_dist_impl)
         else:
-            loss = ClipLoss if teacher is None else DistillClipLoss
-            self.loss = loss(
-                local_loss=options.local_loss,
-                gather_with_grad=options.gather_with_grad,
-                cache_labels=True,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-            )
+            kind = ClipLoss if teacher is None else DistillClipLoss
+            across = {"local_loss": options.local_loss, "gather_with_grad": options.gather_with_grad}
+            self.loss = kind(**place, **across, cache_labels=True)
 
     # ------------------------------------------------------------------ a step
 
@@ -172,11 +169,13 @@ class ContrastiveTask(Task):
     def gradients(self, window: list[Batch], engine: Engine, progress: Progress) -> dict[str, Tensor]:
         """Those of the loss over the whole window, as if it were one batch, at the memory of one micro-batch.
 
-        The features of all micro-batches are computed without gradient; the loss over all of them gives the gradient of
-        each feature; a second pass carries those into the parameters (GradCache, Gao et al. 2021). Exact, also for the
-        parameters the loss sees directly, such as the logit scale.
+        GradCache (Gao et al. 2021): features of all micro-batches without gradient; the loss over all of them, for the
+        gradient of each feature; a second pass, which carries those into the parameters. Exact, the logit scale's too.
         """
-        self.use_tokens(progress)
+        if self.options.full_tokens_last is not None:
+            plan = progress.plan
+            reduced = plan.total_samples - plan.steps_of(self.options.full_tokens_last) * plan.reference_batch
+            self.tower.reduces = progress.samples < reduced
         if len(window) == 1:
             return super().gradients(window, engine, progress)
         random_states, parts = [], []
@@ -184,16 +183,15 @@ class ContrastiveTask(Task):
             random_states.append(engine.random_state())
             with torch.no_grad(), engine.autocast():
                 parts.append(self.features(engine.model, batch))
-        shared = [name for name in parts[0] if name in self.SHARED]
-        leaves = {
-            name: (parts[0][name] if name in shared else torch.cat([p[name] for p in parts])).detach().requires_grad_()
-            for name in parts[0]
-        }
+        leaves = {}
+        for name, value in parts[0].items():
+            value = value if name in self.SHARED else torch.cat([part[name] for part in parts])
+            leaves[name] = value.detach().requires_grad_()
         with engine.autocast():
             losses = self.compare(leaves)
         engine.backward(losses["loss"])
 
-        after, start = engine.random_state(), 0
+        after, sizes = engine.random_state(), [len(batch["image"]) for batch in window]
         for i, (batch, random_state) in enumerate(zip(window, random_states, strict=True)):
             last = i == len(window) - 1
             engine.restore_random_state(random_state)
@@ -202,22 +200,13 @@ class ContrastiveTask(Task):
                     features = self.features(engine.model, batch)
                 outputs, gradients = [], []
                 for name, value in features.items():
-                    gradient = leaves[name].grad
-                    if gradient is None or not value.requires_grad or (name in shared and not last):
-                        continue
-                    outputs.append(value)
-                    gradients.append(gradient if name in shared else gradient[start : start + len(value)])
+                    gradient, shared = leaves[name].grad, name in self.SHARED
+                    if gradient is not None and value.requires_grad and (last or not shared):
+                        outputs.append(value)
+                        gradients.append(gradient if shared else gradient.split(sizes)[i])
                 torch.autograd.backward(outputs, gradients)
-            start += len(batch["image"])
         engine.restore_random_state(after)
         return losses
-
-    def use_tokens(self, progress: Progress) -> None:
-        """All of them in the last part of the run, if `--full-tokens-last` says so (FLIP's unmasked tuning)."""
-        if self.options.full_tokens_last is not None:
-            plan = progress.plan
-            reduced = plan.total_samples - plan.steps_of(self.options.full_tokens_last) * plan.reference_batch
-            self.tower.reduces = progress.samples < reduced
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, applied: bool) -> None:
@@ -233,44 +222,30 @@ class ContrastiveTask(Task):
         """The mean of the batch's pairs, on the model's shapes: the image counted once, a caption for each length."""
         if self.shapes is None:
             return None
-        text, pairs = batch["text"], len(batch["image"])
+        text, pairs, shapes = batch["text"], len(batch["image"]), self.shapes.train()
+        shapes.tower.reduces = reduces = self.tower.reduces
         parts = text.parts if isinstance(text, TextParts) else (text,)
+        captions = 0
         try:
-            captions = sum(len(part) * self.count_caption(part, text is not part) for part in parts) / pairs
-            operations = self.count_image(batch["image"], parts[0], text is not parts[0]) + captions
+            for part in parts:
+                one, key = part[:1].to("meta"), (part.shape[1], part is text)
+                if part is not text:
+                    one = TextParts((one,), torch.zeros(1, dtype=torch.int64, device="meta"))
+                if key not in self.costs:
+                    self.costs[key] = count(shapes, partial(shapes.encode_text, one)).total
+                if reduces not in self.costs:  # of an image, scoring included
+                    pair = count(shapes, partial(shapes, batch["image"][:1].to("meta"), one)).total
+                    self.costs[reduces] = pair - self.costs[key]
+                captions += len(part) * self.costs[key]
         except (NotImplementedError, RuntimeError):  # a tower that looks at numbers
             self.shapes = None
             return None
-        return Cost(operations, self.tower.num_patches() + count_columns(text) / pairs)
-
-    def count_caption(self, text: Tensor, is_cut: bool) -> int:
-        """Operations of one caption of that length."""
-        key = (text.shape[1], is_cut)
-        if key not in self.costs:
-            self.costs[key] = count(self.shapes.train(), lambda: self.shapes.encode_text(_one(text, is_cut))).total
-        return self.costs[key]
-
-    def count_image(self, image: Tensor, text: Tensor, is_cut: bool) -> int:
-        """Operations of one image, scoring included: those of a pair, less its caption's."""
-        self.shapes.tower.reduces = key = self.tower.reduces
-        if key not in self.costs:
-            one = image[:1].to("meta")
-            pair = count(self.shapes.train(), lambda: self.shapes(one, _one(text, is_cut)))
-            self.costs[key] = pair.total - self.count_caption(text, is_cut)
-        return self.costs[key]
+        return Cost(self.costs[reduces] + captions / pairs, self.tower.num_patches() + count_columns(text) / pairs)
 
     def evaluate(self, model: nn.Module, epoch: int, last: bool) -> dict[str, float]:
         options, metrics = self.options, {}
         if self.val_data is not None and is_due(epoch, options.val_frequency, last):
-            metrics |= evaluate_pairs(
-                model,
-                self.val_data,
-                device=self.ranks.device,
-                precision=options.precision,
-                batch_size=options.batch_size,
-                siglip=options.siglip,
-                world_size=self.ranks.world_size,
-            )
+            metrics |= evaluate_pairs(model, self.val_data, options, self.ranks)
         if self.zero_shot_data and is_due(epoch, options.zeroshot_frequency, last):
             metrics |= run_zero_shot_suite(
                 model, self.tokenizer, self.transform, options, ranks=self.ranks, data=self.zero_shot_data
@@ -281,12 +256,6 @@ class ContrastiveTask(Task):
         """Zero-shot top-1 (ImageNet's first), else the mean R@1 of the two directions."""
         retrieval = ("image_to_text_R@1", "text_to_image_R@1")
         for names in (("imagenet-zeroshot-val-top1",), ("zeroshot-val-top1",), retrieval):
-            if all(name in metrics for name in names):
+            if metrics.keys() >= set(names):
                 return sum(metrics[name] for name in names) / len(names)
         return None
-
-
-def _one(text: Tensor, is_cut: bool) -> Tensor | TextParts:
-    """The shape of a single caption."""
-    one = text[:1].to("meta")
-    return TextParts((one,), torch.zeros(1, dtype=torch.int64, device="meta")) if is_cut else one

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 
 import pytest
 
 from training.data.sizes import changed_shards, read_sizes, write_sizes
 from training.errors import UserError
 
-from ..data_helpers import train_data, write_shards
+from ..data_helpers import sample, train_data, val_data, write_shard, write_shards
 
 
 def write_stats(folder, sizes):
@@ -36,13 +37,13 @@ def test_sizes_win_over_the_stats_of_img2dataset_and_these_over_len(tmp_path):
 def test_a_shard_without_any_size_is_named_with_the_remedy(tmp_path):
     known, pattern = write_shards(tmp_path / "known", [8]), write_shards(tmp_path, [8] * 3, info=False)
     remedy = r"count them with scripts/count_shards.py, or give --train-num-samples\.$"
-    with pytest.raises(UserError, match=f"unknown for {tmp_path} .*no 00000_stats.json for 00000.tar.*{remedy}"):
+    with pytest.raises(UserError, match=f"unknown for 3 of .*: .*00000.tar, .*no 00000_stats.json.*; {remedy}"):
         train_data(f"{known}::{pattern}")
     write_stats(tmp_path, {0: 8, 2: 8})
-    with pytest.raises(UserError, match=rf"{tmp_path}/00001.tar \(no 00001_stats.json; 1 shards lack one\): {remedy}"):
+    with pytest.raises(UserError, match=f"unknown for 1 of .*: .*00001.tar, .*no 00001_stats.json.*; {remedy}"):
         train_data(pattern)
     (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 8}))
-    with pytest.raises(UserError, match=rf"sizes.json has no entry for 00001.tar .*: {remedy}"):
+    with pytest.raises(UserError, match=f"00001.tar, is not in sizes.json.*; {remedy}"):
         train_data(pattern)
 
 
@@ -124,3 +125,30 @@ def test_changed_shards_are_recognised_by_their_date(tmp_path):
     assert read_sizes(str(tmp_path / "sizes.json")) == {"00000.tar": 1, "00002.tar": 3, "gone.tar": 9}
     assert sorted(os.listdir(tmp_path)) == [*sorted(names), "sizes.json"]
 
+
+@pytest.mark.parametrize("file", ["sizes.json", "00001_stats.json", "__len__"])
+def test_numbers_that_are_older_than_their_shards_are_told(file, tmp_path, caplog):
+    pattern = write_shards(tmp_path, [8, 8], info=False)
+    contents = {"sizes.json": '{"00000.tar": 8, "00001.tar": 8}', "__len__": "16"}
+    write_stats(tmp_path, {0: 8, 1: 8} if file == "00001_stats.json" else {})
+    if file in contents:
+        (tmp_path / file).write_text(contents[file])
+    train_data(pattern)
+    assert caplog.messages == []
+    set_time(tmp_path / file, 1000)
+    assert train_data(pattern).num_samples == 16
+    train_data(pattern, rank=1, world_size=2)
+    (told,) = caplog.messages
+    assert re.match(f"{file} in {tmp_path} is older than [12] of its shards, the first of them 0000[01].tar: ", told)
+
+
+@pytest.mark.parametrize("noted, told", [(6, True), (10, True), (8, False), (9, False)])  # 9 samples, of which 8 usable
+def test_shards_of_another_size_than_noted_are_told_when_read(noted, told, tmp_path):
+    pattern = write_shards(tmp_path, [9, 9], info=False)
+    write_shard(tmp_path / "00001.tar", {str(n): sample(n) if n else {"jpg": b"x"} for n in range(9)})
+    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 9, "00001.tar": noted}))
+    for data in (train_data(pattern), val_data(pattern)):
+        list(data.epoch(0) if data is not None and hasattr(data, "epoch") else data)
+        report = data.report()
+        assert ("shard of another size than noted" in report.skipped) == told
+        assert not told or f"{tmp_path}/00001.tar: 8 samples, but {noted} are noted; count anew" in report.examples[1]

@@ -1,19 +1,22 @@
 """What is read from shards, tables and pictures, what is left out of them, and what is refused from the start."""
 
-import io
+import logging
+from collections import Counter
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
-from training.data import build_val_data
+from training.data import DataReport, build_val_data
 from training.data.images import load_rgb
 from training.data.pixels import picture_to_tensor, stack, to_device
+from training.data.sizes import count_shard
 from training.errors import UserError
 
 from ..data_helpers import (
     BROKEN_IMAGE,
+    DAMAGE,
     NoisyTransform,
     assert_same_batches,
     data_args,
@@ -28,50 +31,42 @@ from ..data_helpers import (
     write_shard,
     write_shards,
 )  # fmt: skip
+from .sets import layout_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def saved(image: Image.Image, format: str = "png", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 # Pictures
 
 
-def test_transparent_pictures_are_put_on_white():
-    def pixel(encoded):
-        image = load_rgb(encoded)
-        assert (image.mode, image.size) == ("RGB", (2, 2))
-        return image.getpixel((0, 0))
-
-    assert pixel(saved(Image.new("RGBA", (2, 2), (10, 20, 30, 0)))) == (255, 255, 255)
-    assert pixel(saved(Image.new("RGBA", (2, 2), (10, 20, 30, 255)))) == (10, 20, 30)
-    assert pixel(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 102)))) == (153, 153, 153)
-    assert pixel(saved(Image.new("LA", (2, 2), (7, 0)))) == (255, 255, 255)
-    assert pixel(saved(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3))) == (255, 255, 255)
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 40, 50, 60])
-    assert pixel(saved(palette)) == (40, 50, 60)
-    assert pixel(saved(palette, transparency=1)) == (255, 255, 255)
-    assert pixel(saved(Image.new("RGBA", (2, 2), (10, 20, 30, 0)), "webp", lossless=True)) == (255, 255, 255)
+def palette() -> Image.Image:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 40, 50, 60])
+    return image
 
 
-def test_gray_and_cmyk_pictures_become_rgb():
-    assert load_rgb(saved(Image.new("L", (2, 2), 77))).getpixel((0, 0)) == (77, 77, 77)
-    assert load_rgb(saved(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(numpy.full((2, 2), 0x80FF, dtype=numpy.uint16))
-    assert load_rgb(saved(deep)).getpixel((0, 0)) == (128, 128, 128)
-    red = load_rgb(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg", quality=100)).getpixel((4, 4))
-    assert numpy.allclose(red, (255, 0, 0), atol=3)
-
-
-@pytest.mark.parametrize("data", [BROKEN_IMAGE, b"", encode(0)[:-40], b"\x89PNG\r\n\x1a\n" + b"x" * 30])
-def test_a_broken_picture_fails_when_it_is_loaded(data):
-    with pytest.raises(Exception):  # noqa: B017 - whatever PIL raises
-        load_rgb(data)
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), {}, (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), {"format": "webp", "lossless": True}, (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 255)), {}, (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 102)), {}, (153, 153, 153)),
+        (Image.new("LA", (2, 2), (7, 0)), {}, (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (1, 2, 3)), {"transparency": (1, 2, 3)}, (255, 255, 255)),
+        (palette(), {}, (40, 50, 60)),
+        (palette(), {"transparency": 1}, (255, 255, 255)),
+        (Image.new("L", (2, 2), 77), {}, (77, 77, 77)),
+        (Image.new("1", (2, 2), 1), {}, (255, 255, 255)),
+        (Image.fromarray(numpy.full((2, 2), 0x80FF, dtype=numpy.uint16)), {}, (128, 128, 128)),
+        (Image.fromarray(numpy.full((2, 2), 77, dtype=numpy.uint16)), {}, (77, 77, 77)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {"format": "jpeg", "quality": 100}, (255, 0, 0)),
+    ],
+)
+def test_pictures_become_rgb_on_white(image, options, expected):
+    loaded = load_rgb(layout_files.encode(image, **{"format": "png"} | options))
+    assert (loaded.mode, loaded.size) == ("RGB", image.size)
+    assert loaded.getpixel((1, 1)) == expected
 
 
 # Shards
@@ -96,18 +91,12 @@ def test_samples_that_cannot_be_used_are_counted_with_examples(tmp_path):
     good = {0: range(7), 1: (0, 1, 3), 2: range(7), 3: range(4), 4: (1,), 5: range(7)}
     assert keys(data) == [key_of(shard, n) for shard, numbers in good.items() for n in numbers]
     report = data.report()
-    assert report.skipped == {
-        "unreadable image": 2,
-        "no caption": 1,
-        "empty caption": 1,
-        "no image": 1,
-        "broken shard": 1,
-    }
+    assert report.skipped == DAMAGE
     url = f"{tmp_path}/00001.tar"
     assert f"{url}: {key_of(1, 2)}: not an image" in report.examples
     assert f"{url}: {key_of(1, 4)}: no caption" in report.examples
     assert len(report.examples) == 5
-    assert report.sentence().startswith("Skipped in the data: 1 x broken shard, 1 x empty caption, 1 x no caption, ")
+    assert report.sentence().startswith("Skipped or damaged in the data: 1 x broken shard, 1 x empty caption, 1 x no ")
 
     list(data)
     assert data.report() == report  # of one iteration, not of all
@@ -115,20 +104,11 @@ def test_samples_that_cannot_be_used_are_counted_with_examples(tmp_path):
 
 def test_training_reports_by_epoch(tmp_path):
     data = train_data(write_damaged_shards(tmp_path), train_num_samples=29, batch_size=29)  # 29 are good
-    assert len(set(keys(data.epoch(0)))) == 29
-    in_shards = {"no caption": 1, "empty caption": 1, "no image": 1, "broken shard": 1}
-    assert data.report().skipped.items() >= in_shards.items()
-    batches = data.epoch(1)
-    assert data.report().skipped == {}
-    list(batches)
-    assert data.report().skipped.items() >= in_shards.items()
-
-
-def test_a_shard_that_vanishes(tmp_path):
-    data = val_data(write_shards(tmp_path, [3, 3]))
-    (tmp_path / "00000.tar").unlink()
-    assert keys(data) == [key_of(1, n) for n in range(3)]
-    assert data.report().examples == [f"{tmp_path}/00000.tar: No such file or directory"]
+    for epoch in range(2):
+        batches = data.epoch(epoch)
+        assert data.report().skipped == {}
+        assert len(set(keys(batches))) == 29
+        assert data.report().skipped.items() >= DAMAGE.items() - {("unreadable image", 2)}
 
 
 # The plan
@@ -160,14 +140,16 @@ def test_csv_paths_are_tried_as_given_then_beside_the_table(tmp_path, monkeypatc
     assert_same_batches(list(data.epoch(0)), beside)
 
 
-def test_csv_columns_separator_and_missing_files(tmp_path):
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_csv_columns_separator_and_missing_files(tmp_path, separator):
+    """A comma table need not be told: the default is a tab, as in OpenCLIP, and its header has none."""
     write_csv(tmp_path, 5)
     lines = ["text,id,file", *(f"NA,{n},{tmp_path}/images/{n:03d}.png" for n in range(5)), "gone,5,gone.png"]
     (tmp_path / "t.txt").write_text("\n".join(lines))
-    flags = {"csv_separator": ",", "csv_img_key": "file", "csv_caption_key": "text", "dataset_type": "csv"}
+    flags = {"csv_separator": separator, "csv_img_key": "file", "csv_caption_key": "text", "dataset_type": "csv"}
     data = train_data(str(tmp_path / "t.txt"), batch_size=3, **flags)
-    assert data.num_batches == 2
     batches = list(data.epoch(0))
+    assert len(batches) == data.num_batches == 2
     assert all(bytes(text.tolist()).decode().strip() == "NA" for batch in batches for text in batch["text"])
     assert set(data.report().skipped) == {"unreadable image"}
     assert "gone.png" in data.report().examples[0]
@@ -178,6 +160,7 @@ def test_csv_rows_without_caption_are_left_out_and_counted(tmp_path, caplog):
     lines = (tmp_path / "table.csv").read_text().splitlines()
     lines[3], lines[5] = lines[3].split("\t")[0] + "\t", lines[5].split("\t")[0] + "\t  "
     (tmp_path / "table.csv").write_text("\n".join(lines))
+    caplog.set_level(logging.INFO, "training.data")
     data = train_data(path)
     assert caplog.messages == [f"{path}: 2 of 10 rows have no caption and are left out."]
     assert data.num_batches == 2
@@ -186,19 +169,60 @@ def test_csv_rows_without_caption_are_left_out_and_counted(tmp_path, caplog):
     assert "0 of them, others in each epoch, are left out" in data.describe()
     assert torch.cat([batch["index"] for batch in val_data(path)]).tolist() == [0, 1, 3, 5, 6, 7, 8, 9]
 
-    caplog.clear()
-    train_data(path, rank=1, world_size=2)
-    assert caplog.messages == []
 
-
-def test_synthetic_samples(tmp_path):
+def test_synthetic_samples():
     data = train_data(None, dataset_type="synthetic", train_num_samples=20)
     batches = list(data.epoch(0))
-    assert (data.num_batches, data.num_samples) == (5, 20)
-    assert len(set(keys(batches))) == 20
+    assert (data.num_batches, data.num_samples, len(set(keys(batches)))) == (5, 20, 20)
     assert len({tuple(text.tolist()) for batch in batches for text in batch["text"]}) > 5
-    val = val_data("-", dataset_type="synthetic", val_num_samples=6)
-    assert val.num_samples == len(keys(val)) == 6
+    with pytest.raises(UserError, match="gone.csv"):  # what is validated on is never made up
+        val_data("gone.csv", dataset_type="synthetic", train_num_samples=20)
+
+
+def test_text_of_a_table_that_would_get_lost_is_refused_with_its_line(tmp_path):
+    write_csv(tmp_path, 8)
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+
+    def build(*changed, separator="\t"):
+        changes = dict(changed)
+        table = [changes.get(number, line) for number, line in enumerate(lines, start=1)]
+        (tmp_path / "t.csv").write_text("\n".join(table).replace("\t", separator))
+        return train_data(f"{tmp_path}/t.csv", csv_separator=separator)
+
+    for separator in "\t,":
+        for last in ('images/006.png\t"six', 'images/006.png\tsix"'):
+            with pytest.raises(UserError, match="line 4 of .*t.csv has a quotation mark that takes in all up to"):
+                build((4, 'images/002.png\t"two'), (8, last), separator=separator)
+        with pytest.raises(UserError, match="line 5 of .*t.csv has more columns than the header"):
+            build((5, "images/003.png\ta man\tand a horse"), separator=separator)
+        two, man = (4, 'images/002.png\t"Two" of them'), (5, 'images/003.png\t"a man,\nand ""a horse"""\t')
+        good = build(two, man, separator=separator)
+        captions = [good.source.rows[row].fields["caption"] for row in (2, 3)]
+        assert len(good.source.rows) == 8 and captions == ["Two of them", 'a man,\nand "a horse"']
+
+
+def test_pictures_of_a_table_are_tried_before_any_work(tmp_path):
+    path = write_csv(tmp_path, 60, broken=tuple(range(59)))
+    with pytest.raises(UserError, match=r"not one picture of .*.csv can be read \(20 x unreadable image .* folder of"):
+        train_data(path)
+    write_csv(tmp_path, 60, broken=tuple(range(57)))
+    assert val_data(path).num_samples == 60
+
+
+def test_text_that_is_not_utf8_is_counted_with_an_example(tmp_path):
+    captions = ["café".encode("latin-1"), "café \ufffd".encode(), b"plain"]
+    path = write_shard(tmp_path / "x.tar", {str(n): {"jpg": encode(n), "txt": text} for n, text in enumerate(captions)})
+    data = val_data(str(path))
+    assert len(keys(data)) == 3
+    assert data.report() == DataReport({"text that is not UTF-8": 1}, [f"{path}: 0.txt: caf\ufffd"])
+    assert count_shard(str(path))[:2] == (3, {"text that is not UTF-8": 1})
+
+
+def test_endings_with_two_parts_by_flag(tmp_path):
+    samples = {str(n): {"input.JPG": encode(n), "outputs.txt": b"x", "jpg": BROKEN_IMAGE} for n in range(2)}
+    path = str(write_shard(tmp_path / "x.tar", samples))
+    data = val_data(path, shard_img_key="input.jpg", shard_caption_key="outputs.txt")
+    assert keys(data) == ["0", "1"] and data.report().skipped == {}
 
 
 # Validation
@@ -226,11 +250,7 @@ def test_validation_counts_what_is_skipped_once_over_all_readers(world_size, wor
     ranks = [val_data(pattern, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
     seen = [key for data in ranks for key in keys(data)]
     assert len(seen) == len(set(seen)) == 29
-    total = {}
-    for data in ranks:
-        for reason, count in data.report().skipped.items():
-            total[reason] = total.get(reason, 0) + count
-    assert total == {"unreadable image": 2, "no caption": 1, "empty caption": 1, "no image": 1, "broken shard": 1}
+    assert sum((Counter(data.report().skipped) for data in ranks), Counter()) == DAMAGE
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 3), (3, 1)])
@@ -256,24 +276,19 @@ def test_validation_size_may_be_unknown(tmp_path):
 # What is refused
 
 
-def test_no_data_is_no_data():
-    assert train_data(None) is None
-    assert val_data(None) is None
-
-
 REFUSED = {
     "{t}/{{00000..00004}}.tar": r"2 of the 5 shards .* in {flag} .*/00003.tar: correct",
     "{t}/nowhere/x.tar": r"1 of the 1 shards .*/nowhere/x.tar: correct",
     "": "{flag} '' does not end in .tar",
-    "{t}/00000.tar::": "Source 2 of 2 in {flag} is empty",
-    "{t}/00000.tar:: ::{t}/00000.tar": "Source 2 of 3 in {flag} is empty",
+    "{t}/00000.tar::": "A source in {flag} .* is empty: remove",
+    "{t}/00000.tar:: ::{t}/00000.tar": "A source in {flag} .* is empty: remove",
     "{t}/{{00000..00004.tar": "braces of .* in {flag}",
     "folder/": "{flag} .*--dataset-type",
     "data.parquet": "{flag} .*--dataset-type",
-    "nowhere.csv": "nowhere.csv of {flag} does not exist",
-    "{t}/empty.csv": "empty.csv of {flag} is empty",
-    "{t}/odd.csv": "odd.csv of {flag} cannot be read",
-    "{t}/comma.csv": r"no column 'filepath', only \['filepath,caption'\].*--csv-separator",
+    "nowhere.csv": r"{flag}: nowhere.csv cannot be read \(No such file or directory\)",
+    "{t}/empty.csv": "{flag}: .*empty.csv cannot be read .*; give a table with a header",
+    "{t}/odd.csv": "{flag}: .*odd.csv cannot be read",
+    "{t}/comma.csv": r"no column 'title', only \['filepath', 'caption'\].*--csv-separator \(now ','\)",
     "{t}/column.csv": r"no column 'title', only \['filepath', 'caption'\].*--csv-caption-key",
     "{t}/blank.csv": "Not one of the 3 rows",
 }
@@ -295,11 +310,9 @@ def test_refused_before_any_work(name, build, flag, tmp_path):
 def test_fewer_shards_than_readers(tmp_path):
     pattern = write_shards(tmp_path, [8] * 5)
     train_data(pattern, workers=5)
-    with pytest.raises(UserError) as error:
+    readers = r"5 shards .* 3 workers on each of 2 ranks \(6 readers\): use fewer --workers, add --dataset-resampled"
+    with pytest.raises(UserError, match=readers):
         train_data(pattern, workers=3, world_size=2)
-    for part in ("5 shards", "3 workers", "2 ranks", "6 readers"):
-        assert part in str(error.value)
-    assert str(error.value).endswith("use fewer --workers, add --dataset-resampled, or make more shards.")
     train_data(pattern, workers=3, world_size=2, dataset_resampled=True)
 
 
@@ -308,7 +321,7 @@ def test_fewer_shards_than_readers(tmp_path):
     [
         ({"train_data_upsampling_factors": "1::2"}, "needs --dataset-resampled"),
         ({"dataset_type": "synthetic"}, "--train-num-samples"),
-        ({"dataset_type": "csv", "world_size": 2}, "only 7 usable rows.*2 ranks.*--batch-size"),
+        ({"dataset_type": "csv", "world_size": 2}, "only 7 usable samples.*2 ranks.*--batch-size"),
     ],
 )
 def test_refused_flags(flags, problem, tmp_path):
@@ -319,31 +332,23 @@ def test_refused_flags(flags, problem, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resampled", [False, True])
 def test_nothing_usable_ends_in_one_sentence(workers, resampled, tmp_path):
-    for shard in range(2):
-        write_shard(tmp_path / f"{shard}.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}, "b": {"jpg": encode(0)}})
     flags = {"train_num_samples": 8, "workers": workers, "dataset_resampled": resampled}
-    data = train_data(f"{tmp_path}/{{0..1}}.tar", **flags)
-    with pytest.raises(UserError, match="not one usable sample .* x no caption, .* x unreadable image") as error:
+    data = train_data(write_shards(tmp_path, [1, 1]), **flags)
+    for shard in range(2):
+        write_shard(tmp_path / f"0000{shard}.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}, "b": {"jpg": encode(0)}})
+    with pytest.raises(UserError, match="^Worker .* not one usable sample .* x no caption, .* x unreadable image"):
         list(data.epoch(0))
-    assert "Traceback" not in str(error.value)
 
 
-def test_nothing_usable_after_a_resume(tmp_path):
+def test_data_that_become_unusable_during_an_epoch(tmp_path):
     pattern = write_shards(tmp_path, [8])
-    data = train_data(pattern)
+    data, resumed = (train_data(pattern, train_num_samples=40) for _ in range(2))
     batches = data.epoch(0)
     next(batches)
-    resumed = train_data(pattern)
-    write_shard(tmp_path / "00000.tar", {"a": {"jpg": encode(0)}})
     resumed.load_state_dict(data.state_dict())
+    write_shard(tmp_path / "00000.tar", {"a": {"jpg": encode(0)}})
     with pytest.raises(UserError, match="not one usable sample"):
         list(resumed.epoch(0))
-
-
-def test_shards_that_vanish_during_an_epoch(tmp_path):
-    data = train_data(write_shards(tmp_path, [8]), train_num_samples=40)
-    batches = data.epoch(0)
-    next(batches)
     (tmp_path / "00000.tar").unlink()
     assert len(next(batches)["key"]) == 4  # was in the shuffle buffer
     with pytest.raises(UserError, match="No such file or directory"):
@@ -380,5 +385,5 @@ def test_a_task_says_what_a_sample_is(workers, tmp_path):
     assert to_device(batch, torch.device("cpu"))["pictures"][1].shape == (2, 3, 4, 4)
     assert data.report().skipped == {"unreadable image": 1, "no question": 1}
     write_shard(tmp_path / "x.tar", {"a": sample(1)})
-    with pytest.raises(UserError, match=r"not one usable sample \(1 x no question .*: give shards with what this task"):
+    with pytest.raises(UserError, match=r"not one usable sample \(1 x no question .*; its files are a.jpg, .*: give"):
         build_val_data(args, Question(), rank=0, world_size=1, read=read_question)

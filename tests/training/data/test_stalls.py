@@ -8,19 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from training.data import pixels, stalls
-from training.data.signals import held_back, outlive_signals
-from training.data.stalls import Board, StallWatch
+from training.data import loader, pixels
+from training.data.loader import Board, held_back, outlive_signals, watched
 from training.data.streams import open_stream
 
-from ..data_helpers import assert_same_batches, keys, train_data, val_data, write_csv, write_shards
+from ..data_helpers import assert_same_batches, keys, train_data, val_data, wait_until, write_csv, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -30,38 +29,30 @@ class Gate:
 
     def __init__(self, folder: Path):
         self.file = folder / "gate"
-        self.cue = str(self.file)
-        self.messages: list[str] = []
-        self.open()
-
-    def open(self) -> None:
         self.file.touch()
+        self.cue, self.heard = str(self.file), None
 
     def close(self) -> None:
-        self.messages.clear()
+        self.heard = None
         self.file.unlink()
 
     def command(self, shard: Path | str) -> str:
         return f"pipe:while [ ! -e {self.file} ]; do sleep 0.02; done; cat {shard}"
 
     def hear(self, record: logging.LogRecord) -> bool:
-        self.messages.append(record.getMessage())
-        if self.heard():
-            self.open()
+        if self.heard is None and self.cue in record.getMessage():  # a busy machine may have had other warnings before
+            self.heard = record.getMessage()
+            self.file.touch()
         return True
-
-    def heard(self) -> str | None:
-        """The warning; a busy machine may have had others before."""
-        return next((message for message in self.messages if self.cue in message), None)
 
 
 @pytest.fixture
 def gate(tmp_path):
     gate = Gate(tmp_path)
-    stalls.log.addFilter(gate.hear)
+    loader.log.addFilter(gate.hear)
     yield gate
-    stalls.log.removeFilter(gate.hear)
-    gate.open()
+    loader.log.removeFilter(gate.hear)
+    gate.file.touch()
 
 
 FLAGS = {"dataset_type": "webdataset", "train_num_samples": 16, "stall_seconds": 0.1}
@@ -79,11 +70,8 @@ def test_the_worker_that_is_due_and_its_shard_are_named(build, gate, tmp_path):
     gate.close()
 
     assert_same_batches(list(epoch()), undisturbed)
-    expected = (
-        f"Rank 0 has been waiting for data for {SECONDS}: worker {worker} is due, which has been on "
-        f"{re.escape(slow)} for {SECONDS}."
-    )
-    assert re.fullmatch(expected, gate.heard())
+    who = f"worker {worker} has been on {re.escape(slow)}"
+    assert re.fullmatch(f"Rank 0 has been waiting for data for {SECONDS}: {who} for {SECONDS}.", gate.heard)
 
 
 def test_a_resume_says_that_it_passes_over_what_was_used(gate, tmp_path):
@@ -93,7 +81,7 @@ def test_a_resume_says_that_it_passes_over_what_was_used(gate, tmp_path):
     gate.close()
     resumed.load_state_dict(data.state_dict())
     list(resumed.epoch(0))
-    assert gate.heard().endswith(" s, on its way past the samples that were used before.")
+    assert gate.heard.endswith(" s, on its way past the samples that were used before.")
 
 
 def test_a_slow_picture_of_a_table_is_named(gate, tmp_path, monkeypatch):
@@ -109,42 +97,37 @@ def test_a_slow_picture_of_a_table_is_named(gate, tmp_path, monkeypatch):
     gate.cue = "images/"
     gate.close()
     first = next(data.epoch(0))["key"][0]
-    assert re.search(f": this process reads them itself and has been on {first} for {SECONDS}.$", gate.heard())
+    assert re.search(f": worker 0 has been on {first} for {SECONDS}.$", gate.heard)
 
 
-def test_warnings_come_at_doubling_intervals(monkeypatch, caplog):
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(stalls, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    watch = StallWatch(3, 60, lambda: "worker 2 is due")
-
+def test_warnings_come_each_time_the_wait_has_doubled(caplog):
     def items():
-        for waits in [(59,), (30, 59, 61, 90, 119, 120, 239, 500, 959, 960, 1000), (10, 59), (70,)]:
-            begun = clock.now
-            for waited in waits:
-                clock.now = begun + waited
-                watch.look()
-            yield len(waits)
+        for seconds in (0, 1, 0.6):
+            threading.Event().wait(seconds)
+            yield seconds
 
-    for _ in watch.watch(items()):
-        clock.now += 5000  # the one who uses the data may take its time
-        watch.look()
-    assert caplog.messages == [
-        f"Rank 3 has been waiting for data for {seconds} s: worker 2 is due." for seconds in (61, 120, 500, 960, 70)
-    ]
+    waits = []
+    for _ in watched(items(), 0.1, 3, lambda: "worker 2 is due"):
+        assert all(message.endswith("s: worker 2 is due.") for message in caplog.messages)
+        waits.append([record.args[1] for record in caplog.records])
+        caplog.clear()
+        threading.Event().wait(0.2)  # the one who uses the data may take its time
+    _, long, other = waits
+    assert long[0] >= 0.1 and 2 <= len(long) <= 4 and caplog.messages == []
+    assert all(second >= 2 * first for first, second in zip(long, long[1:], strict=False))
+    assert 0.1 <= other[0] < long[-1]
 
 
 def test_the_board(monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(stalls, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: clock.now))
     board = Board(3)
-    assert board.describe(2) == "has not begun to read"
-    board.turns_to(2, "b.tar")
+    assert board.describe(2) == "worker 2 has not begun to read"
     board.turns_to(0, "a.tar")
     clock.now += 75
-    assert board.describe(0) == "has been on a.tar for 75 s"
     board.turns_to(2, "pipe:" + "é" * 5000 + "/last.tar")
     assert board.describe(2).endswith("éé/last.tar for 0 s") and len(board.describe(2)) < 1200
-    assert board.describe(0) == "has been on a.tar for 75 s"
+    assert board.describe(0) == "worker 0 has been on a.tar for 75 s"
 
 
 # Signals
@@ -165,24 +148,15 @@ print(*keys(data.epoch(0)), *sorted(set(seen)))
 needs_senders = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not tell who sent them")
 
 
-def wait_until(condition) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        threading.Event().wait(0.02)
-    pytest.fail("It does not come to it.")
-
-
 def pid_in(file: Path) -> int | None:
     text = file.read_text() if file.exists() else ""
     return int(text) if text.endswith("\n") else None
 
 
 def is_running(pid: int) -> bool:
-    try:
+    with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # of a zombie nothing is left
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return False
 
 
 @needs_senders
@@ -222,49 +196,34 @@ def test_signals_for_everybody_leave_the_workers_and_their_commands_at_work(tmp_
         program.kill()
 
 
-@pytest.fixture
-def worker(tmp_path):
-    """Starts a process that stands still reading from a command."""
-
-    def work():
-        outlive_signals()
-        open_stream(f"pipe:echo $$ > {tmp_path}/command; sleep 60 & wait").read()
-
-    def start(context) -> multiprocessing.Process:
-        worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
-        with context:
-            worker.start()
-        wait_until(lambda: pid_in(tmp_path / "command"))
-        return worker
-
-    return start
-
-
 def send(name: str, pid: int) -> None:
     """From a process that is not its parent."""
     subprocess.run(["sh", "-c", f"kill -{name} {pid}"], check=True)
 
 
 @needs_senders
-def test_a_worker_ends_with_its_command_when_its_parent_says_so_and_only_then(worker, tmp_path):
-    worker = worker(held_back())
-    send("TERM", worker.pid)
+@pytest.mark.parametrize("context, status", [(held_back, 0), (nullcontext, -signal.SIGTERM)])
+def test_who_may_end_a_worker(context, status, tmp_path):
+    """One that was started while signals are held back, its parent alone, and its command with it; others, all."""
+
+    def work():
+        outlive_signals()
+        open_stream(f"pipe:echo $$ > {tmp_path}/command; sleep 60 & wait").read()
+
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    with context():
+        worker.start()
+    wait_until(lambda: pid_in(tmp_path / "command"))
+    command = pid_in(tmp_path / "command")
     send("INT", worker.pid)
+    if status == 0:
+        send("TERM", worker.pid)
     worker.join(0.3)
     assert worker.exitcode is None
     worker.terminate()
     worker.join(30)
-    assert worker.exitcode == 0
-    wait_until(lambda: not is_running(pid_in(tmp_path / "command")))
-
-
-def test_a_worker_that_was_started_without_care_can_be_ended_by_all(worker, tmp_path):
-    worker = worker(nullcontext())
-    send("INT", worker.pid)
-    worker.join(0.3)
-    assert worker.exitcode is None
-    send("TERM", worker.pid)
-    worker.join(30)
-    assert worker.exitcode == -signal.SIGTERM
-    os.killpg(pid_in(tmp_path / "command"), signal.SIGKILL)
-
+    assert worker.exitcode == status
+    if status == 0:
+        wait_until(lambda: not is_running(command))
+    else:
+        os.killpg(command, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import threading
 import fsspec
 import pytest
 
-from training.data.report import DataReport
+from training.data.samples import DataReport
 from training.data.shards import read_shard
 from training.data.streams import open_stream
 from training.errors import UserError
@@ -52,21 +51,12 @@ def test_file_urls_are_files(prefix, tmp_path):
         train_data(f"{prefix}{tmp_path}/{{00000..00002}}.tar")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_commands(workers, tmp_path):
-    write_shards(tmp_path, [4, 4])
-    flags = {"dataset_type": "webdataset", "train_num_samples": 8, "workers": workers}
-    data = train_data(f"pipe:cat {tmp_path}/{{00000..00001}}.tar", **flags)
-    assert sorted(keys(data.epoch(0))) == ALL
-    assert data.report().skipped == {}
-
-
 def test_a_command_that_fails_is_told_and_what_it_gave_is_used(tmp_path):
     write_shards(tmp_path, [4])
+    url = f"pipe:cat {tmp_path}/00000.tar; exit 3"
     for _ in range(5):  # whether its end is noticed is no matter of luck
-        found, report = read(f"pipe:cat {tmp_path}/00000.tar; exit 3")
-        assert found == [key_of(0, n) for n in range(4)]
-        assert report.examples == [f"pipe:cat {tmp_path}/00000.tar; exit 3: its command ended with status 3"]
+        found, report = read(url)
+        assert len(found) == 4 and report.examples == [f"{url}: its command ended with status 3"]
     found, report = read(f"pipe:gzip < {tmp_path}/00000.tar; exit 3")
     assert len(found) == 4 and report.skipped == {"broken shard": 1}
     assert read("pipe:exit 4")[1].examples == ["pipe:exit 4: its command ended with status 4"]
@@ -102,22 +92,24 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_http(workers, server, tmp_path):
+def test_commands_and_http(workers, server, tmp_path):
     write_shards(tmp_path, [4, 4])
-    data = train_data(f"{server}/{{00000..00001}}.tar", workers=workers)
-    assert data.num_samples == 8  # by the sizes.json beside them
-    assert sorted(keys(data.epoch(0))) == ALL
-    assert data.report().skipped == {}
+    flags = {"dataset_type": "webdataset", "train_num_samples": 8, "workers": workers}
+    by_command = train_data(f"pipe:cat {tmp_path}/{{00000..00001}}.tar", **flags)
+    by_http = train_data(f"{server}/{{00000..00001}}.tar", workers=workers)  # with the sizes.json beside them
+    for data in (by_command, by_http):
+        assert data.num_samples == 8
+        assert sorted(keys(data.epoch(0))) == ALL
+        assert data.report().skipped == {}
 
 
 def test_http_without_sizes_or_shards(server, tmp_path):
     write_shards(tmp_path, [4, 4], info=False)
     pattern = f"{server}/{{00000..00001}}.tar"
-    with pytest.raises(UserError, match=r"not on this machine.*give --train-num-samples"):
-        train_data(pattern)
-    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 4}))
-    with pytest.raises(UserError, match=r"not on this machine.*give --train-num-samples"):
-        train_data(pattern)
+    for _ in range(2):  # without sizes.json, and with one that lacks a shard
+        with pytest.raises(UserError, match="not on this machine.*give --train-num-samples"):
+            train_data(pattern)
+        (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 4}))
     with pytest.raises(UserError, match=rf"first shard {server}/00007.tar .*\(curl ended with status 22\)"):
         train_data(f"{server}/00007.tar", train_num_samples=8)
     (tmp_path / "00001.tar").unlink()
@@ -158,55 +150,56 @@ def test_fsspec_where_the_client_is_missing(monkeypatch, tmp_path):
         assert asked[-1] == client
 
 
-@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
-def test_what_has_to_be_installed_is_said():
-    with pytest.raises(UserError, match=r"first shard s3://x/0.tar in --train-data cannot be read \(.*s3fs"):
-        train_data("s3://x/{0..3}.tar", train_num_samples=8)
-
-
 # Tried before any work
 
 
-def broken_off(folder):
-    write_shards(folder, [4])
-    truncate(folder / "00000.tar", keep=0)
-    return f"{folder}/00000.tar"
+def broken_off(folder, first=None):
+    """Breaks off in its first sample, or in the second good one after `first`."""
+    write_shard(folder / "0.tar", {"a": first or sample(0), **{str(n): sample(n) for n in range(4)}})
+    truncate(folder / "0.tar", keep=2 if first else 0)
+    return f"{folder}/0.tar"
 
 
-def late_damage(folder):
-    write_shard(folder / "00000.tar", {"a": {"jpg": encode(0)}, **{str(n): sample(n) for n in range(4)}})
-    truncate(folder / "00000.tar", keep=2)
-    return f"{folder}/00000.tar"
-
-
-def slow_end(folder):
-    write_shards(folder, [4])
-    return f"pipe:cat {folder}/00000.tar; sleep 60; touch {folder}/end"
-
-
+APART = [("a", {"jpg": encode(0)}), ("b", {"jpg": encode(1)}), ("a", {"txt": b"x"}), ("b", {"txt": b"y"})]
 UNUSABLE = {"a": {"jpg": encode(0)}, "b": {"txt": b"x"}, "c": {"cls": b"1"}}
 FIRST_SHARDS = {
     "has no sample": (
         lambda folder: str(write_shard(folder / "0.tar", UNUSABLE)),
         r"/0.tar in {flag} has not one usable sample \(1 x no caption, 2 x no image \(for example .*/0.tar: a: no "
-        r"caption; .*/0.tar: b: no image\)\): each needs an image \(jpg, jpeg, png, webp\) and a caption \(txt\) of",
+        r"caption; .*/0.tar: b: no image\); its files are a.jpg, b.txt, c.cls, ...\): each needs an image \(jpg, jpeg, "
+        r"png, webp\) and a caption \(txt\) of the same name up to its first dot; for other endings give --shard-img",
     ),
     "is empty": (
         lambda folder: str(write_shard(folder / "0.tar", {})),
         r"/0.tar in {flag} has not one usable sample \(it is empty\)",
     ),
-    "breaks off": (broken_off, r"/00000.tar in {flag} cannot be read \(unexpected end of data\): give"),
+    "breaks off": (broken_off, r"/0.tar in {flag} cannot be read \(unexpected end of data\): give"),
     "has an unknown scheme": (lambda _: "zip2://{0..3}.tar", r"zip2://0.tar in {flag} .*\(Protocol not known: zip2\)"),
     "fails": (
         lambda folder: f"pipe:cat {folder}/nothing/{{0..3}}.tar 2>&-",
         r"nothing/0.tar 2>&- in {flag} cannot be read \(its command ended with",
     ),
-    "is a folder": (str, r"in {flag} cannot be read \(Is a directory\)"),
-    "is damaged later": (late_damage, None),
-    "has a broken picture": (
-        lambda folder: str(write_shard(folder / "0.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}})), None,
+    "is a folder": (str, r"/bad in {flag} is a folder: name the shards in it with braces, such as .*{00000..00099}"),
+    "is a wildcard": (
+        lambda bad: f"{bad}/../good/*.tar", "wildcards and ~ are not expanded; .* such as .*/{00000..00099}.tar",
     ),
-    "is read no further": (slow_end, None),
+    "has other endings": (
+        lambda bad: str(write_shard(bad / "0.tar", {"a": {"input.jpg": encode(0), "outputs.txt": b"x"}})),
+        "its files are a.input.jpg, a.outputs.txt, .* --shard-img-key and --shard-caption-key",
+    ),
+    "has all pictures before all captions": (
+        lambda bad: str(write_shard(bad / "0.tar", APART)), "next to each other in the tar, so sort it by name",
+    ),
+    "is damaged later": (lambda folder: broken_off(folder, first={"jpg": encode(0)}), None),
+    "has no picture that can be decoded": (
+        lambda folder: str(write_shard(folder / "0.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}})),
+        r"not one usable sample \(1 x unreadable image \(for example .*0.tar: a: not an image\)",
+    ),
+    "has a broken picture": (
+        lambda folder: str(write_shard(folder / "0.tar", {"a": {"jpg": BROKEN_IMAGE, "txt": b"x"}, "b": sample(0)})),
+        None,
+    ),
+    "is read no further": (lambda bad: f"pipe:cat {bad}/../good/00000.tar; sleep 60; touch {bad}/end", None),
 }  # fmt: skip
 
 

@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,26 +55,23 @@ def timm_tower(**changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("proj", "width"), [("linear", 512), ("mlp", 512), ("", 512), ("none", 512)])
-def test_layers_of_a_timm_tower(proj, width):
-    tower = timm_tower(proj=proj)
-    images = torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("proj", ["linear", "mlp", "", "none"])
+def test_layers_of_a_timm_tower(proj):
+    tower, images = timm_tower(proj=proj), torch.randn(2, 3, 32, 32)
     pooled = feature_encoder(SimpleNamespace(visual=tower), "pooled", normalize=False)(images)
-    assert pooled.shape == (2, width)
+    assert pooled.shape == (2, 512)
     head = tower.head if proj in ("linear", "mlp") else tower.trunk.get_classifier()
     torch.testing.assert_close(head(pooled), tower(images))
 
 
 def test_towers_without_a_separate_projection():
     resnet = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, image_size=32, width=8)
-    with pytest.raises(UserError, match=r"\(ModifiedResNet\) has no features before a projection; take --layer projec"):
-        feature_encoder(SimpleNamespace(visual=resnet), "pooled", normalize=False)
-    pool = SimpleNamespace(visual=timm_tower(pool="rot_attn", proj=""))
-    with pytest.raises(UserError, match="TimmModel"):
-        feature_encoder(pool, "pooled", normalize=False)
+    pool = timm_tower(pool="rot_attn", proj="")
     coca = open_clip.transformer.VisionTransformer(16, 4, 32, 1, 2, 2.0, attentional_pool="parallel", output_dim=16)
-    with pytest.raises(UserError, match="VisionTransformer"):
-        feature_encoder(SimpleNamespace(visual=coca), "pooled", normalize=False)
+    for tower in (resnet, pool, coca):
+        said = rf"\({type(tower).__name__}\) has no features before a projection; take --layer projected"
+        with pytest.raises(UserError, match=said):
+            feature_encoder(SimpleNamespace(visual=tower), "pooled", normalize=False)
 
 
 # --- the cache ---
@@ -217,12 +213,6 @@ def test_features_that_are_not_finite(extract):
 
 
 def test_no_room(extract, monkeypatch, tmp_path):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(UserError, match="The features need 0.0 GB in .*cache, but 0.0 GB are free"):
-        extract(noise_data())
-    monkeypatch.undo()
-    assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*file"):
         extract(noise_data(), folder=tmp_path / "file")

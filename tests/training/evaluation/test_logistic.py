@@ -9,16 +9,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from training.evaluation import feature_rows
-from training.evaluation.feature_rows import FeatureRows, FeatureSet
-from training.evaluation.logistic import (
-    LinearClassifier,
-    Objective,
-    SolverSettings,
-    all_logits,
-    fit,
-    held_out_score,
-)
+from training.evaluation import features as module
+from training.evaluation.features import FeatureRows, FeatureSet
+from training.evaluation.logistic import LinearClassifier, Objective, fit, held_out_score
 
 CPU = torch.device("cpu")
 
@@ -51,7 +44,7 @@ def digits():
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_gradient_is_autograds(monkeypatch, regularisation, chunk):
     rows = noise_rows()
-    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", chunk * 7)
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", chunk * 7)
     generator = torch.Generator().manual_seed(1)
     theta = torch.randn(4 * 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weight, bias = theta[:28].view(4, 7), theta[28:]
@@ -66,10 +59,10 @@ def test_gradient_is_autograds(monkeypatch, regularisation, chunk):
 
 def test_nothing_cancels_for_certain_rows():
     """Where the right class has nearly all the probability, float32 still tells how much is left."""
-    rows = rows_of(torch.eye(3) * 40, [0, 1, 2])
-    theta = torch.cat([torch.eye(3).flatten(), torch.zeros(3)])
-    loss, grad = Objective(rows, 1e30)(theta)
-    exact, exact_grad = Objective(rows_of(torch.eye(3, dtype=torch.float64) * 40, [0, 1, 2]), 1e30)(theta.double())
+    (loss, grad), (exact, exact_grad) = (
+        Objective(rows_of(torch.eye(3, dtype=dtype) * 40, [0, 1, 2]), 1e30)(torch.eye(4, 3, dtype=dtype).flatten())
+        for dtype in (torch.float32, torch.float64)
+    )
     assert 0 < exact < 1e-15
     assert loss == pytest.approx(exact, rel=1e-6)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=0)
@@ -88,12 +81,12 @@ def sklearn_fit(features, labels, c):
 def test_equals_sklearn(digits, c):
     (features, labels), (test_features, test_labels) = digits
     theirs = sklearn_fit(features, labels, c)
-    ours = fit(rows_of(features, labels), c, SolverSettings(tolerance=1e-9))
+    ours = fit(rows_of(features, labels), c, tolerance=1e-9)
     scale = np.abs(theirs.coef_).max()
     np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, atol=1e-3 * scale)
     np.testing.assert_allclose((ours.bias - ours.bias.mean()).numpy(), theirs.intercept_, atol=1e-3 * scale)
     for dtype, tolerance in ((torch.float64, 0), (torch.float32, 0.002), (torch.bfloat16, 0.005)):
-        classifier = fit(rows_of(torch.tensor(features, dtype=dtype), labels), c, SolverSettings())
+        classifier = fit(rows_of(torch.tensor(features, dtype=dtype), labels), c)
         top1, _ = held_out_score(classifier, rows_of(torch.tensor(test_features, dtype=dtype), test_labels))
         assert top1 == pytest.approx(theirs.score(test_features, test_labels), abs=tolerance + 1e-9)
         assert classifier.converged
@@ -101,8 +94,7 @@ def test_equals_sklearn(digits, c):
 
 def test_two_classes_are_sklearns_with_twice_the_c(digits):
     features, labels = (part[digits[0][1] < 2] for part in digits[0])
-    theirs = sklearn_fit(features, labels, 2.0)
-    ours = fit(rows_of(features, labels), 1.0, SolverSettings(tolerance=1e-9))
+    theirs, ours = sklearn_fit(features, labels, 2.0), fit(rows_of(features, labels), 1.0, tolerance=1e-9)
     np.testing.assert_allclose((ours.weight[1] - ours.weight[0]).numpy(), theirs.coef_[0], atol=1e-4)
     assert (ours.bias[1] - ours.bias[0]).item() == pytest.approx(theirs.intercept_[0], abs=1e-3)
 
@@ -114,11 +106,11 @@ def test_standardized_as_in_sklearn(digits):
     scaler = StandardScaler().fit(features)
     theirs = sklearn_fit(scaler.transform(features), labels, 0.05)
     rows = rows_of(features, labels).standardized()
-    ours = fit(rows, 0.05, SolverSettings(tolerance=1e-9))
+    ours = fit(rows, 0.05, tolerance=1e-9)
     np.testing.assert_allclose(ours.weight.numpy() * scaler.scale_, theirs.coef_, atol=1e-4)
     assert torch.count_nonzero(ours.weight[:, 0]) == 0
     test = rows_of(test_features * np.linspace(0.01, 50, 64) + 7, test_labels)
-    logits = all_logits(ours, test)
+    logits = torch.cat([logits for logits, _ in ours.logits(test)])
     expected = theirs.decision_function(scaler.transform(test.parts[0].features.numpy()))
     np.testing.assert_allclose((logits - logits.mean(dim=1, keepdim=True)).numpy(), expected, atol=1e-3)
 
@@ -127,11 +119,11 @@ def test_centred_and_whitened_coordinates_help():
     """Features as networks have them: far from 0, and a thousand times wider in some directions than in others."""
     rows = noise_rows(400, 12, 3, torch.float32)
     wild = rows_of(rows.parts[0].features * torch.logspace(-2, 1, 12) + 100, rows.parts[0].labels)
-    classifier = fit(wild, 1e3, SolverSettings())
+    classifier = fit(wild, 1e3)
     assert classifier.converged and classifier.iterations <= 60
     theta = torch.cat([classifier.weight.flatten(), classifier.bias]).double()
     precise = rows_of(wild.parts[0].features.double(), rows.parts[0].labels)
-    exact = fit(precise, 1e3, SolverSettings())
+    exact = fit(precise, 1e3)
     objective = Objective(precise, 1e3)
     best, _ = objective(torch.cat([exact.weight.flatten(), exact.bias]))
     assert objective(theta)[0] == pytest.approx(best, rel=1e-4)
@@ -140,27 +132,23 @@ def test_centred_and_whitened_coordinates_help():
 # --- where the rows are ---
 
 
-def mapped(tensor, path):
-    path.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_from_a_file_give_the_same_bits(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 7 * 20)
-    settings = SolverSettings(iterations=30)
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 7 * 20)
     rows = noise_rows(150, dtype=dtype)
     part = rows.parts[0]
-    expected = fit(rows, 0.1, settings)
-    streamed = dataclasses.replace(rows, parts=[part._replace(features=mapped(part.features, tmp_path / "f"))])
+    expected = fit(rows, 0.1, iterations=30)
+    (tmp_path / "f").write_bytes(part.features.view(torch.uint8).numpy().tobytes())
+    file = torch.from_file(str(tmp_path / "f"), shared=False, size=part.features.numel(), dtype=dtype)
+    streamed = dataclasses.replace(rows, parts=[part._replace(features=file.view(part.features.shape))])
     wide = dataclasses.replace(rows, parts=[part._replace(features=part.features.float())])
     for other in (streamed, wide):
-        classifier = fit(other, 0.1, settings)
+        classifier = fit(other, 0.1, iterations=30)
         assert torch.equal(classifier.weight, expected.weight) and torch.equal(classifier.bias, expected.bias)
 
 
 def test_chunks_of_some_rows_of_two_matrices(monkeypatch):
-    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 2 * 4)  # chunks of two rows
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 2 * 4)  # chunks of two rows
     features = torch.arange(40.0).view(10, 4)
     labels = torch.arange(10)
     first, second = torch.tensor([1, 2, 5, 7, 8]), torch.tensor([0, 9])
@@ -172,26 +160,11 @@ def test_chunks_of_some_rows_of_two_matrices(monkeypatch):
     assert (len(rows), rows.width) == (7, 4)
 
 
-def test_reading_ahead_keeps_order_and_errors():
-    done = []
-
-    def load(i):
-        if i == 3:
-            raise OSError("the disk is gone")
-        return i * 10
-
-    with pytest.raises(OSError, match="the disk is gone"):
-        for value in feature_rows._ahead(load, range(5)):
-            done.append(value)
-    assert done == [0, 10, 20]
-    assert list(feature_rows._ahead(str, [])) == []
-
-
 # --- ends ---
 
 
 def test_iterations_are_limited():
-    classifier = fit(noise_rows(), 1e6, SolverSettings(iterations=13, tolerance=1e-12))
+    classifier = fit(noise_rows(), 1e6, iterations=13, tolerance=1e-12)
     assert (classifier.iterations, classifier.converged) == (13, False)
 
 
@@ -199,20 +172,14 @@ def test_the_penalty_spares_the_bias():
     """With one-sided classes and a weight of nothing, the bias alone tells how frequent they are."""
     labels = torch.tensor([0] * 90 + [1] * 10)
     rows = rows_of(torch.randn(100, 3, generator=torch.Generator().manual_seed(0)), labels)
-    classifier = fit(rows, 1e-9, SolverSettings())
+    classifier = fit(rows, 1e-9)
     assert classifier.weight.abs().max() < 0.02
     assert (classifier.bias[0] - classifier.bias[1]).item() == pytest.approx(np.log(9), abs=0.02)
 
 
-def test_a_classifier_that_is_no_number_scores_nothing():
-    rows = noise_rows(dtype=torch.float32)
-    classifier = LinearClassifier(torch.full((4, 7), torch.nan), torch.zeros(4))
-    assert held_out_score(classifier, rows) == (0, np.inf)
-
-
 @pytest.mark.parametrize("features", [torch.ones(6, 3), torch.zeros(6, 3), torch.eye(6)])
 def test_degenerate_rows_still_give_numbers(features):
-    classifier = fit(rows_of(features, [0, 1, 0, 1, 0, 1]), 1.0, SolverSettings())
+    classifier = fit(rows_of(features, [0, 1, 0, 1, 0, 1]), 1.0)
     assert classifier.weight.isfinite().all() and classifier.bias.isfinite().all()
 
 
@@ -223,3 +190,4 @@ def test_held_out_score():
     right = -np.log(np.exp(2) / (np.exp(2) + 2))
     assert top1 == 0.75
     assert loss == pytest.approx((3 * right + right + 2) / 4, rel=1e-6)
+    assert held_out_score(LinearClassifier(torch.full((3, 3), torch.nan), torch.zeros(3)), rows) == (0, np.inf)

@@ -12,9 +12,8 @@ from training.evaluation.passes import (
     ImagePass,
     NotFinite,
     collect,
-    encode_texts,
+    encode_places,
     gather_rows,
-    out_of_memory,
 )
 
 from ...processes import spawn
@@ -42,26 +41,16 @@ def test_outputs_in_order(batch_size, workers):
     expected = torch.from_numpy(images.pixels).float().mean(dim=(1, 2)) / 255
     assert index.tolist() == list(range(7)) and skipped == []
     torch.testing.assert_close(outputs, expected)
-
-
-def test_what_is_kept_of_the_rows():
-    kept, index, _ = collect(image_pass(noise(7)), lambda rows, places: rows[:, :1] + places[:, None])
-    assert torch.equal(kept, collect(image_pass(noise(7)))[0][:, :1] + index[:, None])
-
-
-def test_texts_in_order():
-    texts, settings = [str(i) for i in range(7)], EncodeSettings(3, 0, "fp32")
-    numbers = encode_texts(lambda x: x + 0.5, lambda some: torch.tensor([[int(x)] for x in some]), texts,
-                           ranks=ONE, settings=settings)  # fmt: skip
-    assert numbers[:, 0].tolist() == [i + 0.5 for i in range(7)]
-    with pytest.raises(NotFinite, match="The features of the text '0' are not finite; take --precision fp32"):
-        encode_texts(lambda x: 1 / x, lambda some: torch.tensor([[int(x)] for x in some]), texts,
-                     ranks=ONE, settings=settings)  # fmt: skip
-
-
-def test_features_that_are_no_numbers_are_refused():
     with pytest.raises(NotFinite, match="The features of noise, row 0 are not finite"):
-        collect(image_pass(noise(4), lambda images: mean_colour(images) / 0))
+        collect(image_pass(images, lambda images: mean_colour(images) / 0))
+
+
+def test_places_in_order():
+    settings = EncodeSettings(3, 0, "fp32")
+    numbers = encode_places(lambda places: places[:, None] + 0.5, 7, "the features of {}".format, ONE, settings)
+    assert numbers[:, 0].tolist() == [i + 0.5 for i in range(7)]
+    with pytest.raises(NotFinite, match="The features of 0 are not finite; take --precision fp32"):
+        encode_places(lambda places: 1 / places, 7, "the features of {}".format, ONE, settings)
 
 
 def test_each_process_has_whole_batches():
@@ -117,11 +106,12 @@ class TestHalving:
             Halving(function)(torch.arange(10), torch.arange(10))
         assert sizes == [10]
 
-    def test_what_torch_says(self):
-        assert out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
-        with pytest.raises(RuntimeError) as error:
-            torch.empty(1 << 60)
-        assert out_of_memory(error.value)
+    @pytest.mark.parametrize("of_torch", [True, False])
+    def test_a_single_row_is_not_halved(self, of_torch, caplog):
+        function, _ = self.limited(0)
+        with pytest.raises(RuntimeError, match="out of memory|can't allocate memory"):
+            Halving((lambda x, y: torch.empty(1 << 60)) if of_torch else function)(torch.arange(2), torch.arange(2))
+        assert "Out of memory with a batch of 2; going on with 1." in caplog.text
 
 
 class TestGathering:

@@ -1,11 +1,14 @@
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from training.distributed import Ranks
 from training.errors import UserError
-from training.evaluation.results import Results
+from training.evaluation.results import Results, described_model
 
 ONE = Ranks(torch.device("cpu"))
 WHAT = {
@@ -60,19 +63,19 @@ def test_damaged_files_are_no_results(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "summary.csv").open()))) == 1
 
 
-def test_nowhere():
-    results = Results(None, ONE)
-    assert results.find(WHAT) is None
-    assert results.add(WHAT, {"top1": 0.25})["metrics"] == {"top1": 0.25}
-
-
-def test_only_the_main_process_writes(tmp_path):
-    results = Results(tmp_path, Ranks(torch.device("cpu"), rank=1))
-    results.add(WHAT, {"top1": 0.25})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_in_the_way(tmp_path):
+def test_where_nothing_is_written(tmp_path):
+    for results in (Results("none", ONE), Results(tmp_path, Ranks(torch.device("cpu"), rank=1))):
+        assert results.add(WHAT, {"top1": 0.25})["metrics"] == {"top1": 0.25}
+    assert Results("none", ONE).find(WHAT) is None and list(tmp_path.iterdir()) == []
     (tmp_path / "results").write_text("")
     with pytest.raises(UserError, match="is a file; name a folder"):
         Results(tmp_path / "results", ONE)
+
+
+def test_a_model_is_known_by_its_tokenizers_vocabulary_too():
+    """Which a folder of transformers' may change under the same name."""
+    options = SimpleNamespace(model="local-dir:x", precision="fp32", vision_guided_reduction=False)
+    identity = SimpleNamespace(to_dict=lambda: {"name": "local-dir:x"})
+    made = [SimpleNamespace(tokenizer=SimpleNamespace(backend_tokenizer=Tokenizer(WordLevel({w: 0})))) for w in "aab"]
+    first, same, other = (described_model(options, identity, "0", None, tokenizer) for tokenizer in made)
+    assert first == same != other

@@ -1,82 +1,72 @@
-"""Files that say which captions belong to which picture, in the forms that COCO and Flickr are passed around in."""
+"""What says which captions belong to which picture: the files that come with COCO and Flickr, and webdataset shards."""
+
 from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ...errors import UserError
-from ..sources import CsvRows
+from ..streams import Member
+from .folders import read_shards
+from .labelled import TarImages
+
+TxtRule = Literal["lines", "whole"]
 
 
 class Entry(NamedTuple):
-    """Captions of a picture as a file has them; a picture may come again in another entry.
+    """Captions of a picture as a file has them; a picture may come again in another entry."""
 
-    image: path as the file has it. split: None where the file is not divided into splits.
-    """
-
-    image: str
+    image: str  # path as the file has it
     captions: list[str]
-    split: str | None = None
+    split: str | None = None  # None where the file is not divided
 
 
 # How the files are called. The first kind holds all splits of a set, the next ones one each; the last two count where
 # there is none of these.
-_NAMES = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"dataset_(?P<name>\w+)\.json",  # Karpathy
-        r"(?P<name>\w+?)_karpathy_(?P<split>\w+)\.json",  # BLIP
-        r"(?P<name>\w+?)_(?P<split>train|val|test)_karpathy\.(json|txt)",  # CLIP_benchmark
-        r"(?P<name>\w+?)_(?P<split>train|val|test)\.jsonl?",  # ALBEF
-        r"captions_(?P<split>\w+)\.json",  # COCO
-        r"(?P<name>Flickr8k)\.token\.txt",
-        r"captions\.(txt|jsonl?)",  # Kaggle's Flickr8k
-    )
+_NAMES = (
+    r"dataset_(?P<name>\w+)\.json",  # Karpathy
+    r"(?P<name>\w+?)_karpathy_(?P<split>\w+)\.json",  # BLIP
+    r"(?P<name>\w+?)_(?P<split>train|val|test)_karpathy\.(json|txt)",  # CLIP_benchmark
+    r"(?P<name>\w+?)_(?P<split>train|val|test)\.jsonl?",  # ALBEF
+    r"captions_(?P<split>\w+)\.json",  # COCO
+    r"(?P<name>Flickr8k)\.token\.txt",
+    r"captions\.(txt|jsonl?)",  # Kaggle's Flickr8k
 )
-_SHAPES = (
-    'a Karpathy file ({"images": [{"filename", "split", "sentences"}]}), a list of {"image", "caption"} as ALBEF '
-    'has it, COCO\'s annotations ({"images", "annotations": [{"image_id", "caption"}]}), or {image: captions}'
-)
+_SHAPES = 'a Karpathy file, a list of {"image", "caption"}, COCO\'s annotations, or {image: captions}'
 
 
 class AnnotationFile(NamedTuple):
-    """A file and what its name says: the set, the split if it holds only one, and which of the known names it is."""
+    """A file and what its name says."""
 
     path: Path
-    name: str
-    split: str | None
-    kind: int | None
+    name: str  # of the set
+    split: str | None = None  # if it holds only one
+    kind: int | None = None  # which of the known names it is
 
 
 def described(path: Path) -> AnnotationFile:
     """Any file; called after itself where its name tells nothing."""
     for kind, pattern in enumerate(_NAMES):
-        if match := pattern.fullmatch(path.name):
-            parts = match.groupdict()
+        if match := re.fullmatch(pattern, path.name):
             name = path.parent.name if path.stem == "captions" else "coco"
-            return AnnotationFile(path, parts.get("name", name), parts.get("split"), kind)
-    return AnnotationFile(path, path.stem, None, None)
+            return AnnotationFile(path, **{"name": name, **match.groupdict()}, kind=kind)
+    return AnnotationFile(path, path.stem)
 
 
 def find_annotations(folder: Path) -> list[AnnotationFile]:
-    """The files in a data set's folder, and in `annotations` in it, whose names tell that they hold captions.
-
-    Those that hold all splits come first.
-    """
+    """The files of captions, by their names, in a folder and its `annotations`; first those of all splits."""
     files = [described(path) for place in (folder, folder / "annotations") for path in sorted(place.glob("*"))]
     files = sorted((file for file in files if file.kind is not None), key=lambda file: file.kind)
     return [file for file in files if file.kind < len(_NAMES) - 2] or files
 
 
 def read_annotations(path: Path) -> list[Entry]:
-    """What a JSON file (or one with JSON in each line) says, or a text file; see `_text_lines`.
-
-    Raises:
-        UserError: no such file, or nothing that is known here.
-    """
+    """What a JSON file (or one with JSON in each line) says, or a text file; see `_text_lines`."""
     if not path.is_file():
         raise UserError(f"There is no file {path}; correct the path.")
     try:
@@ -94,51 +84,32 @@ def read_annotations(path: Path) -> list[Entry]:
         raise UserError(f"{path} has a shape that is not known here ({error}); it must be {_SHAPES}.") from None
 
 
-def read_table(path: Path, separator: str | None, image_column: str, caption_column: str) -> list[Entry]:
-    """The rows of a CSV file.
-
-    separator: None for a tab if the header has one, else a comma.
-
-    Raises:
-        UserError: see `CsvRows`.
-    """
-    if separator is None and path.is_file():
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            separator = "\t" if "\t" in file.readline() else ","
-    rows = CsvRows(str(path), separator or ",", image_column, caption_column, "--data")
-    entries = [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)]
-    return [*entries, Entry(rows.images[0], [""] * rows.empty)]  # to be counted
-
-
 def _json_entries(content: object, split: str | None) -> list[Entry]:
+    """A list of pictures, COCO's own form, {picture: captions}, or a Karpathy file."""
     if isinstance(content, list):
         return [Entry(_text(_field(item, "image")), _texts(_field(item, "caption", "captions"))) for item in content]
     if isinstance(content, dict) and "annotations" in content:
-        return _coco(content, split)
+        folder = f"{split}/" if split else ""  # COCO's pictures lie in a folder that is named like the split
+        entries = {
+            _field(image, "id"): Entry(folder + _text(_field(image, "file_name")), [])
+            for image in _field(content, "images")
+        }
+        for annotation in content["annotations"]:
+            number = _field(annotation, "image_id")
+            if number not in entries:
+                raise ValueError(f"there is a caption for image {number}, but no such image")
+            entries[number].captions.append(_text(_field(annotation, "caption")))
+        return list(entries.values())
     by_image = isinstance(content, dict) and "images" not in content and any(content.values())
     if by_image and all(isinstance(value, str | list) for value in content.values()):
         return [Entry(image, _texts(captions)) for image, captions in content.items()]
-    return [_karpathy(item) for item in _field(content, "images")]
-
-
-def _karpathy(item: object) -> Entry:
-    folder, file = item.get("filepath") if isinstance(item, dict) else None, _text(_field(item, "filename"))
-    captions = [_field(sentence, "raw", "tokens") for sentence in _field(item, "sentences")]
-    captions = [" ".join(_texts(caption)) for caption in captions]  # tokens: where there is nothing else
-    return Entry(f"{folder}/{file}" if folder else file, captions, _text(_field(item, "split")))
-
-
-def _coco(content: dict, split: str | None) -> list[Entry]:
-    """COCO's own form; its pictures lie in a folder that is named like the split."""
-    folder = f"{split}/" if split else ""
-    files = {_field(image, "id"): folder + _text(_field(image, "file_name")) for image in _field(content, "images")}
-    captions: dict[int, list[str]] = {number: [] for number in files}
-    for annotation in content["annotations"]:
-        number = _field(annotation, "image_id")
-        if number not in captions:
-            raise ValueError(f"there is a caption for image {number}, but no such image")
-        captions[number].append(_text(_field(annotation, "caption")))
-    return [Entry(files[number], captions[number]) for number in files]
+    entries = []
+    for item in _field(content, "images"):
+        image, folder = _text(_field(item, "filename")), item.get("filepath")
+        captions = [_field(sentence, "raw", "tokens") for sentence in _field(item, "sentences")]
+        captions = [" ".join(_texts(caption)) for caption in captions]  # tokens: where there is nothing else
+        entries.append(Entry(f"{folder}/{image}" if folder else image, captions, _text(_field(item, "split"))))
+    return entries
 
 
 def _text_lines(text: str, path: Path) -> list[Entry]:
@@ -148,19 +119,24 @@ def _text_lines(text: str, path: Path) -> list[Entry]:
     quoted field as a whole is CSV. `Flickr_8k.testImages.txt` and its like, beside the former, say what each split has.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if lines and all(re.match(r"[^\t]+#\d+\t", line) for line in lines):
+    numbered = [re.fullmatch(r"([^\t]+)#\d+\t(.*)", line) for line in lines]
+    if lines and all(numbered):
         splits = {}
         for split, word in (("train", "train"), ("val", "dev"), ("test", "test")):
             listed = path.with_name(f"Flickr_8k.{word}Images.txt")
             splits |= dict.fromkeys(listed.read_text(encoding="utf-8").split() if listed.is_file() else (), split)
-        pairs = [(line.split("\t", 1)[0].rpartition("#")[0], line.split("\t", 1)[1]) for line in lines]
-        return [Entry(image, [caption], splits.get(image)) for image, caption in pairs]
+        return [Entry(match[1], [match[2]], splits.get(match[1])) for match in numbered]
     try:
         rows = [row for row in csv.reader(text.split("\n"), strict=True) if row]
     except csv.Error:
         rows = [[]]
-    if all(len(row) == 2 for row in rows):
-        return [Entry(image, [caption]) for image, caption in rows[1:]]
+    header = "".join(lines[:1]).lower().split(",")
+    if not header[0].startswith("image"):
+        raise ValueError(f"its first line is {''.join(lines[:1])[:60]!r}, not 'image,caption'")
+    if all(len(row) == len(header) for row in rows):  # Kaggle's Flickr30K has the caption's number in between
+        return [Entry(row[0], [row[-1]]) for row in rows[1:]]
+    if len(header) > 2:
+        raise ValueError("it has other columns beside image and caption, and a row without quotes around its commas")
     entries = []
     for line in lines[1:]:
         match = re.match(r"(.+?\.[A-Za-z]\w{1,4}),(.*)", line)
@@ -173,10 +149,10 @@ def _text_lines(text: str, path: Path) -> list[Entry]:
 
 def _field(item: object, *keys: str) -> object:
     """What is there under the first of `keys` that is."""
-    key = next((key for key in keys if isinstance(item, dict) and key in item), None)
-    if key is None:
-        raise ValueError(f"{keys[0]!r} is missing in {str(item)[:60]}")
-    return item[key]
+    for key in keys:
+        if isinstance(item, dict) and key in item:
+            return item[key]
+    raise ValueError(f"{keys[0]!r} is missing in {str(item)[:60]}")
 
 
 def _texts(value: object) -> list[str]:
@@ -187,3 +163,43 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{str(value)[:60]} is no text")
     return value
+
+
+def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tuple[TarImages, list[list[str]]]:
+    """The pictures of uncompressed tar files, and the captions of each as they are there; it may have none.
+
+    A sample has a picture, and a .json with "captions" or "caption" (a text or a list of texts) or else a .txt.
+
+    txt: what a .txt is: one caption ("whole"), as img2dataset writes it and the trainer reads it, or one caption a line
+        ("lines"), as CLIP_benchmark's converter writes it (with a backslash and an n for a line break in a caption).
+        None: lines if a `dataset_type.txt` beside the shards or above them says "retrieval", as that converter leaves
+        it, else whole; then no .txt may have several lines.
+    """
+    kinds = [file for folder in tars[0].parents[:2] if (file := folder / "dataset_type.txt").is_file()]
+    if txt is None and kinds and kinds[0].read_text(encoding="utf-8", errors="replace").strip().lower() == "retrieval":
+        txt = "lines"
+    damaged = []
+
+    def captions(where: str, members: dict[str, Member], has_picture: bool) -> list[str]:
+        texts = {k: members[k].content.decode("utf-8", errors="replace") for k in ("json", "txt") if k in members}
+        damaged.extend([where] * any("\ufffd" in text for text in texts.values()))
+        try:
+            content = json.loads(texts.get("json", "{}"))
+            found = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
+            found = None if found is None else _texts(found)
+        except ValueError as error:
+            raise UserError(f"{where}.json cannot be read ({error}).") from None
+        if not has_picture and (found or "txt" in texts):
+            raise UserError(f"{where} has a caption and no picture, but .{', .'.join(members)}.")
+        if found is not None or "txt" not in texts:
+            return found or []
+        lines = [line for line in texts["txt"].split("\n") if line.strip()]
+        if txt is None and len(lines) > 1:
+            what = "say with --txt-captions whether these are captions (lines) or one caption (whole)"
+            raise UserError(f"{where}.txt has {len(lines)} lines; {what}.")
+        return [line.replace("\\n", " ") for line in lines] if txt == "lines" else [texts["txt"]]
+
+    images, found = read_shards(tars, {"json", "txt"}, captions)
+    if damaged:
+        logging.warning(f"{len(damaged)} samples have captions that are not UTF-8, the first of them {damaged[0]}.")
+    return images, found

@@ -24,43 +24,24 @@ def has_names(folder: Path) -> bool:
     return any((place / NAMES).is_file() for place in (folder, *splits))
 
 
-@data_set("webdataset", aliases=("wds",), takes_names=True)
-def load_shards(folder: Path, split: str = "test", names: Path | None = None) -> LabelledImages:
-    """As `load_any`, of shards only."""
-    if not any(place.shards for place in folders.find_splits(folder).values()):
-        raise UserError(f"{folder} holds no .tar shards.")
-    return load_any(folder, split, names)
-
-
-@data_set("folder", found_in=has_names, aliases=("imagefolder",), takes_names=True)
+@data_set("folder", found_in=has_names, aliases=("imagefolder", "webdataset", "wds"), takes_names=True)
 def load_any(folder: Path, split: str = "test", names: Path | None = None) -> LabelledImages:
-    """Class folders or shards of any data set.
+    """Class folders, or `*.tar` with samples of `cls` (class number) and a picture, optionally divided.
 
-    - one folder a class, and `classnames.txt`: a name a line for the folders in sorted order (by number if all folders
-      are numbers, else by text), or lines `folder<TAB>name`. Without it, folders that are synsets of ImageNet have
-      ImageNet's names and prompts, and others are called as they are;
-    - `*.tar` with samples of `cls` (class number) and a picture, and `classnames.txt`;
-    - both optionally divided as in `find_splits`.
-
-    `templates.txt`, if there, has one prompt a line with {} for the name. Both files may be in the folder of the split,
-    or else in `folder`.
-
-    Args:
-        names: the file to read instead of `classnames.txt`.
-
-    Raises:
-        UserError: it is anything else, or classes and names do not match.
+    Class folders without `classnames.txt` have ImageNet's names and prompts if they are synsets of it, else their own.
+    `classnames.txt` and `templates.txt` may be in the folder of the split, or else in `folder`. `names`: the file to
+    read instead of `classnames.txt`.
     """
     splits = folders.find_splits(folder)
     found, place = folders.choose_split(splits, split, folder)
     names = names or _beside(place.folder, folder, NAMES)
-    templates = next((path for name in TEMPLATES if (path := _beside(place.folder, folder, name))), None)
+    templates = _beside(place.folder, folder, *TEMPLATES)
     # After the folder, or after the one above if it is called train, val or test.
     path = Path(os.path.abspath(folder))
     title = path.parent.name if path.name.lower() in folders.SPLIT_WORDS else path.name
+    classes: list[str] = []
     if place.shards:
         images, labels = folders.list_shard_pictures(place.shards)
-        classes: list[str] = []
     else:
         classes = folders.list_folders(place.folder)
         if not classes:
@@ -90,5 +71,5 @@ def _without_names(data: LabelledImages, folder: Path) -> LabelledImages:
     return data
 
 
-def _beside(folder: Path, root: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, root / name) if path.is_file()), None)
+def _beside(folder: Path, root: Path, *names: str) -> Path | None:
+    return next((path for name in names for path in (folder / name, root / name) if path.is_file()), None)

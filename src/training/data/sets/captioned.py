@@ -1,23 +1,27 @@
 """Image sets with several captions an image, listed but not decoded: COCO, Flickr and whatever has their form."""
+
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..shards import check_present, expand_shards
-from .annotations import Entry, described, find_annotations, read_annotations, read_table
-from .caption_shards import TxtRule, read_caption_shards
+from ..shards import check_present, expand_shards, listing
+from ..sources import CsvRows
+from . import annotations
+from .annotations import Entry, TxtRule
 from .folders import list_shards
 from .labelled import ImageFiles, Images
 
@@ -36,22 +40,14 @@ class NoSuchSplit(UserError):
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images and their captions; nothing is decoded yet.
+    """Images and their captions; nothing is decoded yet."""
 
-    Attributes:
-        images: in a fixed order, the same on every process; each has a caption.
-        captions: all of them, without line breaks: every run of whitespace is one space.
-        image_of: (number of captions,) int64 image that each caption belongs to; not decreasing.
-        name, split: what it is called in results, such as "coco" and "test".
-        left_out: what was not taken from the files: `empty_captions`, `images_without_caption`.
-    """
-
-    images: Images
-    captions: Sequence[str]
-    image_of: Tensor
-    name: str = ""
+    images: Images  # in a fixed order, the same on every process; each has a caption
+    captions: Sequence[str]  # without line breaks: every run of whitespace is one space
+    image_of: Tensor  # (number of captions,) int64 image that each caption belongs to; not decreasing
+    name: str = ""  # in results, as the split
     split: str = DEFAULT_SPLIT
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)  # `empty_captions`, `images_without_caption`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,11 +60,7 @@ class CaptionedImages:
         return digest.hexdigest()[:16]
 
     def same_text(self) -> Tensor:
-        """(number of captions,) int64, the same number for captions with the same text.
-
-        Case does not count, nor how a letter with an accent is composed, nor whitespace: CLIP's tokenizer drops these
-        as well.
-        """
+        """(number of captions,) int64, equal for the same text but for case and accents' form, which CLIP drops too."""
         numbers: dict[str, int] = {}
         texts = (unicodedata.normalize("NFC", caption).lower() for caption in self.captions)
         return torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts], dtype=torch.int64)
@@ -76,22 +68,13 @@ class CaptionedImages:
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """How captions are read.
+    """How captions are read."""
 
-    Attributes:
-        split: of the data set, several joined with "+" ("train+restval"); None is "test" where there are splits.
-        images: folder of the pictures, if they are not beside the file with the captions.
-        per_image: take no more than so many captions of an image, the first ones.
-        txt: what a .txt file in shards is, see `read_caption_shards`.
-        csv_separator: None for a tab if the header has one, else a comma.
-        csv_image_column, csv_caption_column: as the trainer has them.
-    """
-
-    split: str | None = None
-    images: Path | None = None
-    per_image: int | None = None
-    txt: TxtRule | None = None
-    csv_separator: str | None = None
+    split: str | None = None  # several joined with "+" ("train+restval"); None is "test" where there are splits
+    images: Path | None = None  # folder of the pictures, if they are not beside the file with the captions
+    per_image: int | None = None  # take no more than so many captions of an image, the first ones
+    txt: TxtRule | None = None  # what a .txt file in shards is, see `read_caption_shards`
+    csv_separator: str | None = None  # None for a tab if the header has one, else a comma
     csv_image_column: str = "filepath"
     csv_caption_column: str = "title"
 
@@ -99,61 +82,107 @@ class CaptionOptions:
 def load_captions(spec: str, options: CaptionOptions | None = None) -> CaptionedImages:
     """The captioned images that `spec` names, as `PATH` or `NAME=PATH`.
 
-    PATH is the folder of a data set (with `dataset_NAME.json`, `NAME_test.json`, `captions_val2017.json` or their like
-    in it or in `annotations`), one such file under any name, a CSV file with a row for each caption, a folder of
-    webdataset shards (or of one such folder a split), or shards as `PATH/{0000..0004}.tar`. The order of images and
-    captions is that of the files.
+    PATH is what docs/retrieval.md lists: a data set's folder, a file of captions, a table, or shards. Images are in the
+    order in which the files name them first, captions in the order of the files.
 
-    Raises:
-        UserError: nothing of that kind is there, no such split (`NoSuchSplit`), no captions, or images are missing.
+    Raises: UserError if nothing of that kind is there, no such split (`NoSuchSplit`), no captions, or not all images.
     """
     options = options or CaptionOptions()
     match = None if Path(spec).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", spec)
     name, path = (match[1], Path(match[2])) if match else ("", Path(spec))
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"There is no folder {options.images}; correct --images.")
+    found = _in_folder(name, path) if path.is_dir() else _in_file(name, path, options)
+    split, parts = _chosen(found, options)
+    if found.shards:
+        if options.images is not None:
+            raise UserError("--images is for captions beside pictures; shards hold their pictures, so leave it out.")
+        pictures, texts = annotations.read_caption_shards(parts, options.txt)
+        entries = [Entry(str(number), captions) for number, captions in enumerate(texts)]
+    else:
+        read = [annotations.read_annotations(part) if isinstance(part, Path) else [part] for part in parts]
+        entries = list(itertools.chain(*read))
+
+    grouped: dict[str, list[str]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.image, []).extend(" ".join(caption.split()) for caption in entry.captions)
+    empty = sum(texts.count("") for texts in grouped.values())
+    full = {image: [text for text in texts if text] for image, texts in grouped.items()}
+    kept = {image: texts[: options.per_image] for image, texts in full.items() if texts}
+    if not kept:
+        raise UserError(f"{found.source} has no caption for any of {len(grouped)} images; give a set with captions.")
+    without = len(grouped) - len(kept)
+    if empty or without:
+        logging.warning(f"{found.source}: left out {empty} empty captions and {without} images without one.")
+    if found.shards:
+        images = pictures.subset(torch.tensor([int(number) for number in kept]))
+    else:
+        inside = [folder / images for folder in dict.fromkeys(found.near) for images in IMAGE_FOLDERS]
+        images = _locate(list(kept), inside if options.images is None else [options.images], found.source)
+    image_of = torch.arange(len(kept)).repeat_interleave(torch.tensor([len(texts) for texts in kept.values()]))
+    captions = [text for texts in kept.values() for text in texts]
+    left_out = {"empty_captions": empty, "images_without_caption": without}
+    return CaptionedImages(images, captions, image_of, found.name, split, left_out)
+
+
+class _Found(NamedTuple):
+    """What may be read: entries, files of captions, or shards."""
+
+    name: str
+    source: Path
+    splits: dict[str | None, list[Entry] | list[Path]]  # None: not divided
+    near: Sequence[Path] = ()  # folders that the pictures may be in, or in one of `IMAGE_FOLDERS` in them
+    shards: bool = False
+
+
+def _in_file(name: str, path: Path, options: CaptionOptions) -> _Found:
     if path.suffix == ".tar" or "{" in str(path):
         sets = expand_shards(str(path), "--data")
         for shards in sets:
             check_present(shards, "--data")
         tars = [Path(url) for shards in sets for url in shards.urls]
-        return _from_shards(name or path.parent.name, path, {None: tars}, options)
-    if path.is_dir():
-        return _from_folder(name, path, options)
+        return _Found(name or path.parent.name, path, {None: tars}, shards=True)
     near = [path.parent, path.parent.parent]
     if path.suffix.lower() in (".csv", ".tsv"):
-        entries = read_table(path, options.csv_separator, options.csv_image_column, options.csv_caption_column)
+        columns = options.csv_image_column, options.csv_caption_column
+        rows = CsvRows(str(path), options.csv_separator or "\t", *columns, "--data")
+        entries = [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)]
+        entries.append(Entry(rows.images[0], [""] * rows.empty))  # to be counted
         near.append(Path())
     elif path.suffix.lower() in (".json", ".jsonl", ".txt", ".token"):
-        entries = read_annotations(path)
+        entries = annotations.read_annotations(path)
     else:
         there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"
         raise UserError(f"{path} {there}; give a data set's folder, its JSON file of captions, a CSV file, or shards.")
-    return _from_entries(name or described(path).name, path, _by_split(entries), near, options)
+    return _Found(name or annotations.described(path).name, path, _by_split(entries), near)
 
 
-def _from_folder(name: str, folder: Path, options: CaptionOptions) -> CaptionedImages:
-    files = find_annotations(folder)
+def _in_folder(name: str, folder: Path) -> _Found:
+    files = annotations.find_annotations(folder)
     files = [file for file in files if file.name == name] or files
     if not files:
+        inside = {place.name: list_shards(place) for place in sorted(folder.iterdir())}
         tars = list_shards(folder)
-        inside = {} if tars else {place.name: list_shards(place) for place in sorted(folder.iterdir())}
-        splits = {None: tars} if tars else {split: tars for split, tars in inside.items() if tars}
-        return _from_shards(name or folder.name, folder, splits, options)
+        splits = {None: tars} if tars else {split: shards for split, shards in inside.items() if shards}
+        if not splits:
+            raise UserError(
+                f"{folder} holds no captions: there is neither a file like dataset_coco.json, coco_test.json or "
+                "captions_val2017.json, nor a .tar file; name the file itself if it is called otherwise."
+            )
+        return _Found(name or folder.name, folder, splits, shards=True)
     names = sorted({file.name for file in files})
     if len(names) > 1:
         raise UserError(f"{folder} holds the captions of {' and '.join(names)}; say which with --data {names[0]}=...")
-    there: dict[str | None, list[Entry | Path]] = {}
+    splits = {}
     for file in files:
         if file.split is not None:
-            there.setdefault(file.split, [file.path])
+            splits.setdefault(file.split, [file.path])
         elif file is files[0]:  # holds all splits
-            there = _by_split(read_annotations(file.path))
-    if len(there) > 1:
-        there.pop(None, None)
-    source = files[0].path if None in there else folder
+            splits = _by_split(annotations.read_annotations(file.path))
+    if len(splits) > 1:
+        splits.pop(None, None)
     near = [place for file in files for place in (file.path.parent, file.path.parent.parent)]
-    return _from_entries(name or names[0], source, there, near, options)
+    return _Found(name or names[0], files[0].path if None in splits else folder, splits, near)
 
 
 def _by_split(entries: Sequence[Entry]) -> dict[str | None, list[Entry]]:
@@ -162,100 +191,38 @@ def _by_split(entries: Sequence[Entry]) -> dict[str | None, list[Entry]]:
     return {split: [entry for entry in entries if entry.split == split] for split in splits}
 
 
-def _chosen(there: dict[str | None, list], path: Path, options: CaptionOptions) -> tuple[str, list]:
+def _chosen(found: _Found, options: CaptionOptions) -> tuple[str, list]:
     """What the splits that are wanted are called together, and all that is there of them."""
-    if None in there:
-        return _undivided(path, options), there[None]
-    wanted = list(dict.fromkeys((options.split or DEFAULT_SPLIT).split("+")))
-    for split in wanted:
-        if split not in there:
-            message = f"{path} has no split {split!r}, only {', '.join(there)}; choose with --split."
-            raise NoSuchSplit(message, list(there))
-    return "+".join(wanted), [part for split in wanted for part in there[split]]
-
-
-def _undivided(path: Path, options: CaptionOptions) -> str:
-    """What the split of a file or folder is called that holds only one."""
-    known = described(path).split
-    if options.split is None or options.split == known:
-        return known or "all"
-    if known is None and options.split in re.split(r"[^A-Za-z0-9]+", "/".join(path.parts[-2:])):
-        return options.split
-    holds = f"holds the split {known}" if known else "is not divided into splits"
-    message = f"{path} {holds}: there is no {options.split!r} in it; leave --split out."
-    raise NoSuchSplit(message, [known] if known else [])
-
-
-def _from_shards(
-    name: str, path: Path, splits: dict[str | None, list[Path]], options: CaptionOptions
-) -> CaptionedImages:
-    if not splits:
-        raise UserError(
-            f"{path} holds no captions: there is neither a file like dataset_coco.json, coco_test.json or "
-            "captions_val2017.json, nor a .tar file; name the file itself if it is called otherwise."
-        )
-    split, tars = _chosen(splits, path, options)
-    if options.images is not None:
-        raise UserError("--images is for captions beside pictures; shards hold their pictures, so leave it out.")
-    images, captions = read_caption_shards(tars, options.txt)
-    entries = [Entry(str(number), texts) for number, texts in enumerate(captions)]
-    source = tars[0] if len(tars) == 1 else tars[0].parent
-
-    def find(kept: list[str]) -> Images:
-        return images.subset(torch.tensor([int(number) for number in kept]))
-
-    return _assembled(name, split, entries, source, options, find)
-
-
-def _from_entries(
-    name: str, source: Path, there: dict[str | None, list[Entry | Path]], near: list[Path], options: CaptionOptions
-) -> CaptionedImages:
-    """`near`: folders that the pictures may be in, or in one of `IMAGE_FOLDERS` in them."""
-    split, parts = _chosen(there, source, options)
-    entries = [entry for part in parts for entry in (read_annotations(part) if isinstance(part, Path) else [part])]
-    inside = [folder / images for folder in dict.fromkeys(near) for images in IMAGE_FOLDERS]
-    roots = inside if options.images is None else [options.images]
-    return _assembled(name, split, entries, source, options, lambda kept: _locate(kept, roots, source))
-
-
-def _assembled(
-    name: str, split: str, entries: Sequence[Entry], source: Path, options: CaptionOptions, find: Callable
-) -> CaptionedImages:
-    """Images in the order in which they come first, each with all of its captions. `find`: names to `Images`."""
-    grouped: dict[str, list[str]] = {}
-    for entry in entries:
-        grouped.setdefault(entry.image, []).extend(" ".join(caption.split()) for caption in entry.captions)
-    empty = sum(texts.count("") for texts in grouped.values())
-    full = {image: [text for text in texts if text] for image, texts in grouped.items()}
-    kept = {image: texts[: options.per_image] for image, texts in full.items() if texts}
-    if not kept:
-        raise UserError(f"{source} has no caption for any of {len(grouped)} images; give a set with captions.")
-    image_of = torch.arange(len(kept)).repeat_interleave(torch.tensor([len(texts) for texts in kept.values()]))
-    left_out = {"empty_captions": empty, "images_without_caption": len(grouped) - len(kept)}
-    if any(left_out.values()):
-        logging.warning(
-            f"{source}: left out {empty} empty captions and {left_out['images_without_caption']} images without one."
-        )
-    captions = [text for texts in kept.values() for text in texts]
-    return CaptionedImages(find(list(kept)), captions, image_of, name, split, left_out)
-
-
-# ------------------------------------------------------------------------------------------- where the pictures are
+    path, wanted = found.source, options.split
+    if None not in found.splits:
+        names = list(dict.fromkeys((wanted or DEFAULT_SPLIT).split("+")))
+        for split in names:
+            if split not in found.splits:
+                only = f"only {', '.join(found.splits)}; choose with --split."
+                raise NoSuchSplit(f"{path} has no split {split!r}, {only}", list(found.splits))
+        return "+".join(names), [part for split in names for part in found.splits[split]]
+    known = annotations.described(path).split
+    if known is None and wanted in re.split(r"[^A-Za-z0-9]+", "/".join(path.parts[-2:])):
+        known = wanted
+    if wanted not in (None, known):
+        holds = f"holds the split {known}" if known else "is not divided into splits"
+        there = [known] if known else []
+        raise NoSuchSplit(f"{path} {holds}: there is no {wanted!r} in it; leave --split out.", there)
+    return known or "all", found.splits[None]
 
 
 def _locate(names: Sequence[str], roots: Sequence[Path], source: Path) -> ImageFiles:
     """The pictures of these names, all in one of the folders and all found in the same way.
 
-    Raises:
-        UserError: some are nowhere. It tells of the folder where most of them are.
+    Where some are nowhere, a UserError tells of the folder where most of them are.
     """
-    listing = cache(_listing)
+    names_in = cache(listing)  # all at once: asking for each file takes long on a network's disk
 
     def is_there(root: Path, path: str) -> bool:
         folder, name = os.path.split(os.path.join(root, path))
-        return name in listing(folder)
+        return name in names_in(folder)
 
-    best: tuple[int, Path, str] | None = None
+    failed: list[tuple[int, Path, str]] = []
     for root in roots:
         for way in zip(*map(_ways, names), strict=True):
             paths = [next((path for path in candidates if is_there(root, path)), None) for candidates in way]
@@ -264,21 +231,12 @@ def _locate(names: Sequence[str], roots: Sequence[Path], source: Path) -> ImageF
                 continue  # several pictures in one: what this way leaves out of the names is needed
             if not missing:
                 return ImageFiles(root, paths)
-            if best is None or missing < best[0]:
-                best = missing, root, names[paths.index(None)]
-    missing, root, first = best
+            failed.append((missing, root, names[paths.index(None)]))
+    missing, root, first = min(failed, key=lambda failure: failure[0])
     raise UserError(
         f"{missing} of the {len(names)} images of {source} are not in {root.absolute()}, the first of them {first}: "
         "fetch them, or name the folder that holds them with --images."
     )
-
-
-def _listing(folder: str) -> frozenset[str]:
-    """Names in a folder, all at once: asking for each file takes long on a network's disk."""
-    try:
-        return frozenset(os.listdir(folder or "."))
-    except OSError:
-        return frozenset()
 
 
 def _ways(name: str) -> tuple[Sequence[str], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -16,12 +15,10 @@ from .labelled import LabelledImages
 def named(data: LabelledImages, path: Path) -> LabelledImages:
     """`data` with the class names of a file: one a line in the order of the classes, or lines `folder<TAB>name`.
 
-    Raises:
-        UserError: there are not as many as classes, or it is not clear which line is for which class.
+    Raises: UserError if there are not as many as classes, or it is not clear which line is for which class.
     """
-    lines = read_lines(path)
-    folders = list(data.folders)
-    words = [line.split(maxsplit=1)[0] for line in lines]
+    lines, folders = read_lines(path), list(data.folders)
+    words = [re.split(r"[\s,;:|]", line)[0] for line in lines]
     if any("\t" in line for line in lines):
         if not folders:
             what = f"but the classes of {data.name} are no folders: write one name a line, in the order of the classes"
@@ -31,7 +28,7 @@ def named(data: LabelledImages, path: Path) -> LabelledImages:
         what = f"in another order than theirs, which starts with {folders[0]}: write lines of folder<TAB>name"
         raise UserError(f"{path} has the names of the class folders {what}.")
     elif folders and words != lines and set(words) == set(folders) and all(re.search("[0-9]", word) for word in words):
-        raise UserError(f"{path} has lines that begin with a folder and a space: write lines of folder<TAB>name.")
+        raise UserError(f"{path} has lines that begin with a folder and no tab: write lines of folder<TAB>name.")
     classes = len(folders or data.classnames)
     if classes and len(lines) != classes:
         kind = "class folders" if folders else "classes"
@@ -41,16 +38,15 @@ def named(data: LabelledImages, path: Path) -> LabelledImages:
 
 
 def _by_folder(lines: list[str], folders: list[str], path: Path, data: str) -> list[str]:
-    pairs = [[part.strip() for part in line.split("\t")] for line in lines]
-    names = {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and all(pair)}
-    if missing := [folder for folder in folders if folder not in names]:
-        raise UserError(f"{path} has no line 'folder<TAB>name' for the class folder {missing[0]}.")
-    if wrong := [line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2 or not all(pair)]:
-        raise UserError(f"{path} has lines of folder<TAB>name, but {wrong[0]!r} is none.")
+    names: dict[str, str] = {}
+    for line in lines:
+        folder, name, *more = [part.strip() for part in f"{line}\t".split("\t")]
+        if not name or any(more):
+            raise UserError(f"{path} has lines of folder<TAB>name, but {line!r} is none.")
+        if folder in names:
+            raise UserError(f"{path} names the folder {folder} twice; leave one line for each.")
+        names[folder] = name
     check_folders(data, folders, list(names), path.name)
-    (twice, count), *_ = Counter(pair[0] for pair in pairs).most_common(1)
-    if count > 1:
-        raise UserError(f"{path} names the folder {twice} twice; leave one line for each.")
     return [names[folder] for folder in folders]
 
 
@@ -59,11 +55,7 @@ def _plain(names: list[str]) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Stripped lines; blank ones are allowed at the end only, since a line's place says which class it is.
-
-    Raises:
-        UserError: there is nothing in it, a blank line in between, or it is not UTF-8.
-    """
+    """Stripped lines of UTF-8; blank ones are allowed at the end only, since a line's place says which class it is."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError:
@@ -76,11 +68,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_templates(path: Path) -> list[str]:
-    """Prompts with {} for the class name, one a line; {c}, as CLIP_benchmark writes it, is the same.
-
-    Raises:
-        UserError: one has none, or more than that in braces.
-    """
+    """Prompts with {} for the class name and nothing else in braces, one a line; CLIP_benchmark's {c} is the same."""
     templates = []
     for line in read_lines(path):
         template = line.replace("{c}", "{}")

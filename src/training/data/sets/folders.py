@@ -9,24 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError
-from ..tar import Member, reason, walk
+from ...errors import UserError, reason
+from ..shards import IMAGE_KEYS
+from ..streams import Member, walk
 from .labelled import ImageFiles, Images, TarImages, picture_endings
 
-SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")  # where a sample has several pictures, the first of these
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-
-# ------------------------------------------------------------------------------------------------------------- splits
 
 
 class Place(NamedTuple):
@@ -41,31 +37,35 @@ def find_splits(folder: Path, undivided: str = "test") -> dict[str, Place]:
 
     Divided are class folders and shards in `train`, `val`, `test` (all visible folders must be called so), and shards
     whose file names have one of these words (`imagenet1k-train-0000.tar`). Anything else is a single split: the one
-    that the folder is called after, else `undivided`.
-
-    Raises:
-        UserError: there is no such folder, it is empty, or it is not clear what belongs to which split.
+    that the folder is called after, else `undivided`. A UserError where it is not clear what belongs to which.
     """
     names, shards = list_folders(folder), list_shards(folder)
     if not names and not shards:
         raise nothing_in(folder)
-    if not names or not all(name.lower() in SPLIT_WORDS for name in names):
-        return _splits_of_shards(folder, shards, undivided) if shards else {own_split(folder, undivided): Place(folder)}
     splits: dict[str, Place] = {}
-    for name in names:
-        split = SPLIT_WORDS[name.lower()]
-        if split in splits:
-            raise UserError(f"{folder} has both {splits[split].folder.name} and {name}; leave only one of them.")
-        splits[split] = Place(folder / name, tuple(list_shards(folder / name)))
-    return splits
+    if names and all(name.lower() in SPLIT_WORDS for name in names):
+        for name in names:
+            split = SPLIT_WORDS[name.lower()]
+            if split in splits:
+                raise UserError(f"{folder} has both {splits[split].folder.name} and {name}; leave only one of them.")
+            splits[split] = Place(folder / name, tuple(list_shards(folder / name)))
+        return splits
+    without = []
+    for shard in shards:
+        words = [word for word in re.findall("[a-z]+", shard.stem.lower()) if word in SPLIT_WORDS]
+        if words:
+            place = splits.get(SPLIT_WORDS[words[0]], Place(folder))
+            splits[SPLIT_WORDS[words[0]]] = Place(folder, (*place.shards, shard))
+        else:
+            without.append(shard)
+    if splits and without:
+        odd = f"{without[0].name} names none: have train, val or test in the names of all shards or of none"
+        raise UserError(f"{folder} has shards of some splits, but {odd}.")
+    return splits or {own_split(folder, undivided): Place(folder, tuple(shards))}
 
 
 def choose_split(splits: dict[str, Place], split: str, folder: Path) -> tuple[str, Place]:
-    """The one asked for and its name; for "test" of data without one, "val", which is what people then report on.
-
-    Raises:
-        UserError: there is none; the sentence says which there are.
-    """
+    """The one asked for and its name; for "test" of data without one, "val", which is what people then report on."""
     name = "val" if split == "test" and split not in splits else split
     if name not in splits:
         raise UserError(
@@ -89,28 +89,8 @@ def nothing_in(folder: Path) -> UserError:
     return UserError(f"{folder} holds neither class folders nor .tar shards.")
 
 
-def _splits_of_shards(folder: Path, shards: list[Path], undivided: str) -> dict[str, Place]:
-    groups: dict[str | None, list[Path]] = {}
-    for shard in shards:
-        words = re.findall("[a-z]+", shard.stem.lower())
-        groups.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None), []).append(shard)
-    if None not in groups:
-        return {str(split): Place(folder, tuple(group)) for split, group in groups.items()}
-    if len(groups) == 1:
-        return {own_split(folder, undivided): Place(folder, tuple(shards))}
-    odd = f"{groups[None][0].name} names none: have train, val or test in the names of all shards or of none"
-    raise UserError(f"{folder} has shards of some splits, but {odd}.")
-
-
-# ------------------------------------------------------------------------------------------------------ class folders
-
-
 def list_folders(folder: Path) -> list[str]:
-    """Names of the visible folders in `folder`, by number if all are numbers (10 after 2), else by text.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Names of the visible folders in `folder`, by number if all are numbers (10 after 2), else by text."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; check the path of the data.")
     with os.scandir(folder) as entries:
@@ -125,13 +105,12 @@ def list_pictures(folder: Path, below: str = "") -> tuple[list[str], list[str]]:
     `folder`. Links are followed."""
     found: dict[bool, list[str]] = {True: [], False: []}
     waiting = [below]
-    while waiting:
-        inside = waiting.pop()
+    for inside in waiting:
         with os.scandir(os.path.join(folder, inside)) as entries:
             for entry in entries:
+                path = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.name.startswith("."):
                     continue
-                path = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.is_dir():
                     waiting.append(path)
                 else:
@@ -139,28 +118,29 @@ def list_pictures(folder: Path, below: str = "") -> tuple[list[str], list[str]]:
     return sorted(found[True]), sorted(found[False])
 
 
-def list_class_pictures(folder: Path, classes: Sequence[str]) -> tuple[ImageFiles, Tensor]:
+def list_class_pictures(
+    folder: Path, classes: Sequence[str], title: str = "", remedy: str = ""
+) -> tuple[ImageFiles, Tensor]:
     """The pictures in the folders `classes` of `folder`, and the place of each one's folder in `classes`, (N,) int64.
 
-    What is left out because of its ending is told in a warning.
-
-    Raises:
-        UserError: there is not one.
+    What is left out because of its ending is told in a warning, or in a UserError if nothing else is there. `title`:
+    check that these are the class folders of this data set.
     """
-    paths, counts, others = [], [], []
-    for name in classes:
+    if title:
+        check_folders(folder, list_folders(folder), classes, title, remedy)
+    paths, labels, others = [], [], []
+    for number, name in enumerate(classes):
         pictures, rest = list_pictures(folder, name)
         paths += pictures
         others += rest
-        counts.append(len(pictures))
-    kinds = some(sorted({_ending(path) or "no ending" for path in others}))
-    files = f"{len(others)} file(s) whose endings ({kinds}) are not those of pictures, the first of them "
-    left_out = files + others[0] if others else ""
+        labels += [number] * len(pictures)
+    kinds, first = some(sorted({_ending(path) or "no ending" for path in others})), "".join(others[:1])
+    told = f"{len(others)} file(s) whose endings ({kinds}) are not those of pictures, the first of them {first}"
     if not paths:
-        raise UserError(f"The class folders in {folder} hold no images{f', only {left_out}' if others else ''}.")
+        raise UserError(f"The class folders in {folder} hold no images{f', only {told}' if others else ''}.")
     if others:
-        logging.warning(f"{folder}: left out {left_out}.")
-    return ImageFiles(folder, paths), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        logging.warning(f"{folder}: left out {told}.")
+    return ImageFiles(folder, paths), torch.tensor(labels)
 
 
 def _ending(path: str) -> str:
@@ -170,11 +150,7 @@ def _ending(path: str) -> str:
 def check_folders(
     folder: Path | str, found: Sequence[str], wanted: Sequence[str], title: str, remedy: str = ""
 ) -> None:
-    """The class folders are exactly those of the data set `title`.
-
-    Raises:
-        UserError: they are not; the sentence says how many are missing or unknown, and which.
-    """
+    """A UserError, with what is missing and unknown, unless the class folders are those of the data set `title`."""
     there, known = set(found), set(wanted)
     missing = [name for name in wanted if name not in there]
     unknown = [name for name in found if name not in known]
@@ -192,82 +168,72 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-# ------------------------------------------------------------------------------------------------------------- shards
-
-
 def list_shards(folder: Path) -> list[Path]:
     """The visible .tar files in `folder`, by name."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
-def read_samples(path: Path, wanted: Collection[str]) -> tuple[dict[str, list[Member]], bool]:
-    """The samples of an uncompressed tar file: key -> members, both in the file's order; and whether it is whole.
+def read_shards(
+    shards: Sequence[Path], wanted: Collection[str], read: Callable[[str, dict[str, Member], bool], Any]
+) -> tuple[TarImages, list]:
+    """The pictures of the samples in uncompressed tar files, and what is said about each.
 
-    Of a file that is cut off or damaged there is what is readable; of its last sample, members can be missing.
+    A sample is the members of a file with the name up to the first dot in common. Of a file that is cut off or damaged
+    there is what is readable, and a warning; its last sample counts if it has a picture and one of `wanted`.
 
-    wanted: extensions to read the contents of
-
-    Raises:
-        UserError: it cannot be read, or is no tar file.
+    wanted: extensions whose contents are read; of all others only headers are
+    read: from where a sample is, its members by extension and whether one is a picture, to what is said about it
     """
-    samples: dict[str, list[Member]] = {}
-    failures: list[Exception] = []
-    for key, members in walk(str(path.absolute()), failures, wanted, compressed=False):
-        samples.setdefault(key, []).extend(members.values())
-    if failures and isinstance(failures[0], OSError):
-        raise UserError(f"{path} cannot be read ({reason(failures[0])}); correct the path.")
-    if failures and not samples:
-        raise UserError(f"{path} is not a readable tar file ({reason(failures[0])}); mend or remove it.")
-    return samples, not failures
+    names, places, said = [], [], []
+    for number, shard in enumerate(shards):
+        samples: dict[str, dict[str, Member]] = {}
+        failures: list[Exception] = []
+        for key, members in walk(str(shard.absolute()), failures, wanted, compressed=False):
+            samples[key] = members | samples.get(key, {})
+        if failures and isinstance(failures[0], OSError):
+            raise UserError(f"{shard} cannot be read ({reason(failures[0])}); correct the path.")
+        if failures and not samples:
+            raise UserError(f"{shard} is not a readable tar file ({reason(failures[0])}); mend or remove it.")
+        if failures:
+            last = next(reversed(samples))
+            if _picture(samples[last]) is None or samples[last].keys().isdisjoint(wanted):
+                del samples[last]
+            logging.warning(f"{shard} is cut off or damaged after {len(samples)} samples; the rest of it is left out.")
+        for key, members in samples.items():
+            picture = _picture(members)
+            found = read(f"{shard}: {key}", members, picture is not None)
+            if picture is not None:
+                names.append(picture.name)
+                places.append((number, picture.offset, picture.size))
+                said.append(found)
+    return TarImages(shards, names, places), said
+
+
+def _picture(members: Mapping[str, Member]) -> Member | None:
+    """Of the first of `IMAGE_KEYS` that a sample has, else of any kind that can be decoded."""
+    return next((members[k] for k in (*IMAGE_KEYS, *members) if k in members and f".{k}" in picture_endings()), None)
 
 
 def list_shard_pictures(shards: Sequence[Path]) -> tuple[TarImages, Tensor]:
-    """The pictures of samples with `cls` (the number of the class) and a picture; (N,) int64 classes.
+    """The pictures of samples with `cls` (the number of the class) and a picture; (N,) int64 classes."""
 
-    Reads headers and labels only. What is readable of a shard that is cut off or damaged counts; a warning says so.
+    def label(where: str, members: dict[str, Member], has_picture: bool) -> int:
+        if not has_picture or "cls" not in members:
+            raise UserError(f"{where} needs a .cls file and an image, but has .{', .'.join(members)}.")
+        try:
+            return int(members["cls"].content)
+        except ValueError:
+            found = f"{members['cls'].content[:40]!r}"
+            raise UserError(f"{where}.cls must hold a class number, but holds {found}.") from None
 
-    Raises:
-        UserError: a shard is no tar file, a sample is incomplete, or there is no sample.
-    """
-    names, places, labels = [], [], []
-    for number, shard in enumerate(shards):
-        samples, whole = read_samples(shard, {"cls"})
-        if not whole:
-            logging.warning(f"{shard} is cut off or damaged after {len(samples)} samples; the rest is not evaluated.")
-        for i, (key, members) in enumerate(samples.items(), start=1):
-            picture, label = picture_of(members), next((m for m in members if m.extension == "cls"), None)
-            if picture is not None and label is not None:
-                names.append(picture.name)
-                places.append((number, picture.offset, picture.size))
-                labels.append(_number(label, shard))
-            elif whole or i < len(samples):
-                there = ", .".join(member.extension for member in members)
-                raise UserError(f"{shard}: the sample {key} needs a .cls file and an image, but has .{there}.")
+    images, labels = read_shards(shards, {"cls"}, label)
     if not labels:
         raise UserError(f"The {len(shards)} shards in {shards[0].parent} hold no sample with 'cls' and an image.")
-    return TarImages(shards, names, np.array(places, dtype=np.int64)), torch.tensor(labels)
-
-
-def picture_of(members: Sequence[Member]) -> Member | None:
-    """A sample's picture: of the first of `SHARD_IMAGES` that it has, else of any kind that can be decoded."""
-    kinds = {member.extension: member for member in reversed(members) if f".{member.extension}" in picture_endings()}
-    return next((kinds[kind] for kind in (*SHARD_IMAGES, *kinds) if kind in kinds), None)
-
-
-def _number(member: Member, shard: Path) -> int:
-    try:
-        return int(member.content)
-    except ValueError:
-        shown = f"{member.content[:40]!r}"
-        raise UserError(f"{shard}: {member.name} must hold a class number, but holds {shown}.") from None
+    return images, torch.tensor(labels)
 
 
 def check_numbers(images: Images, labels: Tensor, classes: int, names_from: str) -> None:
-    """Every label is the number of one of so many classes.
-
-    Raises:
-        UserError: one is not; the sentence names the picture.
-    """
+    """A UserError that names the picture, unless every label is the number of one of so many classes."""
     wrong = ((labels < 0) | (labels >= classes)).nonzero()[:, 0].tolist()
     if wrong:
         known = f"{names_from} names {classes} classes, 0 to {classes - 1}"

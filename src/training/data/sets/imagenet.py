@@ -1,4 +1,4 @@
-"""ImageNet, the test sets made for its classes (V2, R, A and Sketch), and Tiny-ImageNet.
+"""ImageNet, the test sets made for its classes (V2, R, A, Sketch and ObjectNet), and Tiny-ImageNet.
 
 The order of the 1000 classes is that of their sorted synsets (WordNet ids such as n01440764), as everywhere but in the
 numbers of the ILSVRC development kit.
@@ -7,8 +7,10 @@ numbers of the ILSVRC development kit.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib import resources
@@ -43,8 +45,11 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 DEVKIT_LABELS = "ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_FOLDERS = ("", "data/", "ILSVRC2012_devkit_t12/data/", "devkit/data/", "ILSVRC/devkit/data/")
 TINY = "tiny-imagenet-200"
+OBJECTNET = "objectnet-1.0"
+IMAGENET_LABELS = "objectnet_to_imagenet_1k.json"
+BORDER = 2  # of ObjectNet: the images have a red one of one pixel; the authors' own loader cuts two off
 SYNSET = re.compile(r"n\d{8}")
-VAL_PICTURE = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
+NAME_OF_PICTURE = re.compile(r"ilsvrc2012_val_\d{8}|.*")  # in lower case; more may follow ILSVRC's names
 
 
 @cache
@@ -63,11 +68,7 @@ def class_numbers() -> dict[str, int]:
 
 @cache
 def subset_synsets(name: str) -> tuple[str, ...]:
-    """The 200 synsets of "imagenet-r" or "imagenet-a" in ImageNet's order, from the lists that timm carries.
-
-    Raises:
-        UserError: the installed timm has none.
-    """
+    """The 200 synsets of "imagenet-r" or "imagenet-a" in ImageNet's order, from the lists that timm carries."""
     path = resources.files("timm.data").joinpath("_info", f"{name.replace('-', '_')}_synsets.txt")
     if not path.is_file():
         raise UserError(f"The installed timm has no list of the classes of {name}; install timm>=1.0.17.")
@@ -86,19 +87,15 @@ def as_imagenet(data: LabelledImages) -> LabelledImages:
 
 
 def holds_imagenet(folder: Path) -> bool:
-    """Whether `folder` can only be ImageNet's: class folders called after synsets, or the flat validation set.
-
-    Some of the 1000 classes alone are other data.
-    """
+    """Whether there are folders called after synsets, but not only some of the 1000, or the flat validation set."""
     if (folder / "wnids.txt").is_file():
         return False  # Tiny-ImageNet
     for place in _splits(folder).values():
         classes = folders.list_folders(place.folder)
         if classes and not place.shards and all(SYNSET.fullmatch(name) for name in classes):
-            # Then `any_data` finds them as well.
-            plain = place.folder == folder or place.folder.name.lower() in folders.SPLIT_WORDS
-            return not (plain and set(classes) < set(imagenet_synsets()))
-        if not classes and any(VAL_PICTURE.match(path) for path in folders.list_pictures(place.folder)[0][:1]):
+            found_by_any = place.folder == folder or place.folder.name.lower() in folders.SPLIT_WORDS
+            return not (found_by_any and set(classes) < set(imagenet_synsets()))
+        if not classes and "".join(folders.list_pictures(place.folder)[0][:1]).lower().startswith("ilsvrc2012_val_"):
             return True
     return False
 
@@ -107,53 +104,109 @@ def holds_imagenet(folder: Path) -> bool:
 def load_imagenet(folder: Path, split: str = "val") -> LabelledImages:
     """ImageNet (ILSVRC 2012), whose validation set has public classes.
 
-    `folder` has the splits in it (see `SPLIT_FOLDERS`), or is one itself. A split is class folders called after
-    synsets, or shards with `cls` from 0 to 999; the validation set may also be the flat `ILSVRC2012_val_00000001.JPEG`
-    and so on with Kaggle's `LOC_val_solution.csv` or the development kit's ground truth and `meta.mat`.
-
-    Raises:
-        UserError: the split is not there, or its classes are not ImageNet's.
+    A split is class folders called after synsets, or shards with `cls` from 0 to 999; the validation set may also be
+    flat, with Kaggle's `LOC_val_solution.csv` or the development kit's ground truth and `meta.mat`.
     """
-    splits = _splits(folder)
-    if not splits:
-        raise folders.nothing_in(folder)
-    found, place = folders.choose_split(splits, split, folder)
+    found, place = folders.choose_split(_splits(folder), split, folder)
     synsets = imagenet_synsets()
     if place.shards:
         images, labels = folders.list_shard_pictures(place.shards)
         folders.check_numbers(images, labels, len(synsets), "ImageNet")
-    elif there := folders.list_folders(place.folder):
-        remedy = f"; for the classes that are there, say folder={folder}"
-        folders.check_folders(place.folder, there, synsets, "ImageNet", remedy)
-        images, labels = folders.list_class_pictures(place.folder, synsets)
-    elif found == "train":
+    elif folders.list_folders(place.folder):
+        remedy = f"; for the classes that are there, say folder={folder} (in training: --zeroshot-data {folder})"
+        images, labels = folders.list_class_pictures(place.folder, synsets, "ImageNet", remedy)
+    elif found == "train" or not folders.list_pictures(place.folder)[0]:
         raise folders.nothing_in(place.folder)
     else:
-        images, labels = _flat_pictures(place.folder, folder)
+        images, labels = _listed(place.folder, synsets, *_validation_labels(place.folder, folder))
     return as_imagenet(LabelledImages(images, labels, (), split=found, folders=synsets))
+
+
+def _splits(folder: Path) -> dict[str, folders.Place]:
+    inside = {split: folders.inner(folder, *names) for split, names in SPLIT_FOLDERS.items()}
+    splits = {split: _place(place) for split, place in inside.items() if place != folder}
+    if splits:
+        return splits
+    place = _place(folder)
+    return folders.find_splits(folder, "val") if place.shards else {folders.own_split(folder, "val"): place}
+
+
+def _place(folder: Path) -> folders.Place:
+    """Synsets before .tar files, since those may be the archives that the folders came from."""
+    synsets = any(SYNSET.fullmatch(name) for name in folders.list_folders(folder))
+    return folders.Place(folder, () if synsets else tuple(folders.list_shards(folder)))
+
+
+def _listed(folder: Path, classes: Sequence[str], file: Path, synsets: dict[str, str]) -> tuple[ImageFiles, Tensor]:
+    """Pictures without class folders. `synsets`: the class of each by its name in lower case, as `file` has it."""
+    paths = folders.list_pictures(folder)[0]
+    numbers = {synset: number for number, synset in enumerate(classes)}
+    # By name and not by place: counting files would shift all labels where one is missing.
+    keys = [NAME_OF_PICTURE.match(os.path.basename(path).lower())[0] for path in paths]
+    labels = [numbers.get(synsets.get(key)) for key in keys]
+    if None in labels:
+        raise UserError(f"{file} has none of the {len(classes)} classes for {paths[labels.index(None)]}; get it anew.")
+    return ImageFiles(folder, paths), torch.tensor(labels)
+
+
+def _validation_labels(folder: Path, root: Path) -> tuple[Path, dict[str, str]]:
+    """The file with labels, which is near the pictures, near `root`, or in a folder above; and what it says."""
+    readers = {KAGGLE_LABELS: _read_kaggle} | {f"{inside}{DEVKIT_LABELS}": _read_devkit for inside in DEVKIT_FOLDERS}
+    for place in (root, folder, *folder.absolute().parents[:5]):
+        for name, read in readers.items():
+            if (path := place / name).is_file():
+                return path, read(path)
+    raise UserError(f"{folder} has no class folders; put {KAGGLE_LABELS} or the kit ILSVRC2012_devkit_t12 into {root}.")
+
+
+def _read_kaggle(path: Path) -> dict[str, str]:
+    """Rows such as `ILSVRC2012_val_00048981,n03995372 85 1 499 272`: the picture, its class and its boxes."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["ImageId"].lower(): row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (LookupError, AttributeError, ValueError, csv.Error):
+        raise UserError(f"{path} must have rows of ImageId and PredictionString; get it anew.") from None
+
+
+def _read_devkit(path: Path) -> dict[str, str]:
+    """A number from 1 to 1000 a line, which is not the class: `meta.mat` says which synset it stands for."""
+    meta = path.with_name("meta.mat")
+    try:
+        from scipy.io import loadmat
+
+        with meta.open("rb") as file:
+            table = loadmat(file, squeeze_me=True)["synsets"].reshape(-1)
+        synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
+        numbers = enumerate(path.read_text(encoding="ascii").split(), start=1)
+        return {f"ilsvrc2012_val_{picture:08d}": synsets[int(number)] for picture, number in numbers}
+    except ImportError:
+        raise UserError(f"Reading {meta} needs scipy; install it, or put {KAGGLE_LABELS} next to it.") from None
+    except Exception as error:  # a damaged file raises almost anything
+        what = f"{path} must hold the number of a class in {meta.name} beside it a line"
+        raise UserError(f"{what} ({type(error).__name__}: {error}); get the whole kit of ILSVRC 2012 anew.") from None
 
 
 def load_test_set(name: str, folder: Path, split: str = "test") -> LabelledImages:
     """ImageNet-V2 (Recht et al. 2019), -R (Hendrycks et al. 2021a), -A (2021b) or -Sketch (Wang et al. 2019).
 
     V2's class folders are named 0 to 999, those of the others by synset: 200, 200 and all of ImageNet's.
-
-    Args:
-        name: a key of `TEST_SETS`; "imagenet-v2" has the matched-frequency images.
-        folder: that of the class folders, or the one that the archive was unpacked in.
-
-    Raises:
-        UserError: the class folders are not exactly those of the data set, or those of another variant of V2.
     """
     title, _, inside = TEST_SETS[name]
     folder = folders.inner(folder, *inside)
-    for other, (title_of_other, _, places) in TEST_SETS.items():
-        wrong = next((place for place in places if folder.absolute().name == place or (folder / place).is_dir()), None)
-        if wrong is not None and other != name and title_of_other == title:
-            raise UserError(f"{folder} holds {wrong}; say {other}={folder} for it.")
+    others = [other for other in _archives(folder) if TEST_SETS[other][0] == title]
+    if others and name not in others:
+        raise UserError(f"{folder} holds {others[0]}; say {others[0]}={folder} for it.")
     classes = _classes_of(name)
-    folders.check_folders(folder, folders.list_folders(folder), classes, title)
-    return as_imagenet(LabelledImages(*folders.list_class_pictures(folder, classes), (), folders=classes))
+    return as_imagenet(LabelledImages(*folders.list_class_pictures(folder, classes, title), (), folders=classes))
+
+
+def _archives(folder: Path) -> list[str]:
+    """The test sets whose archive's folder this is, or has in it."""
+    called = folder.absolute().name
+    return [
+        name for name, (*_, places) in TEST_SETS.items()
+        if called in places or any((folder / place).is_dir() for place in places)
+    ]  # fmt: skip
 
 
 def _classes_of(name: str) -> list[str]:
@@ -165,10 +218,10 @@ def _classes_of(name: str) -> list[str]:
 
 def holds_test_set(name: str, folder: Path) -> bool:
     """Whether `folder` has the archive's folder or is it, or has its classes and is no other variant's."""
-    title, _, places = TEST_SETS[name]
-    called, root = folder.absolute().name, folders.inner(folder, *places)
-    if title == V2 and (root != folder or any(called in known[2] for known in TEST_SETS.values())):
-        return root != folder or called in places
+    archives = _archives(folder)
+    if any(other.startswith("imagenet-v2") for other in archives):
+        return name in archives
+    root = folders.inner(folder, *TEST_SETS[name][2])
     return name in ("imagenet-v2", "imagenet-r", "imagenet-a") and folders.list_folders(root) == _classes_of(name)
 
 
@@ -178,88 +231,53 @@ for _name, (_, _size, _) in TEST_SETS.items():
     _register(partial(load_test_set, _name))
 
 
-def _splits(folder: Path) -> dict[str, folders.Place]:
-    # Folders before .tar files, since those may be the archives that the folders came from (ILSVRC2012_img_train.tar).
-    splits = {}
-    for split, names in SPLIT_FOLDERS.items():
-        if (place := folders.inner(folder, *names)) != folder:
-            splits[split] = folders.Place(place, () if _has_synsets(place) else tuple(folders.list_shards(place)))
-    if not splits and not _has_synsets(folder) and folders.list_shards(folder):
-        return folders.find_splits(folder, "val")
-    if not splits and (folders.list_folders(folder) or folders.list_pictures(folder)[0]):
-        return {folders.own_split(folder, "val"): folders.Place(folder)}
-    return splits
+def holds_objectnet(folder: Path) -> bool:
+    """Whether `folder` has ObjectNet's mappings."""
+    return (folders.inner(folder, OBJECTNET) / "mappings" / IMAGENET_LABELS).is_file()
 
 
-def _has_synsets(folder: Path) -> bool:
-    return any(SYNSET.fullmatch(name) for name in folders.list_folders(folder))
+@data_set("objectnet", {"test": 18_574}, found_in=holds_objectnet)  # of the classes that ImageNet has too
+def load_objectnet(folder: Path, split: str = "test") -> LabelledImages:
+    """ObjectNet 1.0 (Barbu et al. 2019) as its archive unpacks: `images` with a folder a class, and `mappings`.
+
+    Its authors allow evaluation only: no model may be trained or tuned on it. Classes are in the order of their
+    folders' names; `imagenet_classes` comes from the mappings, several for some.
+    """
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    folder = folders.inner(folder, OBJECTNET)
+    labels, groups = _read_mappings(folder / "mappings")
+    pictures = folder / "images"
+    folders.check_folders(pictures, folders.list_folders(pictures), list(labels), "ObjectNet")
+    classes = sorted(name for name, label in labels.items() if label in groups)
+    images, numbers = folders.list_class_pictures(pictures, classes)
+    images.border = BORDER
+    names, known = [labels[name].lower() for name in classes], [groups[labels[name]] for name in classes]
+    data = LabelledImages(images, numbers, names, OPENAI_IMAGENET_TEMPLATES, folders=classes)
+    return replace(data, imagenet_classes=known)
 
 
-# -------------------------------------------------------------------------------------------- the flat validation set
+def _read_mappings(folder: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """The label of each class folder, and ImageNet's classes of each label that overlaps.
 
-
-def _flat_pictures(folder: Path, root: Path) -> tuple[ImageFiles, Tensor]:
-    """Pictures without class folders; the labels are near them, or near `root`, or in a folder above."""
-    paths = folders.list_pictures(folder)[0]
-    if not paths:
-        raise folders.nothing_in(folder)
-    matches = {path: VAL_PICTURE.match(path) for path in paths}
-    if wrong := next((path for path, match in matches.items() if match is None), None):
-        raise UserError(f"{folder} has no class folders, and {wrong} is not named like ILSVRC2012_val_00000001.JPEG.")
-    labels_file, labels = _validation_labels(folder, root)
-    # Labels go by the number in the name: counting files would shift them all where one is missing.
-    synsets = {path: labels.get(int(match[1])) for path, match in matches.items()}
-    if missing := next((path for path, synset in synsets.items() if synset is None), None):
-        raise UserError(f"{labels_file} has no class for {missing}; use the whole file.")
-    if unknown := next((synset for synset in synsets.values() if synset not in class_numbers()), None):
-        raise UserError(f"{labels_file} names the class {unknown!r}, which is not one of ImageNet's 1000 synsets.")
-    return ImageFiles(folder, paths), torch.tensor([class_numbers()[synset] for synset in synsets.values()])
-
-
-def _validation_labels(folder: Path, root: Path) -> tuple[Path, dict[int, str]]:
-    """The file with labels, and the synset of each picture by its number."""
-    readers = {KAGGLE_LABELS: _read_kaggle} | {f"{inside}{DEVKIT_LABELS}": _read_devkit for inside in DEVKIT_FOLDERS}
-    for place in (root, folder, *folder.absolute().parents[:5]):
-        for name, read in readers.items():
-            if (path := place / name).is_file():
-                return path, read(path)
-    raise UserError(f"{folder} has no class folders; put {KAGGLE_LABELS} or the kit ILSVRC2012_devkit_t12 into {root}.")
-
-
-def _read_kaggle(path: Path) -> dict[int, str]:
-    """Rows such as `ILSVRC2012_val_00048981,n03995372 85 1 499 272`: the picture, its class and its boxes."""
-    labels = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            match, boxes = VAL_PICTURE.match(row.get("ImageId") or ""), (row.get("PredictionString") or "").split()
-            if not (match and boxes):
-                raise UserError(f"{path} must have rows of ImageId and PredictionString; get it anew.")
-            labels[int(match[1])] = boxes[0]
-    return labels
-
-
-def _read_devkit(path: Path) -> dict[int, str]:
-    """A number from 1 to 1000 a line, which is not the class: `meta.mat` says which synset it stands for."""
-    meta = path.with_name("meta.mat")
-    if not meta.is_file():
-        raise UserError(f"There is no {meta}, which says what the numbers in {path.name} stand for; get the whole kit.")
+    The files: folder -> label; label -> ImageNet's labels, separated by "; "; ImageNet's class -> line in their list.
+    """
+    files = ("folder_to_objectnet_label.json", IMAGENET_LABELS, "pytorch_to_imagenet_2012_id.json")
     try:
-        from scipy.io import loadmat
-
-        table = loadmat(meta, squeeze_me=True)["synsets"].reshape(-1)
-        synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
-    except ImportError:
-        raise UserError(f"Reading {meta} needs scipy; install it, or put {KAGGLE_LABELS} next to it.") from None
-    except Exception as error:  # a damaged file raises almost anything
-        raise UserError(f"{meta} is not the meta.mat of ILSVRC 2012 ({error}); get it anew.") from None
-    try:
-        numbers = [int(line) for line in path.read_text(encoding="ascii").split()]
-        return {picture: synsets[number] for picture, number in enumerate(numbers, start=1)}
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} must hold the number of a class in {meta.name} a line ({error}).") from None
-
-
-# -------------------------------------------------------------------------------------------------------- Tiny-ImageNet
+        labels, overlap, lines_of_classes = (json.loads((folder / file).read_text(encoding="utf-8")) for file in files)
+        lines = dict(enumerate((folder / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()))
+        classes: dict[str, list[int]] = {}
+        for number in range(len(imagenet_synsets())):
+            classes.setdefault(lines[lines_of_classes[str(number)]].strip(), []).append(number)
+        groups = {}
+        for label, names in overlap.items():
+            groups[label] = [number for name in names.split(";") for (number,) in [classes[name.strip()]]]
+        if not set(overlap) <= set(labels.values()):
+            raise ValueError(f"it has no folder for some of the labels in {IMAGENET_LABELS}")
+        return {name: str(label) for name, label in labels.items()}, groups
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        what = f"{folder} is not as published ({type(error).__name__}: {error})"
+        raise UserError(f"{what}; unpack the whole archive of ObjectNet.") from None
 
 
 def holds_tiny_imagenet(folder: Path) -> bool:
@@ -272,9 +290,6 @@ def load_tiny_imagenet(folder: Path, split: str = "val") -> LabelledImages:
     """The archive as it unpacks, or with class folders in `val` too. Its test set has no public classes.
 
     Classes are in the order of their synsets. Names: ImageNet's where it has the synset, else the first of words.txt.
-
-    Raises:
-        UserError: a list is missing, or the pictures are not those of the classes.
     """
     root = folders.inner(folder, TINY)
     place, annotations = root / split, root / split / "val_annotations.txt"
@@ -282,21 +297,16 @@ def load_tiny_imagenet(folder: Path, split: str = "val") -> LabelledImages:
         raise UserError(f"{root} needs {split}, wnids.txt and words.txt; unpack the whole archive of Tiny-ImageNet.")
     synsets = sorted(read_lines(root / "wnids.txt"))
     if split == "val" and annotations.is_file():
-        rows = {file: synset for file, synset, *_ in (f"{line}\t".split("\t") for line in read_lines(annotations))}
-        paths = folders.list_pictures(place)[0]
-        wrong = next((path for path in paths if rows.get(os.path.basename(path)) not in synsets), None)
-        if wrong:
-            raise UserError(f"{annotations} has no line with {wrong} and one of the classes of wnids.txt; get it anew.")
-        images = ImageFiles(place, paths)
-        labels = torch.tensor([synsets.index(rows[os.path.basename(path)]) for path in paths])
+        rows = (f"{line}\t".split("\t") for line in read_lines(annotations))
+        images, labels = _listed(place, synsets, annotations, {file.lower(): synset for file, synset, *_ in rows})
     else:
         folders.check_folders(place, folders.list_folders(place), synsets, "Tiny-ImageNet")
         inner = [f"{synset}/images" if (place / synset / "images").is_dir() else synset for synset in synsets]
         images, labels = folders.list_class_pictures(place, inner)  # beside `images` there are files with boxes
-    words = dict(line.split("\t", 1) for line in read_lines(root / "words.txt") if "\t" in line)
     data = as_imagenet(LabelledImages(images, labels, (), split=split, folders=synsets))
     if all(synset in class_numbers() for synset in synsets):
         return data
+    words = dict(line.split("\t", 1) for line in read_lines(root / "words.txt") if "\t" in line)
     pairs = zip(synsets, data.classnames, strict=True)
     names = [name if synset in class_numbers() else words.get(synset, synset).split(",")[0] for synset, name in pairs]
     return replace(data, classnames=names, imagenet_classes=None)

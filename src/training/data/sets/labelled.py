@@ -1,7 +1,9 @@
 """Images with classes, listed but not decoded: files, members of tar files, or pixels in memory."""
+
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -31,7 +33,7 @@ _UNDECODED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 
 @cache
 def picture_endings() -> frozenset[str]:
-    """The endings of files that can be decoded here, such as ".jpg", in lower case: those of Pillow and its plugins."""
+    """The endings of files that Pillow and its plugins decode here, such as ".jpg", in lower case."""
     kinds = Image.registered_extensions().items()
     return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _UNDECODED)
 
@@ -39,8 +41,10 @@ def picture_endings() -> frozenset[str]:
 class Images(ABC):
     """Pictures by number, in a fixed order. Each worker process gets a copy, so it is small."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    each: tuple[str, ...]  # the attributes that are arrays with an entry for each picture
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.each[0]))
 
     @abstractmethod
     def name(self, i: int) -> str:
@@ -56,36 +60,27 @@ class Images(ABC):
 
     @abstractmethod
     def fingerprint(self, times: bool = True) -> str:
-        """A hash of which pictures there are, and of what is in them as far as that shows without reading them.
+        """A hash of the pictures: pixels in memory, or the names, sizes and times of change (in ns) of files.
 
-        Pixels in memory: all of them. Files: their names below the folder, their sizes, and when they were last changed
-        (in ns). Members of tar files: names, places and sizes, and each tar file's name, size and time. So a picture
-        that was replaced by one of the same size, and its time set back, goes unnoticed; and a copy whose times are
-        new counts as other pictures.
-
-        times: False leaves the times out, for what must stay the same where the data are copied.
+        docs/evaluation_data.md says what that can miss. `times`: False leaves them out, for what may be copied.
         """
 
-    @abstractmethod
     def subset(self, rows: Tensor) -> Images:
         """The pictures of these numbers, in this order."""
+        part = copy.copy(self)
+        for name in self.each:
+            setattr(part, name, getattr(self, name)[rows.numpy()])
+        return part
 
 
 class ImageFiles(Images):
-    """One file a picture.
+    """One file a picture: `paths` below `root`, and pixels of `border` to cut off on each side."""
 
-    Args:
-        root: folder that holds all of them.
-        paths: relative to `root`.
-        border: pixels to cut off on each side.
-    """
+    each = ("paths",)
 
     def __init__(self, root: str | Path, paths: Sequence[str], border: int = 0):
         self.root, self.border = Path(root), border
         self.paths = np.asarray(paths, dtype=np.str_)  # an array: a list of a million strings is copied by each worker
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def load(self, i: int) -> Image.Image:
         image, border = load_rgb(self.name(i)), self.border
@@ -100,29 +95,18 @@ class ImageFiles(Images):
         return Path(self.name(i)).read_bytes()
 
     def fingerprint(self, times: bool = True) -> str:
-        sizes = _sizes_and_times([self.name(i) for i in range(len(self))], times)
-        names = "\n".join([*self.paths.tolist(), str(self.border)])
-        return _digest(names.encode(errors="surrogateescape"), sizes.tobytes())
-
-    def subset(self, rows: Tensor) -> ImageFiles:
-        return ImageFiles(self.root, self.paths[rows.numpy()], self.border)
+        files = [self.name(i) for i in range(len(self))]
+        return _digest([*self.paths.tolist(), str(self.border)], _sizes_and_times(files, times))
 
 
 class TarImages(Images):
-    """Members of uncompressed tar files, read by position.
+    """Members of uncompressed tar files, read by position. `places`: (N, 3) which of `tars`, offset, bytes."""
 
-    Args:
-        tars: the files.
-        names: (N,) name of each member.
-        places: (N, 3) int64: which of `tars`, offset of the bytes, how many.
-    """
+    each = ("names", "places")
 
-    def __init__(self, tars: Sequence[Path], names: Sequence[str], places: np.ndarray):
-        self.tars = list(tars)
-        self.names, self.places = np.asarray(names, dtype=np.str_), places.reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self.names)
+    def __init__(self, tars: Sequence[Path], names: Sequence[str], places: Sequence[tuple[int, int, int]]):
+        self.tars, self.names = list(tars), np.asarray(names, dtype=np.str_)
+        self.places = np.asarray(places, dtype=np.int64).reshape(-1, 3)
 
     def name(self, i: int) -> str:
         return f"{self.tars[self.places[i, 0]]}: {self.names[i]}"
@@ -134,26 +118,17 @@ class TarImages(Images):
             return file.read(size)
 
     def fingerprint(self, times: bool = True) -> str:
-        names = "\n".join([*(tar.name for tar in self.tars), *self.names.tolist()]).encode(errors="surrogateescape")
-        return _digest(names, np.ascontiguousarray(self.places).tobytes(), _sizes_and_times(self.tars, times).tobytes())
-
-    def subset(self, rows: Tensor) -> TarImages:
-        return TarImages(self.tars, self.names[rows.numpy()], self.places[rows.numpy()])
+        names = [*(tar.name for tar in self.tars), *self.names.tolist()]
+        return _digest(names, self.places, _sizes_and_times(self.tars, times))
 
 
 class ArrayImages(Images):
-    """Pixels in memory: CIFAR, MNIST and their like.
+    """Pixels in memory: (N, H, W) gray or (N, H, W, 3), uint8. `origin`: what they come from, for people."""
 
-    Args:
-        pixels: (N, H, W) gray or (N, H, W, 3), uint8.
-        origin: what they come from, for people.
-    """
+    each = ("pixels",)
 
     def __init__(self, pixels: np.ndarray, origin: str):
         self.pixels, self.origin = pixels, origin
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
     def load(self, i: int) -> Image.Image:
         return Image.fromarray(self.pixels[i]).convert("RGB")
@@ -165,30 +140,23 @@ class ArrayImages(Images):
         return self.pixels[i].tobytes()
 
     def fingerprint(self, times: bool = True) -> str:
-        return _digest(str(self.pixels.shape).encode(), np.ascontiguousarray(self.pixels))
-
-    def subset(self, rows: Tensor) -> ArrayImages:
-        return ArrayImages(self.pixels[rows.numpy()], self.origin)
+        return _digest([str(self.pixels.shape)], self.pixels)
 
 
 @dataclass(frozen=True)
 class LabelledImages:
     """A data set for classification; nothing is decoded yet.
 
-    Attributes:
-        images: in a fixed order, the same on every process.
-        labels: (N,) int64 class of each, counted by `classnames`.
-        classnames: one a class.
-        templates: prompts with "{}" for the class name, or functions of it.
-        name, split: what it is called in results, such as "imagenet-r" and "test".
-        imagenet_classes: if the classes are some of ImageNet's: for each class here, its numbers among the 1000 (more
-            than one where the class covers several of ImageNet's), so that a classifier for ImageNet can be evaluated.
-        folders: where each class is a folder (or a synset), what these are called; in the order of the classes.
+    templates: prompts with "{}" for the class name, or functions of it.
+    name, split: what it is called in results, such as "imagenet-r" and "test".
+    imagenet_classes: if the classes are some of ImageNet's: for each class here, its numbers among the 1000 (more than
+        one where the class covers several of ImageNet's), so that a classifier for ImageNet can be evaluated.
+    folders: where each class is a folder (or a synset), what these are called.
     """
 
-    images: Images
-    labels: Tensor
-    classnames: Sequence[str]
+    images: Images  # in a fixed order, the same on every process
+    labels: Tensor  # (N,) int64 class of each
+    classnames: Sequence[str]  # in the order of the classes, as what follows
     templates: Sequence[str] | Sequence[Callable[[str], str]] = DEFAULT_TEMPLATES
     name: str = ""
     split: str = "test"
@@ -204,33 +172,39 @@ class LabelledImages:
 
     def fingerprint(self, times: bool = True) -> str:
         """A short hash of the pictures (see `Images`), in this order, and of their classes (not of the class names)."""
-        return _digest(self.images.fingerprint(times).encode(), self.labels.to(torch.int64).numpy().tobytes())
+        return _digest([self.images.fingerprint(times)], self.labels.to(torch.int64).numpy())
 
     def same_pictures(self, other: LabelledImages) -> bool:
-        """Whether `other` has the same pictures, byte by byte, with the same labels in the same order.
-
-        Reads no further than to the first difference.
-        """
+        """Whether `other` has the same pictures, byte by byte, with the same labels in the same order."""
         if len(self) != len(other) or not torch.equal(self.labels, other.labels):
             return False
         pairs = ((_content(self.images, i), _content(other.images, i)) for i in range(len(self)))
         return self.fingerprint() == other.fingerprint() or all(ours == theirs for ours, theirs in pairs)
 
 
-def check_arrays(pixels: np.ndarray, labels: Sequence, shape: Sequence[int], classes: int, origin: object) -> Tensor:
-    """The labels as (N,) int64, if `pixels` are (N, *shape) uint8 and there is one of so many classes for each.
+Part = tuple[np.ndarray, Sequence, Path]  # pixels, their labels, and the file that they come from
 
-    Raises:
-        UserError: they are anything else, or none.
+
+def array_data(
+    parts: Sequence[Part], shape: Sequence[int], classnames: Sequence[str], templates: Sequence[str],
+    origin: Path, **called: str,
+) -> LabelledImages:  # fmt: skip
+    """Parts of a data set in memory, together; `called`: its name and split.
+
+    Raises: UserError if one is not `shape` of uint8 an image, with the number of a class for each, or has none.
     """
-    numbers = np.asarray(labels)
-    fitting = pixels.dtype == np.uint8 and pixels.shape == (numbers.size, *shape) and numbers.ndim == 1
-    fitting = fitting and numbers.size and numbers.dtype.kind in "iu"
-    if not fitting or numbers.min() < 0 or numbers.max() >= classes:
-        found = f"{pixels.dtype} of {' x '.join(map(str, pixels.shape))} and {numbers.size} labels"
-        wanted = f"uint8 images of {' x '.join(map(str, shape))}, each with a label from 0 to {classes - 1}"
-        raise UserError(f"{origin} must hold {wanted}, not {found}; get it anew.")
-    return torch.from_numpy(numbers.astype(np.int64))
+    labels = []
+    for pixels, numbers, file in parts:
+        numbers = np.asarray(numbers)
+        fitting = pixels.dtype == np.uint8 and pixels.shape == (numbers.size, *shape) and numbers.ndim == 1
+        whole = numbers.size and numbers.dtype.kind in "iu"
+        if not (fitting and whole and 0 <= numbers.min() and numbers.max() < len(classnames)):
+            found = f"{pixels.dtype} of {' x '.join(map(str, pixels.shape))} and {numbers.size} labels"
+            wanted = f"uint8 images of {' x '.join(map(str, shape))}, each with a label from 0 to {len(classnames) - 1}"
+            raise UserError(f"{file} must hold {wanted}, not {found}; get it anew.")
+        labels.append(torch.from_numpy(numbers.astype(np.int64)))
+    pixels = np.ascontiguousarray(np.concatenate([pixels for pixels, *_ in parts]))
+    return LabelledImages(ArrayImages(pixels, str(origin)), torch.cat(labels), classnames, templates, **called)
 
 
 def _content(images: Images, i: int) -> bytes | None:
@@ -253,9 +227,9 @@ def _sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
     return found
 
 
-def _digest(*parts: bytes | np.ndarray) -> str:
+def _digest(lines: Sequence[str], *arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
-    for part in parts:
+    for part in ("\n".join(lines).encode(errors="surrogateescape"), *map(np.ascontiguousarray, arrays)):
         digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:16]

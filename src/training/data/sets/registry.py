@@ -1,10 +1,7 @@
 """Data sets by name, in the layouts that people have on disk; docs/evaluation_data.md describes them.
 
-`load_data("imagenet=/data/imagenet")` is the validation set, `load_data("cifar10=/data", split="train")` what is for
-training, and `load_data("/data/pets")` whatever is there, such as class folders or shards with `classnames.txt`.
-
 A data set is a function that reads one split of a folder, with `@data_set(name, ...)`; its file is imported in
-`__init__.py`.
+`__init__.py`. `load_data("cifar10=/data", split="train")` calls it, and `load_data("/data/pets")` tells which it is.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 
@@ -25,24 +21,22 @@ from .classnames import named
 from .folders import SPLITS, list_folders, some
 from .labelled import LabelledImages
 
-Reader = Callable[..., LabelledImages]
-
 
 @dataclass(frozen=True)
 class DataSet:
     """What is known of a data set.
 
-    Attributes:
-        splits: those that it has, with their published numbers of images (None: any); if empty, the function says what
-            there is not. Where there is no "test", people report on "val", and that is read.
-        found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
-        takes_names: the function has a third argument, a file of class names to read instead of the data's own, or
-            None. For any other data set the names are replaced afterwards.
-        torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
+    read: the function of folder and split; it raises a UserError for data that are missing, damaged or others.
+    splits: those that it has, with their published numbers of images (None: any); if empty, the function says what
+        there is not. Where there is no "test", people report on "val", and that is read.
+    found_in: whether a folder holds this data set; it must be sure, also where it is not the whole data set.
+    takes_names: the function has a third argument, a file of class names to read instead of the data's own, or None.
+        For any other data set the names are replaced afterwards.
+    torchvision: the class of torchvision's that can download it, when the function raises `NotThere`.
     """
 
     name: str
-    read: Reader
+    read: Callable[..., LabelledImages]
     splits: Mapping[str, int | None]
     found_in: Callable[[Path], bool] = lambda folder: False
     aliases: Sequence[str] = ()
@@ -58,21 +52,13 @@ class NotThere(UserError):
 
 
 def data_set(name: str, splits: Mapping[str, int | None] | None = None, **known: object) -> Callable:
-    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`.
+    """Registers the function that reads a data set, (folder, split) -> `LabelledImages`; `known`: as in `DataSet`."""
 
-    known: the other attributes of `DataSet`.
-    """
-
-    def register(read: Reader) -> Reader:
+    def register(read: Callable[..., LabelledImages]) -> Callable[..., LabelledImages]:
         SETS[name] = DataSet(name, read, splits or {}, **known)
         return read
 
     return register
-
-
-def list_datasets() -> tuple[str, ...]:
-    """The names that `load_data` knows."""
-    return tuple(SETS)
 
 
 def load_data(
@@ -80,16 +66,14 @@ def load_data(
 ) -> LabelledImages:
     """The images of one split, listed but not decoded, with class names and prompt templates.
 
-    Args:
-        spec: "NAME=PATH" with a name of `list_datasets` (in any case, with or without the hyphens), or "PATH", and what
-            it is is told from what is there.
-        split: "train", "val" or "test"; "test" is what people report on, for ImageNet the validation set. The split
-            that was taken is in the result.
-        download: fetch CIFAR, MNIST or Fashion-MNIST if it is not there.
-        classnames: a file of class names, as `classnames.txt`, to take instead of the data's own.
+    spec: "NAME=PATH" with a name in `SETS` (in any case, with or without the hyphens), or "PATH", and what it
+        is is told from what is there.
+    split: "train", "val" or "test"; "test" is what people report on, for ImageNet the validation set. The split that
+        was taken is in the result.
+    download: fetch CIFAR, MNIST or Fashion-MNIST if it is not there.
+    classnames: a file of class names, as `classnames.txt`, to take instead of the data's own.
 
-    Raises:
-        UserError: the data are not there, incomplete or of other classes.
+    Raises: UserError if the data are not there, incomplete or of other classes.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
@@ -98,7 +82,19 @@ def load_data(
         raise UserError(f"There is no file {classnames}; check --classnames.")
     try:
         known = SETS[name or tell_name(folder)]
-        data = _read(known, folder, split, classnames, download)
+        if split == "test" and "val" in known.splits and "test" not in known.splits:
+            split = "val"
+        if known.splits and split not in known.splits:
+            there = " and ".join(known.splits)
+            raise UserError(f"{known.name} has no {split} split, only {there}; take one that it has.")
+        arguments = (folder, split, classnames) if known.takes_names else (folder, split)
+        try:
+            data = known.read(*arguments)
+        except NotThere:
+            if not (download and known.torchvision):
+                raise
+            _download(known, folder)
+            data = known.read(*arguments)
         data = replace(data, name=data.name or known.name)
         if classnames is not None and not known.takes_names:
             data = named(data, classnames)
@@ -115,22 +111,6 @@ def load_data(
     return data
 
 
-def _read(known: DataSet, folder: Path, split: str, classnames: Path | None, download: bool) -> LabelledImages:
-    if split == "test" and "val" in known.splits and "test" not in known.splits:
-        split = "val"
-    if known.splits and split not in known.splits:
-        there = " and ".join(known.splits)
-        raise UserError(f"{known.name} has no {split} split, only {there}; take one that it has.")
-    arguments = (folder, split, classnames) if known.takes_names else (folder, split)
-    try:
-        return known.read(*arguments)
-    except NotThere:
-        if not (download and known.torchvision):
-            raise
-    _download(known, folder)
-    return known.read(*arguments)
-
-
 def _download(known: DataSet, folder: Path) -> None:
     """Fetched once by whichever process on this machine comes first; the others find it done."""
     from filelock import FileLock
@@ -140,38 +120,28 @@ def _download(known: DataSet, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{known.name}.lock"):
             getattr(datasets, known.torchvision)(str(folder), download=True)
-    except (OSError, RuntimeError, URLError) as error:
+    except (OSError, RuntimeError) as error:
         message = f"{known.name} cannot be downloaded to {folder} ({error}); put its files there yourself."
         raise UserError(message) from None
 
 
 def parse_spec(spec: str) -> tuple[str | None, Path]:
-    """The name, if one is given, and the path.
-
-    Raises:
-        UserError: there is no data set of this name, or no path.
-    """
+    """The name, if one is given, and the path; a UserError if there is no data set of this name, or no path."""
     head, equals, tail = spec.partition("=")
-    name = _known(head)
-    path = Path(spec).expanduser()
+    name, path = _known(head), Path(spec).expanduser()
     if equals and name and tail:
         return name, Path(tail).expanduser()
     if not spec or (name and not path.exists()):
         raise UserError(f"{spec or 'The data'} must have the path of a folder: say {name or 'NAME'}=PATH.")
     if equals and os.sep not in head and not path.exists():
-        close = difflib.get_close_matches(head.lower(), list_datasets())
-        closest = min(close, key=lambda known: abs(len(known) - len(head)), default=None)
-        meant = f"did you mean {closest}?" if close else f"the names are {', '.join(list_datasets())}."
+        close = sorted(difflib.get_close_matches(head.lower(), SETS), key=lambda known: abs(len(known) - len(head)))
+        meant = f"did you mean {close[0]}?" if close else f"the names are {', '.join(SETS)}."
         raise UserError(f"There is no data set called {head!r}; {meant}")
     return None, path
 
 
 def tell_name(folder: Path) -> str:
-    """Which data set `folder` holds, from what is there: "folder" unless it is another for sure.
-
-    Raises:
-        UserError: it may be several.
-    """
+    """Which data set `folder` holds: "folder" unless it is another for sure; a UserError if it may be several."""
     list_folders(folder)
     if SETS["folder"].found_in(folder):  # own class names make it other data than the pictures say
         return "folder"

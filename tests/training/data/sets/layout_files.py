@@ -27,10 +27,14 @@ def message_of(spec, **options) -> str:
     return str(error.value)
 
 
-def encoded(color, format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> bytes:
+def encode(picture: Image.Image, format: str = "JPEG", **options) -> bytes:
     buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, format, **({"quality": 95} if format == "JPEG" else {}))
+    picture.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def encoded(color, format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> bytes:
+    return encode(Image.new(mode, size, color), format, **({"quality": 95} if format == "JPEG" else {}))
 
 
 def write_folder(root: Path, pictures: dict[str, bytes], **texts: str) -> Path:
@@ -50,10 +54,10 @@ def make_folders(root: Path, names) -> Path:
     return root
 
 
-def write_shard(path: Path, members: dict[str, bytes | str]) -> Path:
+def write_shard(path: Path, members: dict[str, bytes | str] | list[tuple[str, bytes | str]], format=None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
             content = content.encode() if isinstance(content, str) else content
             info = tarfile.TarInfo(name)
             info.size = len(content)

@@ -1,0 +1,15 @@
+import pytest
+
+from .runs import register_models, write_local_model
+
+
+@pytest.fixture(scope="session")
+def local_model(tmp_path_factory):
+    """Makes the tiny models known here; a folder for `local-dir:`, for other processes."""
+    return register_models(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The same with weights."""
+    return write_local_model(tmp_path_factory.mktemp("model"))

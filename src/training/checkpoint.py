@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
 import time
@@ -131,8 +132,13 @@ class Saver:
         if source is None or not source.is_file() or score is None or not score > (-math.inf if best is None else best):
             return
         with expendable(self.folder / BEST):
-            with source.open("rb") as whole, written_whole(self.folder / BEST) as file:
-                shutil.copyfileobj(whole, file)
+            temporary = self.folder / f".{BEST}.{os.getpid()}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)  # no second copy is written, or on the disk, where links are possible
+            except OSError:
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, self.folder / BEST)
             self.best = epoch
 
     def _prune(self, newest: str) -> None:

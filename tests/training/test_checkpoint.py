@@ -121,6 +121,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
         save_all(saver, [f"epoch_{epoch}.pt"])
         saver.keep_best(epoch, scores := scores | {epoch: score})
         assert (tmp_path / "best.pt").exists() == (epoch > 1)
+        assert epoch != 2 or (tmp_path / "best.pt").samefile(tmp_path / "epoch_2.pt")  # written once
     assert names(tmp_path) == {"epoch_3.pt", "best.pt"}
     assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 2
     again = checkpoint.Saver(tmp_path, keep_last=1)  # the best so far is remembered

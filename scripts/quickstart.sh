@@ -4,11 +4,14 @@
 #
 #   bash scripts/quickstart.sh
 #   NPROC=2 bash scripts/quickstart.sh     # the same global batch, shared by two processes
+#   FAMILY=albef bash scripts/quickstart.sh   # a tiny ALBEF with ELIP, whose fusion layers rank shortlists again
+#   FAMILY=blip bash scripts/quickstart.sh    # a tiny BLIP with ELIP, which writes captions of the held-out pictures too
 #
 # What exists is used again: environment, shards, a finished run (an unfinished one is resumed). Variables:
 #   FRESH=1    delete the run and train anew
 #   NPROC      training processes (default 1)
-#   EPOCHS     instead of those in configs/quickstart.yaml
+#   FAMILY     clip, albef or blip (default clip)
+#   EPOCHS     instead of those in configs/quickstart.yaml, quickstart_albef.yaml, ...
 #   RUN        name of the run's folder in logs/
 #   DATA       folder of the shards (default data/openmoji-64)
 #   VENV       virtual environment (default .venv)
@@ -22,7 +25,13 @@ fail() {
 FRESH="${FRESH:-0}"
 NPROC="${NPROC:-1}"
 EPOCHS="${EPOCHS:-}"
-RUN="${RUN:-quickstart$([ "$NPROC" = 1 ] || echo "-${NPROC}proc")${EPOCHS:+-${EPOCHS}epochs}}"
+FAMILY="${FAMILY:-clip}"
+case "$FAMILY" in
+    clip) CONFIG=quickstart ;;
+    albef | blip) CONFIG="quickstart_$FAMILY" ;;
+    *) fail "FAMILY must be clip, albef or blip, not '$FAMILY'." ;;
+esac
+RUN="${RUN:-$CONFIG$([ "$NPROC" = 1 ] || echo "-${NPROC}proc")${EPOCHS:+-${EPOCHS}epochs}}"
 DATA="${DATA:-}"
 case "$FRESH" in 0 | 1) ;; *) fail "FRESH must be 0 or 1, not '$FRESH'." ;; esac
 case "$NPROC" in '' | 0* | *[!0-9]*) fail "NPROC must be a whole number of at least 1, not '$NPROC'." ;; esac
@@ -34,13 +43,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$ROOT"
 DATA="${DATA:-$ROOT/data/openmoji-64}"
 FOLDER="$ROOT/logs/$RUN"
-CONFIG=configs/quickstart.yaml
 
 echo "quickstart: 1/3 pictures"
 "$PYTHON" scripts/make_emoji_shards.py --out "$DATA" --size 64
 
 # All shards of a folder, in the trainer's notation.
 shards() { printf '%s/{00000..%05d}.tar' "$1" $(($(find "$1" -name '*.tar' | wc -l) - 1)); }
+
+VOCABULARY=""
+if [ "$FAMILY" != clip ]; then # BERT's would have to be downloaded
+    VOCABULARY="$DATA/vocabulary"
+    [ -e "$VOCABULARY/tokenizer_config.json" ] ||
+        "$PYTHON" scripts/make_vocabulary.py --out "$VOCABULARY" "$(shards "$DATA/train")"
+fi
 
 if [ "$FRESH" = 1 ]; then
     rm -rf "$FOLDER"
@@ -61,13 +76,21 @@ else
         command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m training.main --)
     fi
     # --resume latest starts from the beginning where there is no checkpoint yet.
-    "${command[@]}" --config "$CONFIG" \
+    "${command[@]}" --config "configs/$CONFIG.yaml" \
         --train-data "$(shards "$DATA/train")" \
         --val-data "$(shards "$DATA/val")" \
         --zeroshot-data "$DATA/val" \
+        ${VOCABULARY:+--text-tokenizer "$VOCABULARY"} \
         ${EPOCHS:+--epochs "$EPOCHS"} \
         --logs "$ROOT/logs" --name "$RUN" --resume latest
 fi
 
 echo "quickstart: 3/3 result"
 "$PYTHON" scripts/quickstart_report.py "$FOLDER"
+if [ "$FAMILY" = blip ]; then
+    score=""
+    command -v java > /dev/null && "$PYTHON" -c "import pycocoevalcap" 2> /dev/null && score=--score
+    "$PYTHON" -m training.caption --pretrained "$(ls -t "$FOLDER"/checkpoints/epoch_*.pt | head -n 1)" \
+        --image "$(shards "$DATA/val")" --prompt "" --out "$FOLDER/captions.csv" --workers 1 $score
+    "$PYTHON" scripts/show_captions.py "$FOLDER/captions.csv" "$(shards "$DATA/val")"
+fi

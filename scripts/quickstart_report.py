@@ -67,8 +67,8 @@ class Run:
 def table(run: Run) -> list[tuple[str, str, str]]:
     """Rows (what, result, what guessing would give), as text."""
     results, rows = run.results, run.rows
-    # `samples` of the log counts over all processes: the first row tells the global batch.
-    guessing = f"{math.log(rows[0]['samples'] / (rows[0]['step'] + 1)):.3f}"
+    # `samples` of the log counts over all processes: the first row tells the global batch. ALBEF has three losses.
+    guessing = "" if "itm" in rows[0] else f"{math.log(rows[0]['samples'] / (rows[0]['step'] + 1)):.3f}"
     last_epoch = [row["loss"] for row in rows if row["epoch"] == rows[-1]["epoch"]]
     lines = [
         ("loss, first step", f"{rows[0]['loss']:.3f}", guessing),
@@ -77,8 +77,10 @@ def table(run: Run) -> list[tuple[str, str, str]]:
     # Top-1 flatters a model that knows the largest class only; the mean weighs all classes alike.
     zero_shot = {"top-1": ("top1", 1), "top-5": ("top5", 5), "mean of classes": ("mean_per_class_recall", 1)}
     figures = [(f"zero-shot {name}", f"zeroshot-val-{key}", k) for name, (key, k) in zero_shot.items()]
+    again = f", best {run.config.get('val_rerank')} re-ranked"
     for way in ("image_to_text", "text_to_image"):
-        figures += [(f"{way.replace('_', ' ')} R@{k}", f"{way}_R@{k}", k) for k in (1, 5, 10)]
+        for kind, words in (("", ""), ("reranked_", again)):
+            figures += [(f"{way.replace('_', ' ')} R@{k}{words}", f"{kind}{way}_R@{k}", k) for k in (1, 5, 10)]
     for name, key, k in figures:
         of, things = ("zeroshot-val-classes", "classes") if key.startswith("zeroshot") else ("num_samples", "pairs")
         if key in results and results.get(of):

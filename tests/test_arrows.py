@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src"
-COMMANDS = {f"training.{name}" for name in ("main", "finetune", "zero_shot", "linear_probe", "retrieval")}
+COMMANDS = {f"training.{name}" for name in ("main", "finetune", "downstream", "zero_shot", "linear_probe", "retrieval")}
 MODULES = {
     ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): path for path in SRC.rglob("*.py")
 }

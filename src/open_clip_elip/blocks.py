@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .reduction.attention import add_mlp, asked_once, attend, check_attention, project, project_row, take_row
+from .reduction.attention import add_mlp, asked_once, attend, check_attention, is_lora, project, project_row, take_row
 
 _NORMS, _SCALES = (openclip.LayerNorm, openclip.LayerNormFp32), (nn.Identity, openclip.LayerScale)
 _ACTIVATIONS, _LINEAR = (nn.GELU, openclip.QuickGELU), (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -69,6 +69,16 @@ def _is_untouched(module: nn.Module) -> bool:
         if not packed or module.add_zero_attn or not module.batch_first or module.dropout:
             return False
     return all(type(child) in parts[name] and _is_untouched(child) for name, child in children.items())
+
+
+@asked_once
+def is_adapted(block: nn.Module) -> bool:
+    """Whether peft's adapters are on a block's attention, and nothing hangs on that or on the block: then `run_block`
+    rounds as it does for the merged model, with the norms and the MLP that are there."""
+    if type(block) is not openclip.ResidualAttentionBlock or not is_lora(block.attn):
+        return False
+    called = (block, block.attn, block.attn.base_layer)
+    return not any(has_hooks(module) or not {"forward", "attention"}.isdisjoint(vars(module)) for module in called)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import difflib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from .clip import TEXT_FIRST, with_shortcuts
 from .reduction import resolve
 from .registry import model_folder, plain_name, registered
 
+FAMILIES = ("clip", "albef", "blip")
+
 
 class ModelError(ValueError):
     """A model or weights that cannot be had; the message is one sentence that says what is wrong and what to do."""
@@ -34,7 +36,7 @@ class ModelError(ValueError):
 class Identity:
     """What a model is."""
 
-    family: str  # "clip"
+    family: str  # "clip", or one of fusion/
     name: str  # as a person gave it: ViT-B-16-ELIP, local-dir:FOLDER, hf-hub:REPOSITORY
     config: dict[str, Any]  # OpenCLIP's, with all changes in it; `token_reduction` with all its options included
     preprocess: dict[str, Any]  # OpenCLIP's `preprocess_cfg`: size (height, width), mean, std, ...
@@ -45,8 +47,9 @@ class Identity:
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Identity:
         """Raises ModelError for a family that this version does not know."""
-        if found.get("family") != "clip":
-            raise ModelError(f"This is a model of the family {found.get('family')!r}; here only 'clip' is known.")
+        if found.get("family") not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ModelError(f"This is a model of the family {found.get('family')!r}; here only {known} are known.")
         return cls(**copy.deepcopy(found))
 
     @property
@@ -62,7 +65,7 @@ CHANGES = {
     "force_patch_dropout": ("vision", "patch_dropout"), "force_image_size": ("vision", "image_size"),
     "force_context_length": ("text", "context_length"), "image_mean": ("preprocess", "mean"),
     "image_std": ("preprocess", "std"), "image_interpolation": ("preprocess", "interpolation"),
-    "image_resize_mode": ("preprocess", "resize_mode"),
+    "image_resize_mode": ("preprocess", "resize_mode"), "text_tokenizer": ("text", "hf_tokenizer_name"),
 }  # fmt: skip
 
 
@@ -82,7 +85,8 @@ def describe(
         token_reduction: {"method": ..., options}; without a method, options that change the model's own. "none": none.
         changes: see `CHANGES`; None or False: no change.
     """
-    schema, place = parse_model_name(name)
+    with creating(name):
+        schema, place = parse_model_name(name)
     if schema is None:
         registry_name = name.replace("/", "-")
         check_name(registry_name)
@@ -95,7 +99,40 @@ def describe(
         if schema == "local-dir" and config["text_cfg"].get("hf_tokenizer_name"):
             config["text_cfg"]["hf_tokenizer_name"] = place  # as open_clip has it
 
-    vision, preprocess = config["vision_cfg"], merge_preprocess_dict(asdict(PreprocessCfg()), special)
+    preprocess = asdict(PreprocessCfg())
+    for of in (config.pop("preprocess_cfg", {}), special):  # the architecture's, and that of its weights
+        preprocess = merge_preprocess_dict(preprocess, of)
+    _change(config, preprocess, changes)
+    if tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
+        advice = "add --force-quick-gelu" if tag.get("quick_gelu") else "take the model without -quickgelu in its name"
+        logging.warning(f"The weights {pretrained} were trained with another activation than {name} has; {advice}.")
+
+    own = config.pop("token_reduction", {})
+    resolved = _resolve_reduction(name, own, token_reduction or own)
+    if resolved is not None:
+        config["token_reduction"] = resolved
+    config, preprocess = json.loads(json.dumps([config, preprocess]))  # lists for tuples
+    return Identity(config.get("family", "clip"), name, config, preprocess)
+
+
+def family_of(name: str) -> str:
+    """The family of a model by its name; "clip" too if there is none of that name, which `describe` tells."""
+    with suppress(Exception):  # of many kinds
+        known = model_folder(name)["model_cfg"] if ":" in name else open_clip.get_model_config(name.replace("/", "-"))
+        return known.get("family", "clip")
+    return "clip"
+
+
+def changed(identity: Identity, **changes: Any) -> Identity:
+    """With other values of what `CHANGES` lists; None: as before."""
+    config, preprocess = copy.deepcopy([identity.config, identity.preprocess])
+    _change(config, preprocess, changes)
+    return replace(identity, config=config, preprocess=preprocess)
+
+
+def _change(config: dict[str, Any], preprocess: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Also makes the preprocessing's size that of the image tower."""
+    vision = config["vision_cfg"]
     parts = {"model": config, "vision": vision, "text": config["text_cfg"], "preprocess": preprocess}
     for change, value in changes.items():
         part, key = CHANGES[change]
@@ -105,15 +142,8 @@ def describe(
     if isinstance(size, (list, tuple)) and len(size) == 1:
         vision["image_size"] = size = size[0]
     preprocess["size"] = size if isinstance(size, (list, tuple)) else [size, size]
-    if tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
-        advice = "add --force-quick-gelu" if tag.get("quick_gelu") else "take the model without -quickgelu in its name"
-        logging.warning(f"The weights {pretrained} were trained with another activation than {name} has; {advice}.")
-
-    own = config.pop("token_reduction", {})
-    resolved = _resolve_reduction(name, own, token_reduction or own)
-    if resolved is not None:
-        config["token_reduction"] = resolved
-    return Identity("clip", name, *json.loads(json.dumps([config, preprocess])))  # lists for tuples
+    if min(preprocess["size"]) < (vision.get("patch_size") or 1):  # a ResNet has none
+        raise ModelError(f"Pictures of {size} pixels are smaller than one patch: raise --force-image-size.")
 
 
 def check_name(name: str) -> None:
@@ -192,6 +222,17 @@ def create(
 def tokenizer(identity: Identity, cache_dir: str | None = None) -> Callable:
     """Captions to token ids (B, context length). Raises ModelError if it cannot be had."""
     with _known(identity, "'s tokenizer") as name:
+        if identity.family != "clip":
+            from .fusion.tokenizer import WordPieces, blip_caption
+
+            text = identity.config["text_cfg"]
+            room, more = text["bert"]["vocab_size"], {}
+            if identity.family == "blip":
+                more = {"clean": blip_caption, "ends": True, "own": {room - 2: "[DEC]", room - 1: "[ENC]"}}
+            found = WordPieces(text["hf_tokenizer_name"], text["context_length"], **more)
+            if len(found.pieces) > room:
+                raise ValueError(f"The vocabulary has {len(found.pieces)} tokens, more than the {room} of the model.")
+            return found
         return open_clip.get_tokenizer(name, cache_dir=cache_dir)
 
 

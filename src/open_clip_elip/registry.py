@@ -38,7 +38,9 @@ def plain_name(name: str) -> str:
 
 
 def _builder(plain: type):
-    def build(*args, token_reduction: dict | None = None, **kwargs):
+    def build(*args, token_reduction: dict | None = None, family: str = "clip", **kwargs):
+        if family != "clip":
+            return _build_fusion(family, token_reduction=token_reduction, **kwargs)
         if token_reduction is None or token_reduction.get("method") == "none":
             return plain(*args, **kwargs)
         if plain not in TEXT_FIRST:
@@ -47,6 +49,18 @@ def _builder(plain: type):
 
     build.__name__ = plain.__name__  # create_model logs it
     return build
+
+
+def _build_fusion(family: str, *, token_reduction: dict | None, task: str = "pretraining", **config: Any):
+    """A model of `fusion/` from what open_clip calls a CLIP model with."""
+    try:
+        from .fusion import build
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"Models of the family {family} need {error.name}; pip install 'open_clip_elip[fusion]' brings it."
+        ) from error
+    parts = (config[name] for name in ("embed_dim", "vision_cfg", "text_cfg"))
+    return build(family, task, *parts, None if (token_reduction or {}).get("method") == "none" else token_reduction)
 
 
 @contextmanager

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .blocks import is_sharded, is_untouched, run_block, run_block_at
-from .reduction.attention import take_row
+from .reduction.attention import asked_once, take_row
 
 MAX_PARTS = 4
 # Of compiled models: each shape of the captions is compiled once, so there must not be too many.
 COMPILED_PARTS, COMPILED_MULTIPLE = 2, 8
+_CAUSAL = WeakTensorKeyDictionary()  # of masks: at which version it was seen, and whether it was causal then
 MIN_ROWS = 8  # of a part: fewer captions at a time do not fill a matrix product
 
 
@@ -56,12 +58,25 @@ def can_cut(model: nn.Module) -> bool:
     tower = text_tower(model)
     if tower is not model and (not is_untouched(tower) or tower.output_tokens):
         return False
-    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    causal = getattr(tower, "cls_emb", None) is None and _is_causal(tower)
     if not causal or _pool_type(tower) not in ("argmax", "eos") or not tower.transformer.batch_first:
         return False
     ends = tower.token_embedding, tower.transformer, tower.ln_final, tower.text_projection
     parts = [*ends, *tower.transformer.resblocks]
     return all(is_untouched(part) or is_sharded(part) for part in parts if isinstance(part, nn.Module))
+
+
+@asked_once
+def _is_causal(tower: nn.Module) -> bool:
+    """Whether the tower's mask is that of OpenCLIP, and was not edited since; looked at anew only if it was."""
+    mask = getattr(tower, "attn_mask", None)
+    if mask is None or mask.is_meta:
+        return mask is not None
+    version = object() if mask.is_inference() else mask._version
+    if _CAUSAL.get(mask, ())[:1] != (version,):
+        causal = mask.is_floating_point() and mask.equal(torch.full_like(mask, -torch.inf).triu(1))
+        _CAUSAL[mask] = version, causal
+    return _CAUSAL[mask][1]
 
 
 def cut_text(text: Tensor, model: nn.Module, max_parts: int = MAX_PARTS, multiple: int = 1) -> TextParts | Tensor:
@@ -106,10 +121,10 @@ def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
     x = embedded.to(dtype) + tower.positional_embedding[:length].to(dtype)
     end, mask = end_of_text(tower, text), tower.attn_mask[:length, :length]
     checkpointing = transformer.grad_checkpointing and torch.is_grad_enabled()
-    for block in transformer.resblocks:
+    for number, block in enumerate(transformer.resblocks, 1):
         function, more = nn.Module.__call__, (None, None, mask)
         if not hasattr(block, "unshard"):  # else `fully_shard` brings its weights when it is called
-            function, more = (run_block_at, (end,)) if block is transformer.resblocks[-1] else (run_block, (True,))
+            function, more = (run_block_at, (end,)) if number == len(transformer.resblocks) else (run_block, (True,))
         x = checkpoint(function, block, x, *more, use_reentrant=False) if checkpointing else function(block, x, *more)
     x = tower.ln_final(x)
     x = (x if function is run_block_at else take_row(x, end))[:, 0]

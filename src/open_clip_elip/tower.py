@@ -9,7 +9,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import is_traced, is_untouched, run_block, run_block_at, run_in_place
+from .blocks import is_adapted, is_traced, is_untouched, run_block, run_block_at, run_in_place
 from .reduction import TokenReduction
 
 
@@ -28,13 +28,15 @@ class ImageTower:
     reduces: bool = True  # False trains with all tokens, as the last stretch of a run may (`--full-tokens-last`)
     # Reduce tokens without a caption too, scored by the image alone (ELIP: lam = 1; Sec. 4.4.5): faster, at some loss.
     vision_guided: bool = False
+    compiles: bool = False  # `tokens` run by torch.compile
 
     def __init__(self, visual: nn.Module, reduction: TokenReduction | None = None):
         self.visual, self.reduction = visual, reduction
 
     def tokens(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
         """All tokens after the last layer, (B, L, D), `[CLS]` first, L the reduced length: in every mode, always."""
-        return self._run(image, lambda _, image: self._layers(image, guidance, reduce))
+        layers = _compiled() if self.compiles else ImageTower._layers
+        return self._run(image, lambda _, image: layers(self, image, guidance, reduce))
 
     def pooled(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
         """Before the projection, (B, width); the last layer may compute no more than is pooled."""
@@ -83,9 +85,10 @@ class ImageTower:
 
     def _pool(self, image: Tensor, guidance: Tensor | None, reduce: bool | None) -> Tensor:
         visual = self.visual
-        last = visual.transformer.resblocks[-1]
+        *before, last = visual.transformer.resblocks
         only_cls = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
-        cut = only_cls and self._takes_shortcuts() and is_untouched(visual.ln_post) and is_untouched(last)
+        unchanged = self._takes_shortcuts() and is_untouched(visual.ln_post) and is_untouched(last)
+        cut = only_cls and unchanged and all(block is not last for block in before)
         return visual._pool(self._layers(image, guidance, reduce, last if cut else None))[0]
 
     def _layers(self, image: Tensor, guidance: Tensor | None, reduce: bool | None, cut: nn.Module | None = None):
@@ -112,9 +115,15 @@ class ImageTower:
         """One layer, checkpointed if the tower is; `function(block, x, *more)` stands in for the block's forward."""
         if function is not None:
             function = functools.partial(run_in_place, function=function)
-        elif self.shortcuts and not is_traced() and is_untouched(block):
+        elif self.shortcuts and not is_traced() and (is_untouched(block) or is_adapted(block)):
             function = run_block_at if block is cut else run_block
         run, recomputed = function or block, self.visual.transformer.grad_checkpointing and torch.is_grad_enabled()
         if function is None:  # as OpenCLIP's transformer calls it
             return checkpoint(run, x, None, None, None, use_reentrant=False) if recomputed else run(x, attn_mask=None)
         return checkpoint(run, block, x, *more, use_reentrant=False) if recomputed else run(block, x, *more)
+
+
+@functools.cache
+def _compiled() -> Callable:
+    """One for all towers: a copy of a model takes no other model's tower along."""
+    return torch.compile(ImageTower._layers)

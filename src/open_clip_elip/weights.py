@@ -5,14 +5,16 @@ Nothing is lost in silence: what was not used, was resized, or is left as it was
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
 
 import fsspec
+import numpy
 import open_clip
 import safetensors.torch as safetensors
 import torch
@@ -22,15 +24,26 @@ from open_clip.transformer import QuickGELU
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from .identity import ModelError
+from .identity import ModelError, creating
 from .registry import weights_in_folder
 
 _NUMPY = "big_vision"  # what stands for the content of its files, which open_clip reads by itself
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by torch's own wrappers
-_IGNORED = {  # OpenAI's, those of averages, and older transformers'
+_IGNORED = {  # OpenAI's, those of averages, older transformers', and what scripting keeps
     "input_resolution", "context_length", "vocab_size", "n_averaged", "text.transformer.embeddings.position_ids",
+    "attn_mask", "text.attn_mask",
 }  # fmt: skip
+# What is no file of weights, by its first bytes.
+_OTHERS = {
+    b"<": "it is a web page",
+    b"version https://git-lfs": "it is a pointer of Git LFS, whose file `git lfs pull` fetches",
+    b"\x1f\x8b": "it is compressed: unpack it", b"PK": "it is cut off, or an archive of other files: unpack that",
+}  # fmt: skip
+_PLAIN = (  # what trainers keep beside the weights
+    argparse.Namespace, PosixPath, numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i8")),
+    *((numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+)  # fmt: skip
 # The projection of an image tower into the space that it shares with text: a fine-tuned classifier may have dropped it.
 _PROJECTION = re.compile(r"visual\.(proj$|head\.(proj|mlp)\.)")
 
@@ -59,7 +72,8 @@ def find(name: str, pretrained: str | None, cache_dir: str | None = None) -> str
     if is_file(pretrained):
         return pretrained
     if not pretrained:
-        return weights_in_folder(name, cache_dir) if ":" in name else None
+        with creating(name):
+            return weights_in_folder(name, cache_dir) if ":" in name else None
     tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
     if not tag:
         way_out = f"leave it out, for {name} brings weights of its own" if ":" in name else "name a file"
@@ -96,7 +110,9 @@ def read(source: str | Path) -> dict[str, Any]:
                 "weights alone, with torch.save(model.state_dict(), FILE)."
             ) from error
         reason = text.splitlines()[0][:160]
-        raise ModelError(f"{source} cannot be read as a checkpoint ({reason}); take another one.") from error
+        if isinstance(error, pickle.UnpicklingError | LookupError):
+            reason = "it is neither torch's nor in safetensors' format"
+        raise ModelError(f"{source} cannot be read as a checkpoint ({reason}); take another.") from error
     return content
 
 
@@ -105,18 +121,21 @@ def _parse(file: Any, source: str) -> Any:
     is_path = isinstance(file, str)
     if source.endswith((".npz", ".npy")):
         return {_NUMPY: source}
-    if source.endswith(".safetensors"):
+    with open(file, "rb") if is_path else nullcontext(file) as opened:
+        head = opened.read(64)
+        is_zip = head.startswith(b"PK") and zipfile.is_zipfile(opened)
+        names = zipfile.ZipFile(opened).namelist() if is_zip else []
+        opened.seek(0)
+    is_torch, is_script = (any(name.endswith(end) for name in names) for end in ("/data.pkl", "/constants.pkl"))
+    other = next((what for start, what in _OTHERS.items() if head.startswith(start) and not is_torch), None)
+    if other or not head:
+        raise ValueError(other or "it is empty")
+    if head[8:9] == b"{":  # whatever it is called
         return safetensors.load_file(file) if is_path else safetensors.load(file.read())
-    is_script = False
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    if not is_path:
-        file.seek(0)
     if is_script:  # as OpenAI's are
         return torch.jit.load(file, map_location="cpu").state_dict()
-    with torch.serialization.safe_globals([argparse.Namespace]):  # which many trainers keep beside the weights
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path)
+    with torch.serialization.safe_globals([*_PLAIN]):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path and is_zip)
 
 
 def load(
@@ -139,8 +158,13 @@ def load(
     if _NUMPY in content:
         return _load_big_vision(model, content[_NUMPY], name)
     state = tensors(content, source)
-    own, openai = model.state_dict(), "input_resolution" in state
-    state = _own_names(state, model, source)
+    own, openai, kept = model.state_dict(), "input_resolution" in state, []
+    fused = hasattr(model, "own_names")  # a model of fusion/
+    if fused:
+        found = model.own_names(state)
+        state, kept = found.model, [*found.twin, *found.rest]
+    else:
+        state = _own_names(state, model, source)
     tower_only = all(key.startswith(("visual.", "head.")) for key in state)
     if tower_only and not image_tower:
         raise ModelError(
@@ -150,7 +174,7 @@ def load(
         )
     before = {key: value.shape for key, value in state.items()}
     try:
-        resize_pos_embed(state, model)
+        resize_pos_embed(state, model, antialias=not fused)
         resize_text_pos_embed(state, model)
         _resize_trunk(state, getattr(model.visual, "trunk", None))
     except (AssertionError, AttributeError, RuntimeError):
@@ -175,17 +199,26 @@ def load(
     report = Report(source, list(fitting), resized, unused + wrong, new + wrong, [])
     if openai and not any(isinstance(module, QuickGELU) for module in model.modules()):
         report.notes.append(f"{source} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
+    if kept:
+        report.notes.append(f"{source} also holds a momentum twin and queues, which training uses ({len(kept)}).")
     return report
 
 
 def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The state dict in a checkpoint of this trainer or of another: below `state_dict`, `model`, ... or by itself."""
-    inner = content
-    while inner is not None:
-        if found := {key: value for key, value in inner.items() if isinstance(value, Tensor)}:
-            return found
-        inner = next((inner[key] for key in _WRAPPERS if isinstance(inner.get(key), Mapping)), None)
-    raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}.")
+    inner, found = content, {}
+    while True:
+        within = {key: value for key, value in inner.items() if isinstance(value, Mapping) and value}
+        named = [key for key in _WRAPPERS if key in within]
+        holding = named or [key for key, value in within.items() if any(isinstance(x, Tensor) for x in value.values())]
+        found = {key: value for key, value in inner.items() if isinstance(value, Tensor)} or found
+        if not named and (found or len(holding) != 1):
+            break
+        inner = within[holding[0]]
+    if found:
+        return found
+    several = f": {' and '.join(map(str, holding))} each have some; save one of them alone" if holding else ""
+    raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}{several}.")
 
 
 def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -196,8 +229,9 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
         if sum(key.startswith(prefix) for key in state) > len(state) / 2:
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key not in _IGNORED}
-    if "conv1.weight" in state and "class_embedding" in state:  # a ViT by itself
-        state = {f"visual.{key}": value for key, value in state.items()}
+    tower = next((key.removesuffix("class_embedding") for key in state if key.endswith("class_embedding")), "visual.")
+    if not whole and tower != "visual." and f"{tower}conv1.weight" in state:  # a ViT by itself, whatever it is called
+        state = {re.sub(f"^{re.escape(tower)}", "visual.", key): value for key, value in state.items()}
     if any(key.startswith("vision_model.") for key in state):
         raise ModelError(
             f"{source} is a model of transformers, whose layers have other parts; take the same weights from open_clip "

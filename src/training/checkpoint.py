@@ -79,12 +79,14 @@ class Saver:
     def __post_init__(self):
         self.saved_at = time.monotonic()
         self.failed = False
+        self.bad: str | None = None  # what is not finite in a state that therefore was not written
         self.written: dict[str, tuple[int, int]] = {}  # name -> progress
         self.best: int | None = None  # the epoch in best.pt
         folder = self.folder
         if folder is not None and folder.is_dir():
             for left_over in folder.glob(".*.pt.*.tmp"):
-                left_over.unlink(missing_ok=True)
+                with expendable(left_over):
+                    left_over.unlink(missing_ok=True)
             found = progress_in(folder, logging.DEBUG)  # what is wrong was told when the newest was looked for
             self.written = {path.name: progress for path, progress in found.items()}
             with suppress(UserError):
@@ -103,9 +105,9 @@ class Saver:
         if self.folder is None:
             return True
         self.saved_at = time.monotonic()
-        bad = _nonfinite({part: state.get(part) for part in ("state_dict", "ema", "task")})
-        if bad is not None:
-            bad = bad.removeprefix("state_dict.")
+        self.bad = _nonfinite({part: state.get(part) for part in ("state_dict", "ema", "task")})
+        if self.bad is not None:
+            bad = self.bad.removeprefix("state_dict.")
             logging.error(f"{name} was not written: {bad} is not finite. The checkpoint before it stays the newest.")
             return False
         try:
@@ -172,10 +174,13 @@ def restore(
     Returns averages of the weights, those of the checkpoint if it has any. UserError: something does not fit.
     """
     weights = _fitting(model, state.get("state_dict", state), source)
+    if optimizer is not None and "optimizer" not in state:
+        raise UserError(f"{source} has no optimizer state to go on with; start anew with --pretrained {source}.")
     try:
         load_full_state_dict(model, optimizer, weights, None if optimizer is None else state["optimizer"])
     except (KeyError, ValueError) as error:
-        raise UserError(f"The optimizer state in {source} does not fit this run's: {error}; check --opt.") from error
+        advice = "check --opt, --layer-decay and what is locked"
+        raise UserError(f"The optimizer state in {source} does not fit this run's: {error}; {advice}.") from error
     if ema_decay is None:
         return None
     averages = Ema(model, ema_decay)
@@ -194,7 +199,7 @@ def _fitting(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path
     problems += [f"{k} is unknown to the model" for k in state_dict if k not in own]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        advice = "check --model"
+        advice = "check --model, and the flags that change it"
         if ("head.weight" in state_dict) != ("head.weight" in own):
             advice = "one of them has a classifier's head (training.finetune) and the other one has not"
         raise UserError(f"The checkpoint {source} does not fit this model: {problems[0]}{more}; {advice}.")

@@ -22,12 +22,14 @@ def run_command(
 
     The exit code is 0, that of `Stopped`, or 2 after one sentence on stderr. `about`: the command, for its help page.
     """
-    main = launch_rank() == 0
+    shown = main = launch_rank() == 0
     setup_logging(logging.INFO, None, console=main)
     try:
         args = parse(options, sys.argv[1:] if argv is None else argv, about=about)
         place = (getattr(args, name, None) for name in ("dist_backend", "dist_url", "no_set_device_rank"))
+        shown = True  # a process that cannot join in is the only one to know why
         ranks = init_ranks(args.device, *place)
+        shown = main
         if isinstance(args, TrainingOptions):
             args.divide_global_batch(ranks.world_size)
         text = work(args, ranks)
@@ -35,7 +37,7 @@ def run_command(
         logging.warning(str(stopped))
         return stopped.code
     except UserError as error:
-        if main:
+        if shown:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:

@@ -58,6 +58,20 @@ class Ranks:
             stacked /= self.world_size
         return dict(zip(values, stacked.tolist(), strict=True))
 
+    def gather_tensor(self, rows: torch.Tensor) -> torch.Tensor:
+        """The (B, ...) rows of all processes, in the order of their ranks; each has as many."""
+        if self.world_size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def gather_with_gradient(self, rows: torch.Tensor) -> torch.Tensor:
+        """As `gather_tensor`; the gradient of a row, summed over the processes, goes to the one that it comes from."""
+        if self.world_size == 1:
+            return rows
+        return torch.cat(torch.distributed.nn.functional.all_gather(rows.contiguous()))
+
     def on_cpu(self, patience: timedelta | None = None) -> Ranks:
         """The same processes, talking over the CPU, so that they never wait for the device. A collective call."""
         group = dist.new_group(backend="gloo", timeout=patience) if self.world_size > 1 else None
@@ -90,9 +104,12 @@ def init_ranks(device: str, backend: str | None, url: str | None, no_set_device_
         warnings.simplefilter("always")
         try:
             info = init_distributed_device_so(device, backend, url, no_set_device_rank=no_set_device_rank)
-        except (ValueError, RuntimeError, OSError) as error:
+            torch.empty(0, device=info["device"])  # there may be fewer of them than processes
+        except (AssertionError, ImportError, ValueError, RuntimeError, OSError) as error:
+            if not is_using_distributed():
+                raise UserError(f"--device {device} cannot be used here ({reason(error)}); take another.") from error
             advice = "start them with torchrun or srun; for one process in an allocation of SLURM, unset SLURM_NTASKS"
-            raise UserError(f"The processes cannot meet ({reason(error)}): {advice}.") from error
+            raise UserError(f"The processes cannot meet, each on a device ({reason(error)}): {advice}.") from error
     for warning in caught if launch_rank() == 0 else ():
         logging.warning(str(warning.message))
     return Ranks(torch.device(info["device"]), info["global_rank"], info["local_rank"], info["world_size"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from open_clip_elip import identity as identities
 
-from . import checkpoint, wise_ft
+from . import checkpoint, run_folder, wise_ft
 from .command import run_command
 from .data import build_labelled_data
 from .data.samples import LabelEncoding
@@ -33,7 +33,7 @@ from .evaluation.loaded import hash_weights
 from .evaluation.prompts import zero_shot_classifier
 from .evaluation.results import Results, described, described_model
 from .evaluation.scores import METRICS, check_classes
-from .models import Built, build_model, check_works_alone, told
+from .models import Built, build_model, check_reduces, told
 from .options import parse, resolved
 from .options.model import reduction_of
 from .run import Parts, run
@@ -63,12 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _of_checkpoint(options: FinetuningOptions, words: list[str]) -> FinetuningOptions:
     """The options of `--evaluate --resume`; without --model, what the classifier is is as in the checkpoint."""
-    resume, folder = options.resume, Path(options.logs) / (options.name or "") / "checkpoints"
-    if resume == "latest":
-        found = checkpoint.newest(folder) if options.name else None
-        if found is None:
-            raise UserError(f"There is no checkpoint in {folder}; give the --name of a run, or a file in --resume.")
-        resume = str(found)
+    resume = run_folder.to_evaluate(options)
     if options.model is None:
         config = checkpoint.load(resume).get("config", {})
         if "head" not in config:
@@ -101,7 +96,7 @@ def finetuning(options: FinetuningOptions, ranks: Ranks, resume: str | None) -> 
         filled = resume is None or options.wise_ft  # else all weights come from the checkpoint
         built = build_model(of_model, ranks.device, image_tower=options.head == "random", filled=filled)
         if reduces:
-            check_works_alone(built.model, options.model)
+            check_reduces(built.model, options.model)
     weights = None
     if options.head == "zero-shot" and filled:
         weights = zero_shot_classifier(built.model, built.tokenizer, data, ranks=ranks, precision=options.precision)

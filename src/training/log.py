@@ -82,7 +82,9 @@ class RunLog:
                     continue
                 if kind == "wandb":
                     self.writers[kind] = _start_wandb(folder, wandb_options or {})
-                elif folder is not None:
+                elif folder is None:
+                    logging.warning("TensorBoard's files belong into the run folder: with --logs none there are none.")
+                else:
                     from torch.utils.tensorboard import SummaryWriter
 
                     self.writers[kind] = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
@@ -153,7 +155,7 @@ def _result(line: str) -> dict[str, float] | None:
     """A line of results.jsonl; None: it is damaged."""
     with suppress(ValueError):
         result = json.loads(line)
-        return result if isinstance(result, dict) else None
+        return result if isinstance(result, dict) and all(isinstance(v, int | float) for v in result.values()) else None
 
 
 def _kept(path: Path, read: Callable[[str], T | None], keep: Callable[[T], bool]) -> list[T]:

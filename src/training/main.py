@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
+from torch import nn
 
 from open_clip_elip import identity as identities
 
@@ -22,9 +23,12 @@ from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
 from .errors import UserError, reason
 from .evaluation.prompts import load_zero_shot_data
+from .evaluation.suite import Suite
 from .models import build_model, build_teacher, lock
 from .run import Parts, run
-from .tasks.contrastive import ContrastiveTask, PretrainingOptions
+from .tasks.base import Task
+from .tasks.contrastive import ContrastiveTask
+from .tasks.pretraining import PretrainingOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,21 +37,51 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -> Parts:
-    """Contrastive training on image-text pairs; see `run.Build`."""
+    """Training on image-text pairs; see `run.Build`."""
     with ranks.agree():
         seed_everything(options.seed)
         identity, model, transform, tokenizer = build_model(options, ranks.device)
-        lock(model, options)
-        train_transform = augmentation(identity, options.aug_cfg)
+        fuses = identity.family != "clip"
+        own = fuses and not options.aug_cfg
+        train_transform = fusion_augmentation(identity) if own else augmentation(identity, options.aug_cfg)
         train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
         train_data = build_train_data(options, PairEncoding(train_transform, tokenizer), **place)
         val_data = build_val_data(options, PairEncoding(transform, tokenizer), **place)
-        zero_shot_data = load_zero_shot_data(options)
-        teacher = build_teacher(options, identity, ranks.device)
-        task = ContrastiveTask(options, ranks, model, tokenizer, transform, val_data, zero_shot_data, teacher)
+        suite = Suite(options, ranks, tokenizer, transform, val_data, load_zero_shot_data(options))
+        if fuses:
+            task = fusion_task(identity.family, options, ranks, model, suite)
+        else:
+            lock(model, options)
+            teacher = build_teacher(options, identity, ranks.device)
+            task = ContrastiveTask(options, ranks, model, suite, teacher)
     return Parts(identity, model, task, train_data)
+
+
+def fusion_task(family: str, options: PretrainingOptions, ranks: Ranks, model: nn.Module, suite: Suite) -> Task:
+    """The pre-training of a family of `open_clip_elip.fusion`, which is imported only where it is needed."""
+    from .tasks.albef import AlbefPretraining
+    from .tasks.blip import BlipPretraining
+
+    if options.fsdp:
+        raise UserError(f"--fsdp is for CLIP models; {options.model} is small enough for one GPU: leave it out.")
+    if options.trains and options.batch_size < 2:
+        raise UserError("A batch of one pair has no negatives to match with: raise --batch-size.")
+    step = options.batch_size * options.accum_freq * ranks.world_size
+    if options.trains and step > options.queue_size:
+        raise UserError(f"--queue-size {options.queue_size} does not hold the {step} pairs of a step; raise it.")
+    return {"albef": AlbefPretraining, "blip": BlipPretraining}[family](
+        model, tokenizer=suite.tokenizer, suite=suite, queue_size=options.queue_size, gather=ranks.gather_tensor,
+        momentum=options.twin_momentum, alpha=options.twin_weight, dropout=options.twin_dropout,
+    )  # fmt: skip
+
+
+def fusion_augmentation(identity: identities.Identity) -> Callable:
+    """As in the released programs; `--aug-cfg` replaces it."""
+    from .data.fusion_augment import MAGNITUDE, FusionTransform
+
+    return FusionTransform(identity.preprocess, scale=(0.2, 1.0), magnitude=MAGNITUDE[identity.family])
 
 
 def augmentation(identity: identities.Identity, settings: dict[str, Any]) -> Callable:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,23 +39,25 @@ def told(flags: str = "--") -> Iterator[None]:
         raise UserError(re.sub("--(?=model|pretrained)", flags, str(error))) from error
 
 
-def build_model(options: Any, device: torch.device, *, image_tower: bool = False, filled: bool = True) -> Built:
+def build_model(
+    options: Any, device: torch.device, *, image_tower: bool = False, filled: bool = True, task: str | None = None
+) -> Built:
     """The model of a run with its weights, its transform for evaluation and its tokenizer, or a UserError.
 
     options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
     filled: False leaves the weights for a checkpoint to fill.
+    task: of a fusion model, what it is for instead of pre-training.
     """
     if device.type == "cpu" and options.precision != "fp32":
         logging.warning(f"Most CPUs are slow at --precision {options.precision}; fp32 may be three times as fast.")
     with told():
         identity, cached = identity_of(vars(options)), {"cache_dir": options.cache_dir}
-        vision, size = identity.config["vision_cfg"], identity.preprocess["size"]
-        if min(size) < (vision.get("patch_size") or 1):  # a ResNet has none
-            raise UserError(f"Pictures of {size} pixels are smaller than one patch: raise --force-image-size.")
+        if task is not None:
+            identity = replace(identity, config=identity.config | {"task": task})
         if filled:
             source, own = weights.find(options.model, options.pretrained, **cached), options.pretrained_image
-            if own and source is None and "timm_model_name" not in vision:
+            if own and source is None and "timm_model_name" not in identity.config["vision_cfg"]:
                 raise UserError(f"--pretrained-image needs an image tower of timm's; {options.model} has another one.")
             more = {"image_tower": image_tower, "pretrained_image": own, **cached}
             model, _ = create_filled(identity, source, options.precision, device, **more)
@@ -63,11 +66,29 @@ def build_model(options: Any, device: torch.device, *, image_tower: bool = False
             model = identities.create(identity, pretrained_text=False, **more)
         transform = identities.transform(identity)
         tokenizer = identities.tokenizer(identity, options.cache_dir)
+        start(model, options)
     if hasattr(model, "tower"):
         model.tower.shortcuts = options.shortcuts
+    if identity.family != "clip":  # else it is compiled whole, see `wrap`; but these texts differ in length
+        model.tower.compiles = getattr(options, "torchcompile", False)
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return Built(identity, model, transform, tokenizer)
+
+
+def start(model: nn.Module, options: Any) -> None:
+    """Fills parts of a fusion model with what `--start-image` and `--start-text` name."""
+    for part in ("image", "text"):
+        source = getattr(options, f"start_{part}", None)
+        if source is None:
+            continue
+        if not hasattr(model, "own_names"):
+            raise UserError(f"--start-{part} is for fusion models, not for {options.model}; leave it out.")
+        from open_clip_elip.fusion import start as starts
+
+        left = getattr(starts, f"start_{part}")(model, source)
+        if left:
+            logging.info(f"Not in {source}, so new: {len(left)} weights, {left[0]} for one.")
 
 
 def lock(model: nn.Module, options: LockingOptions) -> None:
@@ -81,12 +102,13 @@ def lock(model: nn.Module, options: LockingOptions) -> None:
             raise UserError(f"{options.model} needs --lock-text-freeze-layer-norm with --lock-text.") from error
 
 
-def check_works_alone(model: nn.Module, name: str) -> None:
-    """For `--vision-guided-reduction`: a UserError unless the model's token reduction can do without captions."""
-    reduction = getattr(model, "reduction", None)
+def check_reduces(model: nn.Module, name: str, alone: bool = True) -> None:
+    """For `--vision-guided-reduction`: a UserError unless the model has token reduction, which (`alone`) can do without
+    captions."""
+    reduction = getattr(getattr(model, "tower", None), "reduction", None)
     if reduction is None:
         raise UserError(f"--vision-guided-reduction needs a model with token reduction; {name} has none.")
-    if not reduction.works_alone:
+    if alone and not reduction.works_alone:
         raise UserError("--vision-guided-reduction is for elip, evit and tome, not for this model's method.")
 
 
@@ -120,6 +142,10 @@ def create_filled(
     report = weights.load(model, content, name=identity.name, source=source, image_tower=image_tower)
     for sentence in report.sentences():
         logging.warning(sentence)
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            what = f"The weights of {identity.name} are not finite (the first is {name})"
+            raise ModelError(f"{what}; take those of another step.")
     return model, report
 
 
@@ -186,7 +212,7 @@ def wrap(model: nn.Module, options: Any, ranks: Ranks, **ddp: Any) -> nn.Module:
         device_ids = None if ranks.device.type == "cpu" else [ranks.device]
         ddp = {"static_graph": options.ddp_static_graph, "gradient_as_bucket_view": True, **ddp}
         runnable = DistributedDataParallel(runnable, device_ids=device_ids, **ddp)
-    if options.torchcompile:
+    if options.torchcompile and not hasattr(model, "image_states"):
         if options.grad_checkpointing and ranks.world_size > 1:
             torch._dynamo.config.optimize_ddp = False  # its graph splits do not go together with checkpointing
         runnable = torch.compile(runnable)

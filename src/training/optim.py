@@ -1,9 +1,11 @@
 """Parameter groups, optimizer and learning-rate schedule."""
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,29 +102,66 @@ def _timm_optimizer(model_or_groups: nn.Module | list[dict], options: Any) -> to
 
 def create_schedule(
     optimizer: torch.optim.Optimizer, options: Any, *, total_steps: float, warmup_steps: float,
-    cooldown_steps: float | None = None,
+    cooldown_steps: float | None = None, epoch_steps: int | None = None,
 ) -> Callable[[float], float] | None:  # fmt: skip
     """A function step -> lr that also sets the optimizer's groups; None with `--skip-scheduler` (lr stays `--lr`).
 
     The lengths and the step are counted in steps of one fixed global batch and need not be whole: a run that goes on
     with another batch size keeps its schedule by giving samples seen / that batch. For whole steps the values are those
     of OpenCLIP's schedules; steps beyond `total_steps` get the last one. A group with `lr_scale` gets lr * lr_scale;
-    what is returned is lr. `cooldown_steps`: at the end, for const-cooldown.
+    what is returned is lr. `cooldown_steps`: at the end, for const-cooldown. `epoch_steps`: of one, for epoch-...
     """
     if options.skip_scheduler:
         return None
     lengths = (optimizer, options.lr, warmup_steps, total_steps)
     if options.lr_scheduler == "const-cooldown":
         set_lr = const_lr_cooldown(*lengths, cooldown_steps, options.lr_cooldown_power, options.lr_cooldown_end)
+    elif options.lr_scheduler.startswith("epoch-"):
+        shared = {"peak": options.lr, "start": options.lr_start, "end": options.lr_end, "epoch": epoch_steps}
+        more = {"epochs": math.ceil(total_steps / epoch_steps)}
+        by_epoch = epoch_cosine
+        if options.lr_scheduler == "epoch-decay":
+            by_epoch, more = epoch_decay, {"factor": options.lr_decay}
+        set_lr = partial(by_epoch, warmup=warmup_steps, **shared, **more)
     else:
         set_lr = {"cosine": cosine_lr, "const": const_lr}[options.lr_scheduler](*lengths)
     scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]  # the option's, whatever is resumed
 
     def schedule(step: float) -> float:
         # OpenCLIP's warm-up gives --lr at warmup - 1 and would go beyond it at a fraction of a step later.
-        lr = set_lr(min(step, warmup_steps - 1) if step < warmup_steps else min(step, total_steps))
+        warms_up = step < warmup_steps and not options.lr_scheduler.startswith("epoch-")
+        lr = set_lr(min(step, warmup_steps - 1) if warms_up else min(step, total_steps))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = lr * scale
         return lr
 
     return schedule
+
+
+def epoch_cosine(
+    step: float, *, peak: float, start: float, end: float, warmup: float, epoch: int, epochs: int
+) -> float:
+    """ALBEF's learning rate: a warm-up in steps of 100 updates, then a cosine in steps of an epoch.
+
+    Args:
+        step: updates that are done.
+        peak, start, end: rates after the warm-up, before it, and that the cosine falls to.
+        warmup: updates that the warm-up takes.
+        epoch, epochs: updates in an epoch; epochs of the run.
+    """
+    if step <= warmup:  # the first rise comes after the 101st update
+        return start + (peak - start) * (max(0, step - 1) // 100) / max(1, warmup / 100)
+    return end + (peak - end) * (1 + math.cos(math.pi * (step // epoch) / epochs)) / 2
+
+
+def epoch_decay(
+    step: float, *, peak: float, start: float, end: float, warmup: float, epoch: int, factor: float
+) -> float:
+    """BLIP's learning rate: a linear warm-up, then multiplied by `factor` from epoch to epoch, down to `end`.
+
+    Args:
+        others: see `epoch_cosine`.
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return max(end, peak * factor ** (step // epoch))

@@ -83,7 +83,7 @@ class Plan:
 
     def schedule(self, optimizer: torch.optim.Optimizer, options: Any) -> Callable[[float], float] | None:
         lengths = {name: getattr(self, name) for name in ("total_steps", "warmup_steps", "cooldown_steps")}
-        return create_schedule(optimizer, options, **lengths)
+        return create_schedule(optimizer, options, epoch_steps=self.reference_steps_per_epoch, **lengths)
 
     def change_from(self, state: dict[str, Any], mid_epoch: bool) -> str:
         """What differs from the plan of a checkpoint, in words; empty if the run can go on bit for bit."""
@@ -95,3 +95,8 @@ class Plan:
             names["workers"] = "loader worker(s)"
         changed = {name: getattr(self, name) for name in names if state[name] != getattr(self, name)}
         return ", ".join(f"{state[name]} {names[name]} (now {now})" for name, now in changed.items())
+
+
+def is_due(epoch: int, frequency: int, last: bool) -> bool:
+    """Whether what comes every `frequency` epochs, and after the last, comes after this one; 0: never."""
+    return frequency > 0 and (last or epoch % frequency == 0)

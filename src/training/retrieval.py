@@ -3,6 +3,7 @@
     python -m training.retrieval --model ViT-B-16-ELIP --pretrained epoch_32.pt --data coco=data/coco
     torchrun --nproc_per_node 4 -m training.retrieval -- --model ViT-B-16 --pretrained openai \
         --data coco=data/coco flickr30k=data/flickr30k --equal-captions-are-hits
+    python -m training.retrieval --model ALBEF-B-16 --pretrained ALBEF.pth --data coco=data/coco --rerank 256
 
 docs/retrieval.md says what `--data` may be and what is measured.
 """
@@ -15,10 +16,12 @@ from pathlib import Path
 from .command import run_command
 from .data.sets.captioned import CaptionOptions, load_captions
 from .distributed import Ranks, end
+from .errors import UserError
 from .evaluation.loaded import load_model
 from .evaluation.options import EvaluationOptions
 from .evaluation.pairs import evaluate_captions
-from .evaluation.passes import EncodeSettings, image_encoder
+from .evaluation.passes import EncodeSettings
+from .evaluation.rerank import RECALLS
 from .evaluation.results import Results, described
 from .options.kinds import FILE, POSITIVE_COUNT, one_of
 from .options.parser import forbid, option
@@ -37,6 +40,10 @@ class RetrievalOptions(EvaluationOptions, title="captions", command="training.re
     captions_per_image: int | None = option(
         None, "Take no more than the first N captions of each image.", POSITIVE_COUNT)
     equal_captions_are_hits: bool = option(False, "A caption is right for every image that has one with the same text.")
+    rerank: int | None = option(
+        None, "Of each image and each caption, rank the K nearest again by what an ALBEF or BLIP model says of "
+        "each pair.",
+        POSITIVE_COUNT, metavar="K")
     txt_captions: str | None = option(
         None, "What a .txt in shards is: a caption a line, or one.", one_of("lines", "whole"))
     csv_separator: str | None = option(
@@ -70,23 +77,32 @@ def work(options: RetrievalOptions, ranks: Ranks) -> str:
         sets = [load_captions(spec, reading) for spec in options.data]
         results = Results(options.results, ranks, options.redo)
         loaded = load_model(options, ranks)
-    encode_image = image_encoder(loaded.model, options.torchcompile)
-    encode_text = partial(loaded.model.encode_text, normalize=True)
-    rows = [["", "split", "images", "captions", *(f"{name}@{k}" for name in DIRECTIONS for k in (1, 5, 10))]]
+        model, tokenizer = loaded.model, loaded.tokenizer
+        if options.rerank and not hasattr(model, "match"):
+            raise UserError(f"--rerank is for models with fusion layers, such as ALBEF-B-16; {options.model} has none.")
+        if hasattr(model, "caption_length"):
+            tokenizer = partial(tokenizer, context_length=model.caption_length)
+    rows = [["", "split", "images", "captions", *(f"{name}@{k}" for name in DIRECTIONS for k in RECALLS)]]
     own = {name: getattr(options, name) for name in ("equal_captions_are_hits", "captions_per_image")}
+    if options.rerank:
+        own["rerank"] = options.rerank
     for data in sets:
         what = described("retrieval", options, loaded.described, data, **own)
         record = results.find(what)
         if record is None:
             metrics, skipped = evaluate_captions(
-                data, encode_image, encode_text, loaded.tokenizer, loaded.preprocess, ranks=ranks,
-                settings=EncodeSettings.of(options, data.name), equal_captions_are_hits=options.equal_captions_are_hits,
+                data, model, tokenizer, loaded.preprocess, ranks=ranks, settings=EncodeSettings.of(options, data.name),
+                equal_captions_are_hits=options.equal_captions_are_hits, compiled=options.torchcompile,
+                rerank_best=options.rerank,
             )  # fmt: skip
             record = results.add(what, metrics, {"skipped": skipped, "left_out": data.left_out})
         metrics = record["metrics"]
-        recalls = [metrics[f"{direction}_R@{k}"] for direction in DIRECTIONS.values() for k in (1, 5, 10)]
         counts = [f"{metrics[name]:,}" for name in ("num_images", "num_captions")]
-        rows.append([data.name, data.split, *counts, *(f"{recall:.2%}" for recall in recalls)])
+        for kind, name in (("", data.name), ("reranked_", f"{data.name}, best {options.rerank} re-ranked")):
+            if not kind or options.rerank:
+                recalls = [metrics.get(f"{kind}{way}_R@{k}") for way in DIRECTIONS.values() for k in RECALLS]
+                shown = ("-" if recall is None else f"{recall:.2%}" for recall in recalls)
+                rows.append([name, data.split, *counts, *shown])
     equal = ", equal captions are hits" if options.equal_captions_are_hits else ""
     legend = f"TR: image to text, IR: text to image{equal}"
     return f"{options.model} {options.pretrained or ''}\n{results.shown(rows, legend)}"

@@ -83,9 +83,22 @@ def find_resume(options: Any, folder: Path | None) -> str | None:
     if folder is None:
         raise UserError("--resume latest looks in the run's folder, but --logs none keeps none; give --logs.")
     found = checkpoint.newest(folder / "checkpoints")
+    for path in (folder / "checkpoints").glob("*.pt") if found is None else ():
+        raise UserError(f"No checkpoint in {path.parent} can be continued; to start anew, move {path.name} away.")
     if found is None:
         logging.info(f"There is no checkpoint in {folder / 'checkpoints'} yet; training starts from the beginning.")
     return None if found is None else str(found)
+
+
+def to_evaluate(options: Any) -> str:
+    """The checkpoint that `--resume` means where nothing is trained, so that there is no folder of the run's own."""
+    if options.resume != "latest":
+        return options.resume
+    folder = Path(options.logs) / (options.name or "") / "checkpoints"
+    found = checkpoint.newest(folder) if options.name else None
+    if found is None:
+        raise UserError(f"There is no checkpoint in {folder}; give the --name of a run, or a file in --resume.")
+    return str(found)
 
 
 def check_unused(folder: Path | None, options: Any) -> None:

@@ -31,9 +31,9 @@ from .figures import Figures, describe
 from .files import append
 from .log import RunLog
 from .options import TrainingOptions
-from .plan import Plan, differences
+from .plan import Plan, differences, is_due
 from .sharding import clip_grad_norm, full_state_dict, gathered, unscale
-from .tasks.base import Batch, Engine, Progress, Task, is_due
+from .tasks.base import Batch, Engine, Progress, Task
 
 # Options that an optimizer keeps with its parameters, and their names there.
 _IN_GROUPS = {
@@ -256,6 +256,7 @@ class Trainer:
             "task": self.task.state_dict(),
             "plan": asdict(self.plan),
             "data": self.ranks.gather(position),
+            "files": self.data.files,
             "random": self.ranks.gather(self.engine.random_state()),
             "nonfinite_steps": self.nonfinite_steps,
             **self.described,
@@ -267,12 +268,14 @@ class Trainer:
         UserError: the state does not fit this run; what is loaded by then is not used.
         """
         whole = "epoch" in state
+        before = state.get("config", dict.fromkeys(_IN_GROUPS))  # of OpenCLIP's nothing is known
+        changed = differences(before, self.described.get("config", {}))
+        if whole and "opt" in changed and before["opt"].lower() != self.options.opt.lower():
+            raise UserError(f"{source} is of another optimizer: {changed['opt']}; keep it, or start by --pretrained.")
         optimizer, own_groups = self.optimizer if whole else None, [dict(g) for g in self.optimizer.param_groups]
         self.ema = checkpoint.restore(self.model, state, source, optimizer, self.options.ema_decay)
         if not whole:
             return
-        before = state.get("config", dict.fromkeys(_IN_GROUPS))  # of OpenCLIP's nothing is known
-        changed = differences(before, self.described.get("config", {}))
         for group, own in zip(self.optimizer.param_groups, own_groups, strict=True):
             group.update({k: own[k] for name in changed if (k := _IN_GROUPS.get(name)) in own})
         if self.engine.scaler.is_enabled() and state.get("scaler"):
@@ -299,6 +302,9 @@ class Trainer:
             self.notes.append(f"Going on with other options than {source} was written with: {', '.join(told)}.")
         if read:
             self.notes.append(f"The coming data are not those of the uninterrupted run: {', '.join(read.values())}.")
+        if files := [*differences(state.get("files", {}), self.data.files)]:
+            what = f"{len(files)} file(s) of the data have changed since {source} was written, by size or date"
+            self.notes.append(f"{what}, the first of them {files[0]}; the coming samples may be others.")
         if self.finished:
             done = f"{self.epoch} epochs, {self.samples:,} samples"
             self.notes.append(f"Nothing is left to train: {source} has {done}; to go on, raise --epochs or --duration.")
@@ -333,6 +339,8 @@ class Trainer:
         state = self.state_dict(position) if names else {}
         for name in names:
             self.saver.save(state, name)
+        if (self.ranks.broadcast(self.saver.bad) or "").startswith("state_dict."):
+            raise Stopped("The weights are not finite any more; resume from before, at a lower --lr.", EXIT_NONFINITE)
 
 
 def evaluate_task(

@@ -11,6 +11,8 @@ import train_step as script
 
 from open_clip_elip.profile.models import Candidate, caption_lengths
 
+from ..training.fusion_runs import write_albef
+
 TINY = "ViT-Ti-8-64-ELIP"
 CPU = torch.device("cpu")
 
@@ -25,7 +27,7 @@ def sides(ours: str):
     """OpenCLIP's side and ours, of the same weights, and their batch."""
     args = options()
     plain, _ = next(script.by_shape([Candidate.parse(ours)]))
-    text = script.captions(plain.build("meta"), args)
+    text = script.captions(plain, plain.build("meta"), args)
     image = torch.randn(4, 3, 64, 64)
     theirs = script.OpenClipSide(plain, image, text, args, CPU)
     own = script.OurSide(Candidate.parse(ours), image, text, args, CPU)
@@ -76,6 +78,23 @@ def test_results(tmp_path, capsys):
     assert shallow["flops_ratio"] < exact["flops_ratio"]
     assert names[1] in capsys.readouterr().out
     assert f"| {TINY} |" in (tmp_path / "train_step_cpu_try.md").read_text()
+
+
+def test_a_fusion_model_is_compared_with_itself_as_released(tmp_path):
+    name = write_albef(tmp_path / "model")
+    words = ["--models", name, "--batch-size", "4", "--device", "cpu", "--caption-length", "8", "--rounds", "1"]
+    assert script.main([*words, "--results", str(tmp_path)]) == 0
+    (result,) = json.loads((tmp_path / "train_step_cpu.json").read_text())["results"]
+    assert result["against"] == f"plain {name} as released"
+    assert result["flops_ratio"] < 0.9 and result["saved_ratio"] < 1
+    args = options(caption_length="8")
+    released, _ = next(script.by_shape([Candidate.parse(name)]))
+    text = script.captions(released, None, args)
+    both = released, Candidate.parse(name)
+    sides = [script.OurSide(one, torch.randn(4, 3, 32, 32), text, args, CPU) for one in both]
+    assert [side.model.tower.shortcuts for side in sides] == [False, True]
+    assert [side.trainer.task.twin.tower.shortcuts for side in sides] == [False, True]
+    assert sides[0].model.tower.reduction is None
 
 
 @pytest.mark.parametrize("model", ["ViT-Q", "coca_ViT-B-32"])

@@ -8,6 +8,7 @@ import shutil
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 from open_clip_elip import TextFirstCLIP
 from open_clip_elip.identity import Identity, ModelError, create, describe, differences, sibling, tokenizer, transform
@@ -65,8 +66,19 @@ def test_a_description_is_plain_and_enough(tmp_path):
     assert model.reduction.config.depths == (1, 1, 1, 1)
     assert tokenizer(again)(["a"]).shape == (1, 12)
     assert open_clip.list_models() == before
-    with pytest.raises(ModelError, match="family 'albef'"):
-        Identity.from_dict({**identity.to_dict(), "family": "albef"})
+    with pytest.raises(ModelError, match="family 'other'"):
+        Identity.from_dict({**identity.to_dict(), "family": "other"})
+
+
+def test_an_architecture_may_say_how_pictures_are_brought_to_its_size():
+    """ALBEF's are squeezed: the edges of a long one are still there."""
+    picture = Image.new("RGB", (80, 20))
+    picture.paste("white", (0, 0, 10, 20))
+    for name in ("ALBEF-B-16", "ALBEF-B-16-ELIP", "ALBEF-Nano-8-64", "ALBEF-Nano-8-64-ELIP"):
+        identity = describe(name, force_image_size=[32])
+        seen = transform(identity)(picture)
+        assert seen.shape == (3, 32, 32) and seen[0, :, 0].min() > 1.5 > -1.5 > seen[0, :, 8:].max()
+        assert describe(name, image_resize_mode="longest").preprocess["resize_mode"] == "longest"
 
 
 def test_shapes_without_numbers_and_a_precision():
@@ -104,7 +116,8 @@ def test_options_of_the_reduction_lie_on_top_of_the_models_own(given, resolved):
         (TINY, {"token_reduction": {"method": "tomes"}}, "Unknown token reduction method 'tomes'; known are"),
         (TINY, {"token_reduction": {"lam": 3}}, "lam must be a number in"),
         (TINY, {"token_reduction": {"method": "evit", "lam": 0.5}}, "Unknown token_reduction option 'lam'"),
-        (TINY, {"force_image_size": [1, 2, 3]}, "cannot be created"),
+        (TINY, {"force_image_size": [64, 64, 64]}, "cannot be created"),
+        (TINY, {"force_image_size": [64, 7]}, "are smaller than one patch: raise"),
         ("RN50", {"token_reduction": {"method": "elip"}}, "needs OpenCLIP's own ViT"),
     ],
 )

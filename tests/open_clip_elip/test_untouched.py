@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip_elip import cut_text, with_shortcuts, with_token_reduction
-from open_clip_elip.blocks import is_untouched
+from open_clip_elip.blocks import is_adapted, is_untouched
 from open_clip_elip.text import can_cut
 
 from . import reference
@@ -171,6 +171,33 @@ def test_tokens_asked_for_later_are_there():
     torch.testing.assert_close(model.encode_image(image), plain.encode_image(image), **CLOSE)
 
 
+def widen(tower) -> None:
+    tower.attn_mask[5, 2:9] = 0.5
+
+
+@pytest.mark.parametrize("edit", [widen, lambda tower: setattr(tower, "attn_mask", tower.attn_mask.clamp(min=-3))])
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_a_mask_edited_at_any_time_is_obeyed(custom_text, edit):
+    plain = plain_model(custom_text)
+    model, text = with_shortcuts(plain), pairs()[1]
+    before, parts = model.encode_text(text), cut_text(text, model)
+    for one in (plain, model):
+        edit(getattr(one, "text", one))
+    expected = plain.encode_text(text)
+    assert not can_cut(model) and not torch.allclose(expected, before)
+    for given in (text, parts):
+        torch.testing.assert_close(model.encode_text(given), expected, **CLOSE)
+
+
+def test_a_last_block_that_is_an_earlier_one_too():
+    plain = plain_model()
+    for blocks in (plain.visual.transformer.resblocks, plain.transformer.resblocks):
+        blocks[0] = blocks[-1]
+    model, batch = with_shortcuts(plain), pairs()
+    assert can_cut(model)
+    torch.testing.assert_close(step(model, *batch), step(plain, *batch), **CLOSE)
+
+
 @pytest.mark.parametrize("custom_text", [False, True])
 def test_gradients_of_each_sample_and_whole_models_in_files(custom_text):
     plain = plain_model(custom_text).eval()
@@ -281,6 +308,10 @@ def test_lora_is_in_effect_everywhere(method):
         expected = seeded(merged.train(training), *batch)
         torch.testing.assert_close(seeded(active.train(training), *batch), expected, rtol=1e-8, atol=1e-10)
     contrastive_loss(active.train()(*batch)).backward()
+    block = active.base_model.model.visual.transformer.resblocks[0]
+    assert is_adapted(block)  # run as the merged model's blocks are
+    block.attn.register_forward_hook(lambda m, args, out: out)
+    assert not is_adapted(block)
     adapters = {n: p for n, p in active.named_parameters() if "lora_" in n and "visual" in n}
     assert len(adapters) == 4 * 3 * 2 and all(p.grad.any() for p in adapters.values())
 

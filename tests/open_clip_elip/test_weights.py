@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+from pathlib import Path
 
+import numpy
 import open_clip
 import pytest
 import torch
@@ -45,6 +47,10 @@ FORMS = {
     "a trainer of one's own": lambda s: {"state_dict": {**prefixed(s, "net.clip."), "n_averaged": torch.tensor(3)}},
     "averages": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
     "ordered": collections.OrderedDict,
+    "any one wrapper": lambda s: {"student": s, "optimizer": {"state": {0: {"step": torch.tensor(1)}}}},
+    "a number beside": lambda s: {"step": torch.tensor(3), "state_dict": s},
+    "what trainers keep": lambda s: {"net": s, "best": numpy.float64(1), "in": Path()},
+    "scripted": lambda s: {**s, "attn_mask": torch.zeros(12, 12)},
 }
 
 
@@ -78,7 +84,9 @@ def test_safetensors_scripted_archives_and_urls(tmp_path):
             return x
 
     torch.jit.script(Scripted()).save(tmp_path / "openai.pt")
-    for place in ("w.safetensors", "openai.pt"):
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "w.safetensors").read_bytes())
+    for place in ("w.safetensors", "openai.pt", "old.pth", "pytorch_model.bin"):
         for path in (tmp_path / place, f"file://{tmp_path / place}"):
             target = model()
             report = load(target, read(path))
@@ -117,7 +125,7 @@ def test_an_image_tower_alone_is_taken_where_that_is_asked_for():
     fine_tuned = {key: value for key, value in visual.items() if key != "visual.proj"}
     fine_tuned |= {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}
     bare = {key.removeprefix("visual."): value for key, value in visual.items()}
-    for content in (visual, {"state_dict": prefixed(fine_tuned, "module.")}, bare):
+    for content in (visual, {"state_dict": prefixed(fine_tuned, "module.")}, bare, prefixed(bare, "backbone.")):
         target = model()
         report = load(target, content, image_tower=True)
         assert torch.equal(target.visual.conv1.weight, state["visual.conv1.weight"])
@@ -151,7 +159,13 @@ def test_a_part_where_that_is_asked_for():
     ("content", "sentence"),
     [
         (None, "There is no checkpoint at"),
-        (b"cut off", "cannot be read as a checkpoint"),
+        (b"cut off", "it is neither torch's nor in safetensors' format"),
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS, whose file `git lfs pull` fetches"),
+        (b"\x1f\x8b\x08", "it is compressed: unpack it"),
+        (b"PK\x03\x04", "it is cut off, or an archive"),
+        ({"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.zeros(1)}}, "student and teacher each have some"),
         ([torch.zeros(1)], "it holds a list, not a dictionary"),
         ({"epoch": 3, "model": "x"}, "holds no weights, only epoch, model"),
         ({"state_dict": {"a": torch.zeros(1)}, "more": Module()}, "Python object .*Module.*could run code"),
@@ -168,6 +182,11 @@ def test_what_cannot_be_read_is_one_sentence(content, sentence, tmp_path):
     with pytest.raises(ModelError, match=sentence) as error:
         load(model(), read(path), source=str(path))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_file_of_an_old_torch(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read(tmp_path / "w.pt")["a"], torch.ones(2))
 
 
 def test_which_file_is_meant(tmp_path, monkeypatch):

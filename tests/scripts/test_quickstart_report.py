@@ -53,6 +53,18 @@ def test_table(run, capsys):
     assert len({line.index("%") for line in lines if "%" in line}) == 1  # the column is aligned
 
 
+def test_an_albef_has_both_rankings_and_no_loss_of_guessing(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"val_rerank": 64}))
+    (run / "train.csv").write_text("step,epoch,samples,loss,ita,itm,mlm,samples_per_second\n0,0,64,14,6,1,7,5\n")
+    again = {f"reranked_{way}_R@{k}": k / 10 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    (run / "checkpoints" / "results.jsonl").write_text(json.dumps(RESULTS | again) + "\n")
+    lines = report.table(report.Run.read(run))
+    assert lines[0] == ("loss, first step", "14.000", "")
+    assert ("image to text R@5", "25.0%", "2.5% (x 10.0)") in [(n.split(",")[0], *rest) for n, *rest in lines]
+    assert ("text to image R@5, best 64 re-ranked, 200 pairs", "50.0%", "2.5% (x 20.0)") in lines
+
+
 def test_finished_needs_the_last_evaluation_and_the_last_checkpoint(run, capsys):
     assert report.main(["--is-finished", str(run)]) == 0
     (run / "checkpoints" / "epoch_2.pt").rename(run / "checkpoints" / "epoch_1.pt")

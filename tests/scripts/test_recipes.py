@@ -14,8 +14,8 @@ from braceexpand import braceexpand
 import open_clip_elip  # noqa: F401  (makes the models known)
 from training.finetune import FinetuningOptions
 from training.linear_probe import ProbeOptions
-from training.main import PretrainingOptions
 from training.options import parse, resolved
+from training.tasks.pretraining import PretrainingOptions
 from training.zero_shot import ZeroShotOptions
 
 ROOT = Path(__file__).parents[2]

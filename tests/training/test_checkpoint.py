@@ -77,6 +77,13 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(change, words):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+def test_weights_alone_cannot_be_gone_on_from():
+    model = tiny_clip()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(UserError, match="x.pt has no optimizer state to go on with.*--pretrained x.pt"):
+        checkpoint.restore(model, {"epoch": 1, "state_dict": model.state_dict()}, "x.pt", optimizer)
+
+
 # ---------------------------------------------------------------------- what is kept
 
 

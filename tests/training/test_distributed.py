@@ -49,3 +49,17 @@ def agree_on_errors(rank: int, world_size: int) -> None:
                 raise expected
         assert type(found.value) is type(expected) and str(found.value) == str(expected)
         assert vars(found.value) == vars(expected)
+
+
+def test_gathered_rows_send_their_gradients_back():
+    spawn(gather_with_gradient)
+
+
+def gather_with_gradient(rank):
+    ranks = Ranks(torch.device("cpu"), rank=rank, world_size=2)
+    rows = torch.arange(6.0).view(2, 3) + 10 * rank
+    rows.requires_grad_()
+    gathered = ranks.gather_with_gradient(rows)
+    assert gathered[:, 0].tolist() == [0, 3, 10, 13]
+    (gathered * torch.arange(1.0, 5)[:, None] * (rank + 1)).sum().backward()
+    assert rows.grad[:, 0].tolist() == [3 * (2 * rank + 1), 3 * (2 * rank + 2)]

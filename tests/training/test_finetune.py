@@ -298,7 +298,7 @@ def test_recipes(recipe, run):
     [
         (["--siglip"], "--siglip is an option of training.main (loss), not of training.finetune."),
         (["--token-reduction", "lam=0.5", "--vision-guided-reduction"], "lam weighs the image against its caption"),
-        (["--train-data", "x.tar"], "--train-data is an option of training.main (training data)"),
+        (["--train-data", "x.tar"], "training.main (training data)"),
         (["--wise-ft"], "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot."),
         (["--evaluate"], "--evaluate needs a checkpoint of fine-tuning in --resume, or --head zero-shot."),
         (["--wise-ft", "--evaluate", "--head", "zero-shot"], "--wise-ft needs the fine-tuned weights: give their ch"),

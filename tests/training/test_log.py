@@ -22,7 +22,9 @@ def test_rows_after_the_resumed_step_are_written_once(tmp_path):
     assert [(r["step"], float(r["loss"])) for r in rows(tmp_path)] == [("0", 5), ("1", 4), ("2", 3), ("3", 0.25)]
 
 
-def test_tensorboard_and_results(tmp_path):
+def test_tensorboard_and_results(tmp_path, caplog):
+    RunLog(None, "tensorboard").close()
+    assert caplog.messages == ["TensorBoard's files belong into the run folder: with --logs none there are none."]
     (tmp_path / "checkpoints").mkdir()
     log = RunLog(tmp_path, "tensorboard")
     log.train({"step": 0, "loss": 1.0})
@@ -84,7 +86,8 @@ TEXT = "".join(json.dumps(result) + "\n" for result in RESULTS)
 
 @pytest.mark.parametrize(
     ("text", "left"),
-    [(TEXT, [1, 2]), (TEXT[:-1], [1]), (TEXT[:-9], [1]), ("\0\0" + TEXT, [2]), ("[1]\n" + TEXT, [1, 2]), ("", [])],
+    [(TEXT, [1, 2]), (TEXT[:-1], [1]), (TEXT[:-9], [1]), ("\0\0" + TEXT, [2]), ("[1]\n" + TEXT, [1, 2]), ("", []),
+     ('{"step": "4"}\n' + TEXT, [1, 2]), ('{"epoch": 1, "top1": null}\n' + TEXT, [1, 2])],
 )
 def test_results_with_damaged_lines(text, left, tmp_path, caplog):
     path = tmp_path / "checkpoints" / "results.jsonl"

@@ -156,7 +156,11 @@ BAD = {
     "unknown timm optimizer": (["--opt", "timm/nothing"], ["timm"]),
     "unknown flag": (["--bach-size", "8"], ["--batch-size"]),
     "no contrast": (["--batch-size", "1"], ["A step of one pair has no contrast", "raise --batch-size"]),
-    "no patch": (["--force-image-size", "7"], ["[7, 7] pixels", "--force-image-size"]),
+    "no patch": (["--force-image-size", "7"], ["7 pixels", "--force-image-size"]),
+    "no name": (["--model", "local-dir:"], ["The model local-dir: cannot be created"]),
+    "no name of a teacher": (["--distill-model", "hf-hub:", "--distill-pretrained", __file__], ["hf-hub: cannot"]),
+    "no such device": (["--device", "npu"], ["--device npu cannot be used here"]),
+    "no driver for it": (["--device", "hpu"], ["--device hpu cannot be used here"]),
     "no weights for the tower": (["--pretrained-image"], ["needs an image tower of timm's"]),
 }
 
@@ -166,6 +170,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(case, shards, tmp_path, ca
     flags, words = BAD[case]
     refuse(capsys, command(shards, tmp_path / "logs", *flags), *words)
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_process_that_cannot_join_in_says_so_itself(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.command.launch_rank", lambda: 1)
+    refuse(capsys, command(shards, tmp_path / "logs", "--device", "npu"), "--device npu cannot be used here")
 
 
 def test_an_allocation_of_slurm_without_srun(shards, tmp_path, capsys, monkeypatch):

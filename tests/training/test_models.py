@@ -31,7 +31,7 @@ def options(**changes) -> argparse.Namespace:
 def evaluation(pretrained, **changes) -> argparse.Namespace:
     values = {
         "model": None, "pretrained": str(pretrained), "ema": False, "precision": "fp32", "image_decode": "plain",
-        "vision_guided_reduction": False,
+        "vision_guided_reduction": False, "force_image_size": None, "text_tokenizer": None,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
 

@@ -1,5 +1,8 @@
 """A run that is interrupted anywhere and resumed is, bit for bit, the run that was not."""
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +85,9 @@ def test_interrupted_equals_uninterrupted(name, shards, tmp_path):
 def test_the_last_part_of_a_run_uses_all_tokens(shards, tmp_path):
     flags = ["--token-reduction", "random", "keep_ratio=0.5", "--full-tokens-last", "25%"]
     assert main(command(shards, tmp_path, *flags)) == 0
+    assert "as long as the run" not in (tmp_path / "run" / "out.log").read_text()
+    assert main(command(shards, tmp_path, *flags[:-1], "16", name="all")) == 0
+    assert "--full-tokens-last is as long as the run" in (tmp_path / "all" / "out.log").read_text()
     steps = rows(tmp_path / "run")
     ratios, operations = ([float(row[key]) for row in steps] for key in ("rrt", "gflops_per_sample"))
     assert len(steps) == 16
@@ -152,8 +158,30 @@ def test_workers_may_change_at_the_end_of_an_epoch_and_the_log_says_so(shards, t
     state = checkpoint.load(tmp_path / "run" / "checkpoints" / "epoch_3.pt")
     assert {(g["weight_decay"], tuple(g["betas"])) for g in state["optimizer"]["param_groups"]} == {(0.0, (0.9, 0.5))}
     assert "wd: 0.0" in (tmp_path / "run" / "config.yaml").read_text()
+    assert main(command(shards, tmp_path, *flags, "--opt", "timm/sgd", "--lr", "1")) == 2
     assert main(command(shards, tmp_path, *flags, "--epochs", "1")) == 0
     assert "Nothing is left to train" in (tmp_path / "run" / "out.log").read_text()
+
+
+def test_shards_that_changed_are_told(shards, tmp_path):
+    with interrupted(4):
+        assert main(command(shards, tmp_path)) == EXIT_INTERRUPTED
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    assert main(command(shards, tmp_path, "--resume", "latest", name="same")) == 0
+    assert "have changed since" not in (tmp_path / "same" / "out.log").read_text()
+    first = Path(shards.split("{")[0] + "00000.tar")
+    os.utime(first, ns=(0, first.stat().st_mtime_ns + 1))
+    assert main(command(shards, tmp_path, "--resume", "latest")) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert f"1 file(s) of the data have changed since {tmp_path}/run/checkpoints/step_4.pt was" in log
+    assert f"by size or date, the first of them {first};" in log
+
+
+def test_checkpoints_that_cannot_be_read_are_not_started_over(shards, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "epoch_1.pt").write_bytes(b"half of it")
+    assert main(command(shards, tmp_path, "--resume", "latest")) == 2
+    assert "can be continued; to start anew, move epoch_1.pt away." in capsys.readouterr().err
 
 
 def test_two_processes_stop_together_and_resume_exactly(local_model, shards, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -42,12 +43,12 @@ def write_set(folder, images, name="set.json"):
 # --- known answers ---
 
 
-def encode_image(images):
+def encode_image(images, normalize):
     """The mean colour."""
     return F.normalize(images.mean(dim=(2, 3)).float(), dim=-1)
 
 
-def encode_text(tokens):
+def encode_text(tokens, normalize):
     """The colour whose number is the first token."""
     colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     return F.normalize(colours[tokens[:, 0]], dim=-1)
@@ -72,7 +73,8 @@ EXPECTED = {"image_to_text_R@1": 1 / 4, "text_to_image_R@1": 4 / 8, "num_images"
 def evaluate(data, *, rank=0, world_size=1, batch_size=2, on_broken="skip", **more):
     more["settings"] = EncodeSettings(batch_size, 0, "fp32", on_broken)
     more["ranks"] = Ranks(CPU, rank, rank, world_size)
-    return evaluate_captions(data, encode_image, encode_text, tokenizer, to_tensor, **more)
+    model = SimpleNamespace(encode_image=encode_image, encode_text=encode_text)
+    return evaluate_captions(data, model, tokenizer, to_tensor, **more)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -49,7 +49,7 @@ def make_trainer(model, micro_batches=1, ranks=None, runnable=None, precision="f
         accum_freq=micro_batches, batch_size=16 // micro_batches // ranks.world_size, grad_clip_norm=norm,
         precision=precision,
     )
-    task = ContrastiveTask(args, ranks, build(), tokenizer=None, transform=None)  # of a model not sharded, as in a run
+    task = ContrastiveTask(args, ranks, build())  # of a model not sharded, as in a run
     data = MemoryData([{"text": ()}] * micro_batches)  # the tests call `step` with batches of their own
     optimizer = create_optimizer(model, args)
     return Trainer(args, ranks, model, runnable or model, task, data, optimizer)

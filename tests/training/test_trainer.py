@@ -30,7 +30,7 @@ def make_trainer(args, model, batches, ranks=None, teacher=None, folder=None):
     if folder:
         (folder / "checkpoints").mkdir()
     runnable = model if ranks.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    task = ContrastiveTask(args, ranks, model, tokenizer=None, transform=None, teacher=teacher)
+    task = ContrastiveTask(args, ranks, model, teacher=teacher)
     return Trainer(args, ranks, model, runnable, task, MemoryData(batches), create_optimizer(model, args), folder)
 
 
@@ -270,6 +270,16 @@ def test_a_non_finite_step_stops_at_the_last_good_weights(tmp_path):
     expected = tiny_clip()
     one_step(expected, batches[0])
     assert all(torch.equal(v, state["state_dict"][k]) for k, v in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_weights_that_are_not_finite_end_a_run(nonfinite, tmp_path):
+    trainer, model, _ = nonfinite_run(tmp_path, nonfinite=nonfinite)
+    with torch.no_grad():
+        model.logit_scale.fill_(float("nan"))
+    with pytest.raises(Stopped, match="weights are not finite any more.*lower --lr") as stopped:
+        trainer.fit(RunLog(None))
+    assert stopped.value.code == EXIT_NONFINITE and not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch, caplog):

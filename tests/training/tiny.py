@@ -7,7 +7,7 @@ from open_clip_elip import TextFirstCLIP
 from training.data import DataReport
 from training.data.pixels import Images
 from training.options import TrainingOptions
-from training.tasks.contrastive import PretrainingOptions
+from training.tasks.pretraining import PretrainingOptions
 
 VOCABULARY = 50
 CONTEXT = 8
@@ -54,7 +54,7 @@ class MemoryData:
 
     def __init__(self, batches: list[dict]):
         self.batches = batches
-        self.num_batches = len(batches)
+        self.num_batches, self.files = len(batches), {}
         self.num_samples = sum(len(b.get("key", ())) for b in batches)
 
     def epoch(self, epoch: int):

@@ -18,6 +18,7 @@ from copy import copy
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from open_clip.utils import to_2tuple
@@ -64,14 +65,16 @@ def count(one: Candidate, args: argparse.Namespace) -> Figures:
     """What needs no step: parameters, tokens, operations. The model has shapes only, so any size will do."""
     model, pairs = one.build("meta"), args.batch_size
     image, text = _batch(model, one, args, pairs, "meta")
+    lengths = _lengths(model, one, args, pairs)
+    columns = sum(lengths) if one.fuses and model.tower.shortcuts else count_columns(text)
+    counted = fusion().count_fusion if one.fuses else count_flops
     try:
-        flops = count_flops(model, image, text)
+        flops = counted(model, image, text)
     except (NotImplementedError, RuntimeError):  # a tower that looks at the numbers: a real step, then
-        flops = count_flops(one.build("cpu"), *_batch(model, one, args, pairs, "cpu"))
-    parts = ("forward", "backward", "scoring", "total", "text_forward", "text_backward", "text", "image")
+        flops = counted(one.build("cpu"), *_batch(model, one, args, pairs, "cpu"))
+    parts = ("forward", "backward", "scoring", "teacher", "total", "text_forward", "text_backward", "text", "image")
     vision = sum(p.numel() for p in model.visual.parameters())
     others = sum(p.numel() for name, p in model.named_parameters() if p.ndim and "visual." not in name)
-    lengths = _lengths(model, one, args, pairs)
     return {
         "label": one.label,
         "batch_size": pairs,
@@ -79,7 +82,7 @@ def count(one: Candidate, args: argparse.Namespace) -> Figures:
         "text_parameters": others,  # without the logit scale and bias
         "tokens_per_layer": report.tokens_per_layer(model),
         "rrt": model.tower.rrt() if hasattr(model, "tower") else 0.0,
-        "text_tokens": count_columns(text) / pairs,
+        "text_tokens": columns / pairs,
         "caption_tokens": {"mean": sum(lengths) / pairs, "min": min(lengths), "max": max(lengths)},
         "flops": asdict(flops),
         "tflops_per_step": flops.total / 1e12,
@@ -93,7 +96,7 @@ def measure(models: Sequence[Candidate], figures: Sequence[Figures], args: argpa
     for one, found in zip(models, figures, strict=True):
         model = one.build(args.device, args.precision)
         batch = _batch(model, one, args, args.batch_size, args.device)
-        steps[one.label] = step = TrainStep(model, *batch, args.precision)
+        steps[one.label] = step = (fusion().FusionStep if one.fuses else TrainStep)(model, *batch, args.precision)
         with _running(one, args):
             found |= _memory(step, one, args)
         step.optimizer.zero_grad(set_to_none=True)
@@ -111,11 +114,11 @@ def _memory(step: TrainStep, one: Candidate, args: argparse.Namespace) -> Figure
     """What the model keeps, its peak, and with `--memory` the batch that fits. Then it is compiled: a compiled model is
     not seen from inside, nor is its peak on the CPU."""
     pairs, on_gpu = args.batch_size, args.device.type == "cuda"
-    saved = SavedBytes(step.model)
+    saved = SavedBytes(getattr(step, "resident", step.model))
     with saved:
         peak = peak_bytes(step, step.batch)
     if args.compile and on_gpu:
-        step.runnable = torch.compile(step.model)
+        step.compile()
         step()
         peak = peak_bytes(step, step.batch)
     found = {"peak": peak, "saved": saved.bytes}
@@ -127,21 +130,31 @@ def _memory(step: TrainStep, one: Candidate, args: argparse.Namespace) -> Figure
         found["memory_limit"] = args.memory * 1e9
         found["largest_batch"] = largest_batch(args.memory * 1e9, *measured, saved=saved.bytes / pairs)
     if args.compile and not on_gpu:
-        step.runnable = torch.compile(step.model)
+        step.compile()
     return found
 
 
 def _batch(
     model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor | TextParts]:
-    """Images, and token ids, cut as the model takes them in training."""
+    """Images, and token ids, cut as the model takes them in training (those of a fusion model on the CPU)."""
     image = torch.randn(pairs, 3, *to_2tuple(model.visual.image_size), device=device)
+    if one.fuses:
+        return image, fusion().words(_lengths(model, one, args, pairs))
     ids = caption_ids(model, _lengths(model, one, args, pairs))
     return image, cut_text(ids, model, *([COMPILED_PARTS, COMPILED_MULTIPLE] if args.compile else [])).to(device)
 
 
 def _lengths(model: nn.Module, one: Candidate, args: argparse.Namespace, pairs: int) -> list[int]:
-    return caption_lengths(args.caption_lengths, pairs, context_length(model), lambda: tokenizer(one.identity))
+    context = one.identity.config["text_cfg"]["context_length"] if one.fuses else context_length(model)
+    return caption_lengths(args.caption_lengths, pairs, context, lambda: tokenizer(one.identity))
+
+
+def fusion() -> ModuleType:
+    """What needs transformers, where it is needed."""
+    from . import fusion
+
+    return fusion
 
 
 @contextmanager
@@ -170,9 +183,10 @@ def _describe(first: Figures, args: argparse.Namespace) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("batch_size", "rounds"):
-        if getattr(args, name) < 1:
-            raise ProfileError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    for name in ("batch_size", "rounds", "repeat", "memory"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1e9:
+            raise ProfileError(f"--{name.replace('_', '-')} is {value}; it must be above 0, and below 10**9.")
     if args.memory is not None and (args.batch_size < 2 or not args.time):
         raise ProfileError("--memory measures at two batch sizes: give a --batch-size of at least 2, and no --no-time.")
     args.device = find_device(args.device)

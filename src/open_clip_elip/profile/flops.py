@@ -25,17 +25,19 @@ from ..text import TextParts
 @dataclass(frozen=True)
 class Flops:
     """Operations of a step: `scoring` is what runs without gradient in the forward pass, to choose the tokens, and is
-    in no other; `text_forward` and `text_backward` are the text tower's part, where it was counted."""
+    in no other; `text_forward` and `text_backward` are the text tower's part, where it was counted; `teacher` is a
+    momentum twin's forward pass."""
 
     forward: int
     backward: int
     scoring: int
     text_forward: int = 0
     text_backward: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        return self.forward + self.backward + self.scoring
+        return self.forward + self.backward + self.scoring + self.teacher
 
     @property
     def text(self) -> int:

@@ -30,10 +30,6 @@ class TrainStep:
     def __init__(self, model: nn.Module, image: Tensor, text: Tensor | TextParts, precision: str = "fp32"):
         self.model, self.runnable, self.precision = model, model, precision
         self.set_batch(image, text)
-        if hasattr(model, "text_decoder"):
-            self.loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
-        else:
-            self.loss = ClipLoss() if getattr(model, "logit_bias", None) is None else SigLipLoss()
         self.autocast = get_autocast(precision, device_type=image.device.type)
         self.scaler = torch.amp.GradScaler(image.device.type, enabled=precision == "amp")
         # A learning rate so small that weights at random and noise for images stay finite.
@@ -42,15 +38,28 @@ class TrainStep:
     def set_batch(self, image: Tensor, text: Tensor | TextParts) -> None:
         self.batch = image.to(get_input_dtype(self.precision)), text
 
+    def compile(self) -> None:
+        self.runnable = torch.compile(self.model)
+
+    def losses(self) -> dict[str, Tensor]:
+        if hasattr(self.model, "text_decoder"):
+            loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+        else:
+            loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
+        return loss(**self.runnable(*self.batch), output_dict=True)
+
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            loss = sum(self.loss(**self.runnable(*self.batch), output_dict=True).values())
+            loss = sum(self.losses().values())
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, math.log(100))
+        self.end()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        self.model.logit_scale.clamp_(0, math.log(100))
 
 
 # ---------------------------------------------------------------------- memory
@@ -58,12 +67,12 @@ class TrainStep:
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts in `bytes`, while it is entered, all storages that are kept for a backward pass, each once. The parameters
-    of `model`, and autocast's copies of them, are left out: what remains grows with the batch."""
+    and buffers of `model`, and autocast's copies of them, are left out: what remains grows with the batch."""
 
     def __init__(self, model: nn.Module):
         super().__init__(self._pack, lambda tensor: tensor)
         self.bytes = 0
-        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, weakref.ref] = {}  # not held, so that a step under this hook needs no more memory
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -94,8 +103,9 @@ def _origin(tensor: Tensor) -> Tensor:
 def peak_bytes(step: TrainStep, inputs: Any) -> int:
     """The most bytes in use at once in a step, as the device's allocator tells it: parameters, gradients, optimizer
     state and inputs (tensors, in whatever they lie) included, and nothing else that was there before. A step is a
-    callable with a model and an optimizer, which begins by setting the gradients to None."""
-    model, optimizer = step.model, step.optimizer
+    callable with a model (or more, in a module `resident`) and an optimizer, which begins by setting the gradients to
+    None."""
+    model, optimizer = getattr(step, "resident", step.model), step.optimizer
     if not optimizer.state:  # is made by a step on gradients that are zero
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)

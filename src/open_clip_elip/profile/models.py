@@ -31,7 +31,7 @@ class ProfileError(ValueError):
 
 class Candidate(NamedTuple):
     """A model by the `label` that a person wrote; `shortcuts`: whether it runs with this package's exact shortcuts.
-    None: a model with token reduction does, a plain OpenCLIP model does not."""
+    None: a model with token reduction does, a plain one runs as OpenCLIP, or the released program, runs it."""
 
     label: str
     identity: Identity
@@ -47,8 +47,8 @@ class Candidate(NamedTuple):
         options: dict[str, Any] = {}
         for item in re.split(r",(?=\s*[A-Za-z_]\w*=)", tail) if tail else ():
             key, _, value = item.partition("=")
-            if not value:
-                raise ProfileError(f"{item!r} in {text!r} is not option=value; write NAME:option=value,option=value.")
+            if not value or key.strip() in options:
+                raise ProfileError(f"{item!r} in {text!r} is not one more option=value; write NAME:option=value,...")
             values = [_scalar(part.strip()) for part in value.strip().strip("[]").split(",")]
             options[key.strip()] = values if len(values) > 1 else values[0]
         shortcuts = options.pop("shortcuts", None)
@@ -56,11 +56,22 @@ class Candidate(NamedTuple):
             raise ProfileError(f"shortcuts is true or false in {text!r}.")
         return cls(text, describe(name, token_reduction=options or None, force_image_size=image_size), shortcuts)
 
+    @property
+    def fuses(self) -> bool:
+        return self.identity.family != "clip"
+
+    @property
+    def takes_shortcuts(self) -> bool:
+        """In this project's trainer: a plain fusion model is the released one."""
+        if self.shortcuts is not None:
+            return self.shortcuts
+        return not self.fuses or self.identity.token_reduction is not None
+
     def build(self, device: torch.device | str, precision: str = "fp32") -> nn.Module:
         """In training mode, weights at random; raises ModelError if it cannot be made."""
         model = create(self.identity, device=device, precision=precision, pretrained_text=False)
-        if self.shortcuts is not None:
-            model.tower.shortcuts = self.shortcuts
+        if self.shortcuts is not None or self.fuses:
+            model.tower.shortcuts = self.takes_shortcuts
         elif self.identity.token_reduction is None and hasattr(model, "tower"):
             model = without_token_reduction(model)  # OpenCLIP's own class
         return model.train()
@@ -108,7 +119,7 @@ def caption_lengths(
             mean = float(given)
         except ValueError:
             mean = 0.0
-        if not mean >= SHORTEST:
+        if not SHORTEST <= mean < 1e9:
             what = f"a mean number of tokens (at least {SHORTEST}, start and end included), nor full, nor a file"
             raise ProfileError(f"--caption-lengths {given} is neither {what}.")
         shape = NormalDist(math.log(mean) - SPREAD**2 / 2, SPREAD)
@@ -126,7 +137,7 @@ def _read_lengths(path: Path, tokenizer: Callable[[], Callable]) -> list[int]:
         raise ProfileError(f"The caption lengths cannot be read from {path}: {error}.") from error
     if not lines:
         raise ProfileError(f"{path} is empty; give one caption, or one length in tokens, a line.")
-    if all(line.isdigit() for line in lines):
+    if all(re.fullmatch(r"\d{1,9}", line) for line in lines):
         return [int(line) for line in lines]
     tokenize = tokenizer()
     ids = tokenize(lines)

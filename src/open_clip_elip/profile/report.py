@@ -33,10 +33,12 @@ GFLOPS = (
     ("GFLOPs a pair, forward", "forward"),
     ("  of them text", "text_forward"),
     ("  scoring pass, on top", "scoring"),
-    ("GFLOPs a pair, forward + backward + scoring", "total"),
+    ("  momentum twin, on top", "teacher"),
+    ("GFLOPs a pair, forward + backward + what is on top", "total"),
     ("  of them text", "text"),
     ("  of them image", "image"),
     ("  of them scoring", "scoring"),
+    ("  of them twin", "teacher"),
 )
 
 
@@ -96,7 +98,8 @@ def table(models: Sequence[Figures]) -> list[list[str]]:
     add("RRT", ".1%", lambda one: one["rrt"] if one["tokens_per_layer"] else None)
     add("text tokens, mean", ".1f", lambda one: one["text_tokens"])
     for name, part in GFLOPS:
-        add(name, ".2f", lambda one, part=part: one["gflops_per_pair"][part], compared=part == "total")
+        if part != "teacher" or any(one["gflops_per_pair"][part] for one in models):
+            add(name, ".2f", lambda one, part=part: one["gflops_per_pair"][part], compared=part == "total")
     add(f"step, s ({batch})", "", lambda one: f"{one['seconds']['median']:.4g} ({one['time_ratio']['median']:.3f})")
     add("  quartiles, s", "", lambda one: "{low:.4g} - {high:.4g}".format(**one["seconds"]))
     add("samples/s", ".4g", lambda one: one["samples_per_second"])
@@ -150,7 +153,7 @@ def plot(models: Sequence[Figures], path: Path, title: str) -> None:
     """Bars side by side: operations by part, step time, memory."""
     from matplotlib.figure import Figure
 
-    parts = ("text", "image", "scoring")
+    parts = ("text", "image", "scoring", "teacher")
     panels = {"GFLOPs a pair, forward + backward": {p: [m["gflops_per_pair"][p] for m in models] for p in parts}}
     if "seconds" in models[0]:
         panels |= {

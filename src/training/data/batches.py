@@ -1,7 +1,6 @@
 """The data of a run: training batches whose position can be saved, and validation batches."""
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,9 +13,8 @@ from . import images
 from .loader import Batch, BatchStream, run
 from .pixels import makes_pixels
 from .samples import DataReport, Encoding
+from .sets.labelled import sizes_and_times
 from .sources import RowSource, ShardSource
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -40,6 +38,7 @@ class TrainData(_Data):
     num_batches: int  # per epoch on each rank
     identity: dict[str, Any]  # what the order depends on besides, in plain types
     plan: list[str]  # what to say of an epoch
+    files: dict[str, list[int]] = field(init=False)  # that are read, each with its bytes and time of change; on rank 0
 
     def __post_init__(self):
         self.num_samples = self.num_batches * self.options.batch_size * self.world_size  # per epoch on all ranks
@@ -52,12 +51,15 @@ class TrainData(_Data):
             "seed": self.options.seed,
             "batches per epoch": self.num_batches,
         }
+        files = [] if self.rank else self.source.files
+        self.files = dict(zip(files, sizes_and_times(files, True).tolist(), strict=True))
         self._loaded = False
         self._go_to(epoch=0)
 
-    def _go_to(self, epoch: int, batches: int = 0, positions: list[int] | None = None) -> None:
+    def _go_to(self, epoch: int, batches: int = 0, positions: list | None = None, places: list | None = None) -> None:
         self._epoch, self._batches = epoch, batches
         self._positions = positions or [0] * self._num_readers
+        self._places = places or [None] * self._num_readers
         self._report = DataReport()
 
     def describe(self) -> str:
@@ -92,10 +94,11 @@ class TrainData(_Data):
         firsts = [done + (worker - done) % readers for worker in range(readers)]
         quotas = [len(range(first, self.num_batches, readers)) for first in firsts]
         passes, seed = partial(self.source.train, self._epoch), (self.options.seed, self._epoch)
-        stream = BatchStream(self, passes, seed, self._positions.copy(), quotas, first_worker=done % readers)
-        for batch, worker, position in run(stream, self._report):
+        stream = BatchStream(self, passes, seed, self._positions.copy(), self._places.copy(), quotas, done % readers)
+        for batch, worker, position, place in run(stream, self._report):
             self._batches += 1
             self._positions[worker] = position
+            self._places[worker] = place or self._places[worker]
             del batch["index"]
             yield batch
 
@@ -105,6 +108,7 @@ class TrainData(_Data):
             "epoch": self._epoch,
             "batches": self._batches,
             "positions": list(self._positions),
+            "places": list(self._places) if self._batches < self.num_batches else [],
             **asdict(self._report),
             "identity": dict(self.identity),
         }
@@ -112,8 +116,7 @@ class TrainData(_Data):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there: `epoch` of the saved epoch begins after its last batch.
 
-        Raises: UserError if the position lies within an epoch whose order would be another one now. Between epochs
-            that is told in the log.
+        Raises: UserError if the position lies within an epoch whose order would be another one now.
         """
         epoch, batches, saved = state["epoch"], state["batches"], state["identity"]
         changed = ", ".join(
@@ -123,8 +126,6 @@ class TrainData(_Data):
         )
         at_the_end = batches == saved["batches per epoch"]
         if at_the_end or batches == 0:
-            if changed:
-                log.warning("From here on the data are not those of the uninterrupted run, read with %s.", changed)
             self._go_to(epoch, self.num_batches if at_the_end else 0)
         elif changed:
             raise UserError(
@@ -132,7 +133,7 @@ class TrainData(_Data):
                 f"{changed}: continue with the same values, or from the end of an epoch."
             )
         else:
-            self._go_to(epoch, batches, list(state["positions"]))
+            self._go_to(epoch, batches, list(state["positions"]), list(state.get("places", ())))
         self._report.merge(DataReport(state["skipped"], state["examples"]))
         self._loaded = True
 
@@ -159,7 +160,8 @@ class ValData(_Data):
 
     def __iter__(self) -> Iterator[Batch]:
         self._report = DataReport()
-        stream = BatchStream(self, self.source.validation, ("validation",), [0] * max(1, self.options.workers))
+        readers = max(1, self.options.workers)
+        stream = BatchStream(self, self.source.validation, ("validation",), [0] * readers, [None] * readers)
         for batch, *_ in run(stream, self._report):
             batch["index"] = torch.tensor(batch["index"])
             yield batch

@@ -9,10 +9,12 @@ import os
 from typing import Any
 
 from ..errors import UserError
+from ..options.config_file import SOURCE_SEPARATOR
 from .batches import TrainData, ValData, some
+from .lists import ListRows, ReadItem, read_pair
 from .samples import DataReport, Encoding
 from .sets.labelled import LabelledImages
-from .shards import BRACES, IMAGE_KEYS, TRIED, Pairs, Read, check_shards, expand_shards, one_decodes
+from .shards import BRACES, CAPTION_KEY, IMAGE_KEYS, TRIED, Pairs, Read, check_shards, expand_shards, one_decodes
 from .sizes import count_samples
 from .sources import CsvRows, LabelledRows, RowSource, ShardSource, SyntheticRows
 
@@ -38,6 +40,14 @@ def build_labelled_data(
     """Training data of labelled images. Raises: UserError for less than one batch."""
     identity = {"fingerprint": data.fingerprint(times=False)}
     return _train_rows("labelled", LabelledRows(data), identity, options, encoding, rank, world_size)
+
+
+def build_list_data(
+    options: Any, read: ReadItem, encoding: Encoding, *, rank: int, world_size: int
+) -> TrainData:
+    """Training data of the JSON lists `train_data`, a list of files. Raises: UserError."""
+    rows = ListRows(options.train_data, options.image_root, read, "--train-data")
+    return _train_rows("json", rows, {"rows": len(rows)}, options, encoding, rank, world_size)
 
 
 def build_val_data(
@@ -66,16 +76,17 @@ def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
         return dataset_type
     if os.path.isdir(path.rpartition("::")[2]):
         return "webdataset"
-    kind = {"csv": "csv", "tsv": "csv", "tar": "webdataset"}.get(path.strip(": ").rpartition(".")[2].lower())
+    kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset", "json": "json"}
+    kind = kinds.get(path.strip(": ").rpartition(".")[2].lower())
     if kind is None:
         remedy = f"name shards with braces, such as shards/{BRACES}, or say what it is with --dataset-type"
-        raise UserError(f"{flag} {path!r} does not end in .tar, .csv or .tsv: {remedy}.")
+        raise UserError(f"{flag} {path!r} does not end in .tar, .csv, .tsv or .json: {remedy}.")
     return kind
 
 
 def _pairs(options: Any) -> Pairs:
-    images = (options.shard_img_key.lower(),) if options.shard_img_key else IMAGE_KEYS
-    return Pairs(images, options.shard_caption_key.lower())
+    image, caption = ((key or "").lower().lstrip(".") for key in (options.shard_img_key, options.shard_caption_key))
+    return Pairs((image,) if image else IMAGE_KEYS, caption or CAPTION_KEY)
 
 
 def _train_shards(options: Any, encoding: Encoding, rank: int, world_size: int, read: Read) -> TrainData:
@@ -164,11 +175,13 @@ def _train_rows(
     return TrainData(source, encoding, options, rank, world_size, num_batches, identity, lines)
 
 
-def _rows(kind: str, options: Any, path: str, flag: str, count: int | None) -> CsvRows | SyntheticRows:
+def _rows(kind: str, options: Any, path: str, flag: str, count: int | None) -> CsvRows | ListRows | SyntheticRows:
     if kind == "synthetic":
         if not count:
             raise UserError("--dataset-type synthetic needs --train-num-samples: say how many samples to make.")
         return SyntheticRows(count)
+    if kind == "json":
+        return ListRows(path.split(SOURCE_SEPARATOR), options.image_root, read_pair, flag)
     rows = CsvRows(path, options.csv_separator, options.csv_img_key, options.csv_caption_key, flag)
     report = DataReport()
     if not one_decodes((rows[row] for row in range(0, len(rows), -(-len(rows) // TRIED))), report):

@@ -61,39 +61,42 @@ class BatchStream(IterableDataset):
     passes: Callable[[Reader], Iterable[Pass]]  # over the source: one for validation, any number for training
     seed: tuple[int | str, ...]
     positions: list[int]  # samples to skip, for each worker
+    places: list[str | None]  # from where on, for each worker
     quotas: list[int] | None = None  # batches to make, for each worker; None: all there are, the last maybe smaller
     first_worker: int = 0  # whose turn it is; the DataLoader begins with its worker 0
     board: Board | None = None
 
-    def __iter__(self) -> Iterator[tuple[Batch | UserError | None, int, int, DataReport]]:
-        """(batch, worker, its position after the batch, what was skipped for it). An error may stand for the batch."""
+    def __iter__(self) -> Iterator[tuple[Batch | UserError | None, int, int, str | None, DataReport]]:
+        """(batch, worker, its position and maybe place then, what was skipped). An error may stand for the batch."""
         info, data, num_workers = get_worker_info(), self.data, len(self.positions)
         worker = (self.first_worker + (info.id if info else 0)) % num_workers
         report, turns_to = DataReport(), partial(self.board.turns_to, worker)
-        stream = self._encoded(Reader(data.rank, data.world_size, worker, num_workers, report, turns_to))
+        where = self.positions[worker], self.places[worker]
+        stream = self._encoded(Reader(data.rank, data.world_size, worker, num_workers, report, turns_to, *where))
         try:
             for _ in itertools.count() if self.quotas is None else range(self.quotas[worker]):
                 with private_randomness():
                     found = list(itertools.islice(stream, data.options.batch_size))
                     if not found:
                         break
-                    positions, samples, encoded = zip(*found, strict=True)
+                    positions, samples, encoded, passes = zip(*found, strict=True)
                     batch = data.encoding.collate(list(encoded))
                 batch |= {"key": [sample.key for sample in samples], "index": [sample.index for sample in samples]}
-                yield batch, worker, positions[-1], report.take()
+                yield batch, worker, positions[-1], passes[-1].place(positions[-1]), report.take()
         except UserError as error:  # sent as a value: raised in here, the DataLoader would wrap it in a traceback
-            yield error, worker, 0, report.take()
+            yield error, worker, 0, None, report.take()
             return
         if report.skipped:  # after the last batch
-            yield None, worker, 0, report.take()
+            yield None, worker, 0, None, report.take()
         self.board.since[worker] = math.inf
 
-    def _encoded(self, reader: Reader) -> Iterator[tuple[int, Sample, Any]]:
-        """(position after the sample, sample, what the encoding makes of it), after those to skip."""
-        position, skip = 0, self.positions[reader.worker]
+    def _encoded(self, reader: Reader) -> Iterator[tuple[int, Sample, Any, Pass]]:
+        """(position after the sample, sample, what the encoding makes of it, its pass), after those to skip."""
+        position, skip = 0, reader.passed
         self.board.resuming[reader.worker] = skip > 0
         for samples in self.passes(reader):
-            usable = False
+            position, usable = position + samples.passed, samples.passed > 0
+            self.board.resuming[reader.worker] = position < skip
             for sample in samples:
                 position += 1
                 if position <= skip:
@@ -111,7 +114,7 @@ class BatchStream(IterableDataset):
                     reader.report.add("unreadable image", f"{sample.origin}: {sample.key}: {error}")
                     continue
                 usable = True
-                yield position, sample, encoded
+                yield position, sample, encoded, samples
             if not usable and self.quotas is not None:
                 why = reader.report.summary() or "which is empty"
                 raise UserError(
@@ -120,8 +123,8 @@ class BatchStream(IterableDataset):
                 )
 
 
-def run(stream: BatchStream, report: DataReport) -> Iterator[tuple[Batch, int, int]]:
-    """Run the stream in its workers: (batch, worker, its position after the batch). What is skipped joins `report`."""
+def run(stream: BatchStream, report: DataReport) -> Iterator[tuple[Batch, int, int, str | None]]:
+    """Run the stream in its workers: (batch, worker, its position and maybe place). What is skipped joins `report`."""
     options, count = stream.data.options, len(stream.positions)
     board, last = Board(count), (stream.first_worker - 1) % count
 
@@ -142,13 +145,13 @@ def run(stream: BatchStream, report: DataReport) -> Iterator[tuple[Batch, int, i
         generator=torch.Generator(),  # otherwise each iterator draws from the global one
     )
     start = held_back()(iter)  # no name for the iterator: the traceback of an error would keep it, and workers, alive
-    for batch, worker, position, skipped in watched(start(loader), options.stall_seconds, stream.data.rank, due):
+    for batch, worker, position, place, skipped in watched(start(loader), options.stall_seconds, stream.data.rank, due):
         if isinstance(batch, UserError):
             raise batch
         last = worker
         report.merge(skipped)
         if batch is not None:
-            yield batch, worker, position
+            yield batch, worker, position, place
 
 
 def watched(items: Iterable, seconds: float, rank: int, due: Callable[[], str]) -> Iterator:

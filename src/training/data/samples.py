@@ -1,8 +1,9 @@
 """What sources yield and whom they yield it to, what a task makes of it, and what had to be left out."""
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -23,10 +24,21 @@ class Sample(NamedTuple):
     fields: dict[str, Any]  # what else there is to it, by name: "caption", "label", ...
     origin: str  # the shard or table it comes from, for messages
     index: int  # an order key, unique in a validation set
+    entry: int = -1  # see `streams.Member`
 
 
-# The samples of one pass over all that a reader can get. Training goes on with a next pass, without end.
-Pass = Iterator[Sample]
+@dataclass(eq=False)
+class Pass:
+    """The samples of one pass over all that a reader can get. Training goes on with a next pass, without end."""
+
+    samples: Iterable[Sample]
+    passed: int = 0  # samples that were used before it begins, where it is the first one after a resume
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def place(self, position: int) -> str | None:
+        """Where it stands, after `position` samples of all passes, for `Reader.place`; None if not worth noting now."""
 
 
 class Encoding(Protocol):
@@ -40,7 +52,8 @@ class Encoding(Protocol):
 
 
 class PairEncoding:
-    """Batches {"image": `Images`, "text": (B, T) long} of samples with one picture and a "caption".
+    """Batches {"image": `Images`, "text": (B, T) long} of samples with one picture and a "caption", or several captions
+    of which one is drawn.
 
     transform: from an RGB picture to (3, H, W); a `PixelTransform` makes pixels, else it makes normalised floats
     """
@@ -51,7 +64,9 @@ class PairEncoding:
         self.transform, self.tokenizer = transform, tokenizer
 
     def encode(self, sample: Sample) -> tuple[Tensor, Any]:
-        return picture_to_tensor(sample.images[0], self.transform), sample.fields[self.field]
+        value = sample.fields[self.field]
+        value = random.choice(value) if isinstance(value, list) else value
+        return picture_to_tensor(sample.images[0], self.transform), value
 
     def collate(self, encoded: list[tuple[Tensor, Any]]) -> dict[str, Any]:
         images, values = zip(*encoded, strict=True)
@@ -105,3 +120,5 @@ class Reader(NamedTuple):
     num_workers: int
     report: DataReport
     turns_to: Callable[[str], None]  # is told the shard or picture that it turns to
+    passed: int = 0  # samples that were used before
+    place: str | None = None  # the last that `Pass.place` gave before so many

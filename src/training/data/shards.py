@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from ..errors import UserError, reason
 from .images import ImageLike, Unreadable, decoding, load_rgb
 from .samples import DataReport, Sample
-from .streams import local_path, walk
+from .streams import WHOLE, Run, first_names, local_path, walk
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
             return "no image"
         if self.caption_key not in files:
             return "no caption"
-        caption = files[self.caption_key].decode("utf-8", errors="replace")
+        caption = files[self.caption_key].decode("utf-8-sig", errors="replace")
         return ((image,), {"caption": caption}) if caption.strip() else "empty caption"
 
 
@@ -130,9 +130,9 @@ def check_shards(sets: Iterable[ShardSet], flag: str, read: Read) -> None:
         if failures and not report.skipped:
             why = reason(failures[0])
             raise UserError(f"The first shard {url} in {flag} cannot be read ({why}): give webdataset shards.")
-        samples = list(walk(url, [], ()))
-        names = [member.name for _, members in samples for member in members.values()]
-        found = f"{report.summary()}; its files are {', '.join(names[:4])}, ..." if names else "it is empty"
+        samples, names = list(walk(url, [], ())), first_names(url, 4)
+        found = f"{report.summary() or 'no names that make samples'}; its files are {', '.join(names)}, ..."
+        found = found if names else "it is empty"
         needs = "give shards with what this task needs"
         if isinstance(read, Pairs):
             needs = f"each needs an image ({', '.join(read.image_keys)}) and a caption ({read.caption_key}) of the same"
@@ -149,6 +149,7 @@ def read_shard(
     read: Read = PAIRS,
     failures: list[Exception] | None = None,
     headers_only: bool = False,
+    runs: Sequence[Run] = WHOLE,
 ) -> Generator[Sample, None, tuple[int, int] | None]:
     """The usable samples of a shard, in its order; `index` counts all its samples from 0, usable or not.
 
@@ -156,11 +157,13 @@ def read_shard(
     part: (i, n) takes and reports only every n-th sample, beginning with the i-th
     failures: what makes the shard break off joins them, instead of the report
     headers_only: of all but captions; a byte stands for a content that is not empty
+    runs: those that are read, instead of all
     Returns: how many samples are usable, and how many there are; None unless all of the shard was read
     """
     found = [] if failures is None else failures
     wanted = (getattr(read, "caption_key", CAPTION_KEY),) if headers_only else None
-    samples, usable, total = enumerate(walk(url, found, wanted)), 0, 0
+    numbers = itertools.chain.from_iterable(itertools.islice(itertools.count(run[0]), run[2]) for run in runs)
+    samples, usable, total = zip(numbers, walk(url, found, wanted, runs=runs), strict=False), 0, 0
     for index, (key, members) in itertools.islice(samples, part[0], None, part[1]):
         files = {name: b"x"[: file.size] if file.content is None else file.content for name, file in members.items()}
         sample, total = read(key, files), index + 1
@@ -169,7 +172,7 @@ def read_shard(
                 if (text := files[name].decode(errors="replace")).encode() != files[name]:
                     report.add("text that is not UTF-8", f"{url}: {key}.{name}: {text.strip()}")
             usable += 1
-            yield Sample(key, *sample, url, index)
+            yield Sample(key, *sample, url, index, next(iter(members.values())).entry)
         elif not found:  # what a break has cut in half is not one more thing to report
             report.add(sample, f"{url}: {key}: {sample}")
     if failures is None and found and part[0] == 0:

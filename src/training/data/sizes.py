@@ -58,7 +58,7 @@ def _noted(folder: str, names: list[str]) -> tuple[dict[str, int], dict[str, str
         if name not in sizes and stats in present:
             files[name], problem = stats, "does not tell the number of 'successes'"
             path = os.path.join(folder, stats)
-            sizes[name] = _read(path, lambda text: int(json.loads(text)["successes"]), problem, HOW)
+            sizes[name] = _read(path, lambda text: _count(json.loads(text)["successes"]), problem, HOW)
     return sizes, files
 
 
@@ -75,7 +75,7 @@ def _count_folder(folder: str, names: list[str], warn: bool) -> int:
         return sum(sizes[name] for name in names)
     unused = {name for name in present if name.endswith(".tar")} - set(names)
     if whole and not unused:
-        return _read(os.path.join(folder, "__len__"), int, "does not hold a number of samples", "write it anew")
+        return _read(os.path.join(folder, "__len__"), _count, "does not hold a number of samples", "write it anew")
     length = f"its __len__ counts {len(unused)} more shards than are used" if unused else "there is no __len__"
     raise UserError(
         f"How many samples there are is unknown for {len(missing)} of the shards in {folder}: the first, {missing[0]}, "
@@ -104,13 +104,19 @@ def read_sizes(path: str) -> dict[str, int]:
 
 
 def _table(text: str | bytes) -> dict[str, int]:
-    return {name: int(size) for name, size in json.loads(text).items()}
+    return {name: _count(size) for name, size in json.loads(text).items()}
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not 0 <= float(value) <= 1e15 or int(value) != float(value):
+        raise ValueError(f"not {value}")
+    return int(value)
 
 
 def _read(path: str, parse: Callable[[str], Any], problem: str, remedy: str) -> Any:
     try:
         return parse(Path(path).read_text())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} {problem} ({error}): {remedy}.") from None
 
 

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import logging
 import math
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import fsspec
@@ -22,10 +25,11 @@ from PIL import Image
 
 from ..errors import UserError, reason
 from .randomness import stable_seed
-from .samples import Pass, Reader, Sample
+from .samples import DataReport, Pass, Reader, Sample
 from .sets.labelled import LabelledImages
 from .shards import PAIRS, Read, read_shard
 from .sizes import noted_size
+from .streams import WHOLE, Run, local_path
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +43,22 @@ class ShardSource:
         self, urls: Sequence[str], seed: int = 0, weights: Sequence[float] | None = None, read: Read = PAIRS
     ):
         self.urls, self.seed, self.weights, self.read = list(urls), seed, weights, read
+        self.files = [path for path in map(local_path, urls) if path]
 
-    def _shard(self, url: str, reader: Reader, part: tuple[int, int] = (0, 1)) -> Pass:
+    def shard(
+        self, url: str, reader: Reader, part: tuple[int, int] = (0, 1), runs: Sequence[Run] = WHOLE, before: int = 0
+    ) -> Generator[Sample]:
+        """Its usable samples; there are `before` of them before the runs."""
         reader.turns_to(url)
-        usable, total = (yield from read_shard(url, reader.report, part, self.read)) or (0, math.inf)
-        noted = noted_size(url)
+        usable, total = (yield from read_shard(url, reader.report, part, self.read, runs=runs)) or (0, math.inf)
+        usable, noted = before + usable, noted_size(url)
         # A hundredth is for pictures that cannot be decoded, which a count may have left out.
         if noted is not None and not 0.99 * usable <= noted <= total:
             told = f"{url}: {usable} samples, but {noted} are noted; count anew with scripts/count_shards.py"
             reader.report.add("shard of another size than noted", told)
 
     def train(self, epoch: int, reader: Reader) -> Iterator[Pass]:
-        for number in itertools.count():
+        for number in itertools.count(json.loads(reader.place)["number"] if reader.place else 0):
             rng = random.Random(stable_seed(self.seed, "samples", epoch, reader.rank, reader.worker, number))
             if self.weights is None:  # shards are dealt anew in each pass, the same way on all ranks
                 urls = self.urls.copy()
@@ -58,7 +66,8 @@ class ShardSource:
                 urls = urls[reader.rank :: reader.world_size][reader.worker :: reader.num_workers]
             else:  # a pass needs an end to find out that nothing is usable: long enough not to end on bad luck
                 urls = rng.choices(self.urls, self.weights, k=max(64, len(self.urls)))
-            yield shuffled(itertools.chain.from_iterable(self._shard(url, reader) for url in urls), rng)
+            yield ShardPass(self, number, urls, rng, reader)
+            reader = reader._replace(place=None)
 
     def validation(self, reader: Reader) -> Iterator[Pass]:
         """Whole shards for each reader; where there are fewer of them, several readers divide one."""
@@ -68,17 +77,95 @@ class ShardSource:
         if count < readers:
             chosen = [number % count]
             part = (number // count, len(range(chosen[0], readers, count)))
-        yield (
+        yield Pass(
             sample._replace(index=(shard << 32) + sample.index)
             for shard in chosen
-            for sample in self._shard(self.urls[shard], reader, part)
+            for sample in self.shard(self.urls[shard], reader, part)
         )
 
 
-def shuffled(samples: Iterable[Sample], rng: random.Random, size: int = 5000, initial: int = 1000) -> Pass:
-    """Shuffle through a buffer that begins with `initial` samples and grows to `size` while it is in use."""
-    samples = iter(samples)
-    buffer = list(itertools.islice(samples, initial))
+class ShardPass(Pass):
+    """The samples of shards, shuffled. Raises: UserError if one is not what it was when the place was noted."""
+
+    def __init__(self, source: ShardSource, number: int, urls: list[str], rng: random.Random, reader: Reader):
+        self.source, self.number, self.urls, self.rng, self.reader = source, number, urls, rng, reader
+        self.at, self.shard, self.last, self.usable = 0, None, None, 0  # which it is, the samples to come, those so far
+        self.buffer, self.states, self.passed, self.noted = [], {}, 0, 0
+        if reader.place:
+            self._go_to(**json.loads(reader.place))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return shuffled(self._samples(), self.rng, buffer=self.buffer, **({"initial": 0} if self.passed else {}))
+
+    def _samples(self) -> Iterator[Sample]:
+        while self.at < len(self.urls):
+            url = self.urls[self.at]
+            if self.shard is None:
+                self.states[url], self.shard = _state(url), self.source.shard(url, self.reader)
+            for sample in self.shard:
+                self.last, self.usable = sample, self.usable + 1
+                yield sample
+            self.at, self.shard, self.last, self.usable = self.at + 1, None, None, 0
+
+    def place(self, position: int) -> str | None:
+        """The buffer by reference, in JSON: often enough to leave little behind it, seldom enough to cost nothing."""
+        if position - self.noted < len(self.buffer) // 8:
+            return None
+        self.noted, kept, shards = position, [*self.buffer, *([self.last] if self.last else [])], {}
+        for spot, sample in enumerate(kept):
+            state, places = shards.setdefault(sample.origin, (self.states[sample.origin], []))
+            places.append((spot, sample.index, sample.entry))
+        place = {"number": self.number, "position": position, "at": self.at, "usable": self.usable, "shards": shards}
+        return json.dumps(place | {"draws": self.rng.getstate()[1], "keys": _checksum(kept)})
+
+    def _go_to(self, number, position, at, usable, shards, draws, keys) -> None:
+        self.passed = self.noted = position
+        self.at, self.usable, kept = at, usable, {}
+        self.rng.setstate((3, tuple(draws), None))
+        for url, (state, places) in shards.items():
+            runs = [(*place, 1) for place in sorted({(index, entry) for _, index, entry in places})]
+            self.states[url], report = state, DataReport()
+            self.reader.turns_to(url)
+            samples = read_shard(url, report, read=self.source.read, runs=runs) if _state(url) == state else ()
+            found = {sample.index: sample for sample in samples}
+            _check(len(found) == len(runs), url, report.summary())
+            kept |= {spot: found[index] for spot, index, _ in places}
+        self.buffer = [kept[spot] for spot in range(len(kept))]
+        _check(_checksum(self.buffer) == keys, " or ".join(shards))
+        if at < len(self.urls):  # the last one is that up to which this shard was read
+            self.last = self.buffer.pop()
+            runs = [(self.last.index, self.last.entry, None)]
+            self.shard = self.source.shard(self.urls[at], self.reader, runs=runs, before=usable - 1)
+            _check(next(self.shard, None) is not None, self.urls[at])
+            self.reader.report.take()
+
+
+def _check(same: bool, url: str, why: str = "") -> None:
+    if not same:
+        raise UserError(
+            f"{url} cannot be read as before the checkpoint{why and f' ({why})'}, so the epoch would go on in another "
+            "order: put it back as it was, with its date, or continue from the end of an epoch."
+        )
+
+
+def _state(url: str) -> list[int]:
+    """By which it is seen whether a shard on this machine has changed."""
+    with suppress(OSError):
+        stat = os.stat(local_path(url) or "")
+        return [stat.st_size, stat.st_mtime_ns]
+    return []
+
+
+def _checksum(samples: Iterable[Sample]) -> int:
+    return zlib.crc32("/".join(sample.key for sample in samples).encode(errors="backslashreplace"))
+
+
+def shuffled(
+    samples: Iterable[Sample], rng: random.Random, size: int = 5000, initial: int = 1000, buffer: list | None = None
+) -> Iterator[Sample]:
+    """Shuffle through a buffer, maybe a given one, that begins with `initial` samples and grows to `size` in use."""
+    samples, buffer = iter(samples), [] if buffer is None else buffer
+    buffer.extend(itertools.islice(samples, initial))
     while buffer:
         buffer.extend(itertools.islice(samples, 2 if len(buffer) < size else 1))
         pick = rng.randrange(len(buffer))
@@ -91,6 +178,7 @@ class RowSource:
 
     def __init__(self, rows: Sequence[Sample], seed: int = 0, batch_size: int = 1):
         self.rows, self.seed, self.batch_size = rows, seed, batch_size
+        self.files = [rows.name] if isinstance(rows, CsvRows) else []
 
     def train(self, epoch: int, reader: Reader) -> Iterator[Pass]:
         """Every num_workers-th batch of the rank; then all else that the rank has, to replace broken rows."""
@@ -104,12 +192,14 @@ class RowSource:
             worker = (reader.worker + offset) % reader.num_workers
             shares += [batches[worker :: reader.num_workers].flatten(), spare[worker :: reader.num_workers]]
         order = torch.cat(shares).numpy()
+        start = reader.passed and (reader.passed - 1) % len(order) + 1  # maybe its end
+        yield Pass((self.rows[row] for row in order[start:]), reader.passed)
         while True:
-            yield (self.rows[row] for row in order)
+            yield Pass(self.rows[row] for row in order)
 
     def validation(self, reader: Reader) -> Iterator[Pass]:
         number = reader.worker * reader.world_size + reader.rank
-        yield (self.rows[row] for row in range(number, len(self.rows), reader.world_size * reader.num_workers))
+        yield Pass(self.rows[row] for row in range(number, len(self.rows), reader.world_size * reader.num_workers))
 
 
 class CsvRows:
@@ -131,11 +221,12 @@ class CsvRows:
                     f"--csv-separator (now {separator!r})."
                 )
             if len(separator) == 1:
-                _check_lines(path, separator, flag)
+                _check_lines(path, separator, flag, columns)
             options = {"usecols": columns, "dtype": str, "keep_default_na": False, "index_col": False}
             table = pandas.read_csv(path, sep=separator, **options).fillna("")
         except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-            raise UserError(f"{flag}: {path} cannot be read ({reason(error)}); give a table with a header.") from None
+            remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "give one table with a header"
+            raise UserError(f"{flag}: {path} cannot be read ({reason(error)}); {remedy}.") from None
         full = table[table[caption_column].str.strip() != ""]
         if full.empty:
             raise UserError(
@@ -161,17 +252,19 @@ class CsvRows:
         return Sample(image, (path,), {"caption": self.captions[row]}, self.name, int(self.numbers[row]))
 
 
-def _check_lines(path: str, separator: str, flag: str) -> None:
-    """Raises: UserError for a line that loses text: by too many columns, or a mark that quotes the rows after it."""
+def _check_lines(path: str, separator: str, flag: str, columns: Sequence[str]) -> None:
+    """UserError: two of `columns`, or a line that loses text by too many columns or a mark that quotes more rows."""
     csv.field_size_limit(1 << 30)
     with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.reader(file, delimiter=separator)
-        width, end = len(next(rows)), rows.line_num
+        names, end = next(rows), rows.line_num
+        if twice := [name for name in columns if names.count(name) > 1]:
+            raise UserError(f"{flag}: {path} has more than one column {twice[0]!r}; give them different names.")
         for row in rows:
             start, end = end + 1, rows.line_num
             lines = [line for value in row for line in value.splitlines()[1:]] if end > start else []
             quoted = "".join(line for line in lines if separator in line)
-            if any(row[width:]):
+            if any(row[len(names):]):
                 problem = f"has more columns than the header; put what holds {separator!r} into quotation marks"
             elif quoted and (separator == "\t" or _PICTURE.search(quoted)):
                 problem = f"has a quotation mark that takes in all up to line {end}; in quotes a mark is written twice"

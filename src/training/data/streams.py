@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import BinaryIO, NamedTuple
 
@@ -108,11 +109,17 @@ class Member(NamedTuple):
     offset: int  # where its content begins, in the tar as it is unpacked
     size: int
     content: bytes | None  # None unless it was asked for
+    entry: int = -1  # where a plain tar that is a file can be entered, to read it; -1 in others
+
+
+Run = tuple[int, int, int | None]  # samples in a row: number and `Member.entry` of the first, how many (None: all)
+WHOLE = ((0, -1, None),)
 
 
 def walk(
-    url: str, failures: list[Exception], wanted: Collection[str] | None = None, compressed: bool = True
-) -> Iterator[tuple[str, dict[str, Member]]]:
+    url: str, failures: list[Exception], wanted: Collection[str] | None = None, compressed: bool = True,
+    runs: Sequence[Run] = WHOLE,
+) -> Iterator[tuple[str, dict[str, Member]]]:  # fmt: skip
     """The samples of a tar: pairs of a key and its members by extension, in the order of the file.
 
     A sample is neighbouring files whose names agree up to the first dot after the last slash; what has no such dot does
@@ -121,30 +128,51 @@ def walk(
 
     wanted: extensions to read the contents of; None reads all
     compressed: whether the tar may be
+    runs: the samples to give, in ascending order; where a run has an entry, what lies before it is not read
     """
-    key, sample = None, {}
     try:
         with open_stream(url) as stream:
-            try:
-                for name, member in _read(stream, wanted, compressed):
-                    if name != key or member.extension in sample:
-                        if sample:
-                            yield key, sample
-                        key, sample = name, {}
-                    sample[member.extension] = member
-            except Exception as error:  # a tar is lost after its first error
-                failures.append(error)
-            if (failure := stream.failure()) is not None:
-                failures.insert(0, failure)
+            samples, at = _samples(stream, failures, wanted, compressed), 0
+            for number, entry, count in runs:
+                if entry > 0:
+                    stream.file.seek(entry)
+                    samples, at = _samples(stream, failures, wanted, False), number
+                start, at = number - at, number + (count or 0)
+                yield from itertools.islice(samples, start, None if count is None else start + count)
     except Exception as error:  # anything, depending on who opens it
         failures.append(error)
+
+
+def _samples(
+    stream: Stream, failures: list[Exception], wanted: Collection[str] | None, compressed: bool
+) -> Iterator[tuple[str, dict[str, Member]]]:
+    key, sample = None, {}
+    try:
+        for name, member in _read(stream, wanted, compressed):
+            if name != key or member.extension in sample:
+                if sample:
+                    yield key, sample
+                key, sample = name, {}
+            sample[member.extension] = member
+    except Exception as error:  # a tar is lost after its first error
+        failures.append(error)
+    if (failure := stream.failure()) is not None:
+        failures.insert(0, failure)
     if sample:
         yield key, sample
 
 
+def first_names(url: str, count: int) -> list[str]:
+    """Of the files in a tar, whatever they are called, as far as it can be read."""
+    with suppress(Exception), open_stream(url) as stream, _open(stream, True) as tar:
+        return [info.name for info in itertools.islice(itertools.filterfalse(tarfile.TarInfo.isdir, tar), count)]
+    return []
+
+
 def _read(stream: Stream, wanted: Collection[str] | None, compressed: bool) -> Iterator[tuple[str, Member]]:
     with _open(stream, compressed) as tar:
-        end = os.fstat(stream.file.fileno()).st_size if tar.fileobj is stream.file else math.inf
+        plain = tar.fileobj is stream.file
+        end = os.fstat(stream.file.fileno()).st_size if plain else math.inf
         while (info := tar.next()) is not None:
             tar.members = []  # would grow
             folder, slash, name = info.name.rpartition("/")
@@ -153,9 +181,9 @@ def _read(stream: Stream, wanted: Collection[str] | None, compressed: bool) -> I
                 raise tarfile.ReadError("unexpected end of data")
             if not (info.isreg() and stem and dot) or _META.match(info.name):
                 continue
-            extension = extension.lower()
+            extension, entry = extension.lower(), info.offset if plain else -1
             content = tar.extractfile(info).read() if wanted is None or extension in wanted else None
-            yield folder + slash + stem, Member(info.name, extension, info.offset_data, info.size, content)
+            yield folder + slash + stem, Member(info.name, extension, info.offset_data, info.size, content, entry)
         rest = tar.fileobj.read(1 << 16)  # of a command, its end as well
         if not isinstance(tar.ended_by, tarfile.EOFHeaderError) or rest.strip(b"\0"):
             raise tarfile.ReadError("it has no end mark, or more data behind it")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import transforms as tv
 
 from .images import ImageLike, Picture
-from .pixels import FAST, PLAIN, REDUCED, Normalization
+from .pixels import FAST, PLAIN, REDUCED, Normalization, makes_pixels
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _ON_PICTURES = (color_jitter, gray_scale, tv.ColorJitter, tv.Grayscale, tv.Rando
 
 def with_decoding(transform: Callable, decoding: str) -> Callable:
     """The transform for `--image-decode`. One with parts that are not known here stays plain, and the log says so."""
-    if decoding == PLAIN or isinstance(transform, PixelTransform):
+    if decoding == PLAIN or makes_pixels(transform):
         return transform
     if (unknown := _unknown_part(transform)) is not None:
         log.info("Images are decoded as by --image-decode plain: only that works with %s.", type(unknown).__name__)

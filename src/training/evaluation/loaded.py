@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 
 from open_clip_elip import identity as identities
 from open_clip_elip import weights
+from open_clip_elip.identity import Identity
 
 from ..data.transforms import with_decoding
 from ..distributed import Ranks
 from ..errors import UserError
-from ..models import check_works_alone, checkpoint_identity, create_filled, told
-from .passes import NotFinite
+from ..models import check_reduces, checkpoint_identity, create_filled, told
 from .results import described_model
+
+# What writes words in a fusion model; the models that are fine-tuned for retrieval have none of it.
+_LANGUAGE = re.compile(r"\b(mlm_head|cls\.predictions|\w*decoder)\.")
 
 
 class LoadedModel(NamedTuple):
@@ -29,7 +34,7 @@ class LoadedModel(NamedTuple):
     described: dict[str, Any]
 
 
-def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> LoadedModel:
+def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False, task: str | None = None) -> LoadedModel:
     """The model of an evaluation's `--model` and `--pretrained`; for the block of a `ranks.agree()`.
 
     A checkpoint of this trainer tells its model, and an `options.model` of None is filled in. With the name of another
@@ -37,6 +42,8 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
 
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them; it then gives the features before
     the projection into CLIP's space.
+
+    task: of what comes after pre-training; the model is that of the task, and the weights its own or pre-training's.
 
     Raises UserError: no such model, or weights that cannot be had, do not fit or are not finite.
     """
@@ -53,10 +60,9 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
             raise UserError(
                 "--model is missing, and only a checkpoint of this trainer as --pretrained tells it by itself."
             )
-        if ":" not in options.model:  # local-dir:... and hf-hub:... bring their weights along
-            identities.check_name(options.model.replace("/", "-"))
-            if options.pretrained is None:
-                raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
+        identities.describe(options.model)  # there is such a model
+        if ":" not in options.model and options.pretrained is None:  # others bring their weights along
+            raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
         source = weights.find(options.model, options.pretrained)
         if source is None:
             raise UserError(f"{options.model} brings no weights along; give them with --pretrained.")
@@ -73,23 +79,40 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False) -> Load
             if trained_as is not None and (other := identities.differences(trained_as, identity)):
                 trained = f"{trained_as.name} with {', '.join(other)}"
                 logging.warning(f"{source} was trained as {trained}, which is not kept.")
-        model, report = create_filled(
-            identity, source, options.precision, ranks.device, content=content, image_tower=image_tower,
-        )  # fmt: skip
-        if "visual.proj" in report.new:
-            model.visual.proj = None
+        changes = {name: getattr(options, name) for name in ("force_image_size", "text_tokenizer")}
+        identity = identities.changed(identity, **changes)
+        if identity.family != "clip" and content is not None:
+            if not any(_LANGUAGE.search(name) for name in weights.tensors(content, source)):
+                identity = replace(identity, config=identity.config | {"task": "retrieval"})
+        if task is not None:
+            model = _of_task(identity, task, options.precision, ranks.device, content, source)
+        else:
+            model, report = create_filled(
+                identity, source, options.precision, ranks.device, content=content, image_tower=image_tower,
+            )  # fmt: skip
+            if "visual.proj" in report.new:
+                model.visual.proj = None
         tokenizer, preprocess = identities.tokenizer(identity), identities.transform(identity)
     if options.vision_guided_reduction:
-        check_works_alone(model, options.model)
+        check_reduces(model, options.model)
         model.tower.vision_guided = True
-    preprocess, state = with_decoding(preprocess, options.image_decode), model.state_dict()
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise NotFinite(
-                f"The weights of {options.model} are not finite (the first is {name}); take those of another step."
-            )
-    described = described_model(options, identity, hash_weights(state), preprocess, tokenizer)
+    preprocess = with_decoding(preprocess, options.image_decode)
+    described = described_model(options, identity, hash_weights(model.state_dict()), preprocess, tokenizer)
     return LoadedModel(model.eval(), tokenizer, preprocess, described)
+
+
+def _of_task(
+    identity: Identity, task: str, precision: str, device: torch.device, content: Mapping[str, Any] | None, source: str
+) -> nn.Module:
+    """A task's model, all of whose weights the file `source` has."""
+    if identity.family != "blip":
+        raise UserError(f"{identity.name} ({identity.family}) has not learnt {task}: give a BLIP model.")
+    from open_clip_elip.fusion.start import start_task
+
+    config = {key: value for key, value in identity.config.items() if key != "token_reduction"} | {"task": task}
+    model = identities.create(replace(identity, config=config), precision=precision, device=device)
+    start_task(model, weights.read(source) if content is None else content, source)
+    return model
 
 
 def hash_weights(state_dict: Mapping[str, Tensor]) -> str:

@@ -19,6 +19,10 @@ class EvaluationOptions(Section, title="model, data and results"):
         "a checkpoint of this trainer names.", metavar="NAME")
     pretrained: str | None = option(
         None, "Checkpoint of this trainer or of OpenCLIP, or a tag that OpenCLIP knows.", metavar="FILE|TAG", path=True)
+    force_image_size: list[int] | None = option(
+        None, "Image size in pixels (one number, or height and width), not the model's.", POSITIVE_COUNT, nargs=(1, 2))
+    text_tokenizer: str | None = option(
+        None, "For a fusion model: a WordPiece vocabulary instead of its own, by name or folder.", metavar="NAME|DIR")
     ema: bool = option(False, "Take the averaged weights of a checkpoint of this trainer.")
     data: list[str] = option([], "Data sets (docs/evaluation_data.md).", metavar="[NAME=]PATH", nargs="+", path=True)
     download: bool = option(False, "Fetch data sets that torchvision can fetch (CIFAR, MNIST).")

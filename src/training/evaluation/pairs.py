@@ -16,27 +16,44 @@ from ..data.sets.captioned import CaptionedImages
 from ..distributed import Ranks
 from ..errors import UserError
 from .metrics import contrastive_loss, retrieval_metrics
-from .passes import EncodeSettings, ImagePass, collect, encode_places, evaluation_mode, gather_rows, run_pass
+from .passes import (
+    EncodeSettings,
+    ImagePass,
+    collect,
+    encode_places,
+    evaluation_mode,
+    gather_rows,
+    image_encoder,
+    run_pass,
+)  # fmt: skip
+from .rerank import rerank
 
 
-def evaluate_pairs(model: nn.Module, val_data: Iterable[dict], options: Any, ranks: Ranks) -> dict[str, float]:
+def evaluate_pairs(
+    model: nn.Module, val_data: Iterable[dict], options: Any, ranks: Ranks, rerank_best: int | None = None
+) -> dict[str, float]:
     """Retrieval metrics, `clip_val_loss` and `num_samples` over all processes' pairs; the same dict on every process.
 
     val_data: this process's batches {"image": (B, 3, H, W), "text": (B, T), "index": (B,) int64, "key": names}, if any;
     "index" is the sample's place in the whole set, and every sample occurs on one process only. `clip_val_loss` is that
     of consecutive batches of `options.batch_size` in this order, whatever the number of processes. A collective call.
+    rerank_best: also those of `rerank`, of shortlists of so many; val_data is then gone through twice.
 
     Raises, on all processes, UserError: reading fails with one, or there is no pair; NotFinite: features that are none.
     """
     input_dtype = get_input_dtype(options.precision)
     keys: dict[int, str] = {}  # of the current batch
+    tokens: list[tuple[Tensor, Tensor]] = []
 
-    def batches() -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    def batches(again: bool = False) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
         for batch in val_data:
             places = batch["index"].cpu()
             keys.clear()
             keys.update(zip(places.tolist(), batch["key"], strict=True))
-            yield places, (to_device(batch["image"], ranks.device, input_dtype), batch["text"])
+            image = to_device(batch["image"], ranks.device, input_dtype)
+            if not again and rerank_best is not None:
+                tokens.append((places, batch["text"].cpu()))
+            yield places, (image,) if again else (image, batch["text"])
 
     with evaluation_mode(model) as encoder:
 
@@ -46,11 +63,9 @@ def evaluate_pairs(model: nn.Module, val_data: Iterable[dict], options: Any, ran
             features = encoder.encode_image(image, normalize=True), encoder.encode_text(text, normalize=True)
             return torch.stack([x.float() for x in features], dim=1)
 
-        rows = run_pass(
-            encode, batches(), ranks=ranks, precision=options.precision,
-            name=lambda place: f"the features of the pair {keys[place]}",
-        )  # fmt: skip
-        _, features = gather_rows(rows, ranks)
+        more = {"ranks": ranks, "precision": options.precision}
+        named = more | {"name": lambda place: f"the features of the pair {keys[place]}"}
+        found, features = gather_rows(run_pass(encode, batches(), **named), ranks)
         if features is None:
             raise UserError("The validation data has no readable image-text pair; check what --val-data points to.")
         metrics = None
@@ -60,42 +75,71 @@ def evaluate_pairs(model: nn.Module, val_data: Iterable[dict], options: Any, ran
             bias = None if bias is None else bias.mean().item()
             loss = contrastive_loss(image, text, scale, bias, options.siglip, batch_size=options.batch_size)
             metrics = {**retrieval_metrics(image, text), "clip_val_loss": loss, "num_samples": len(image)}
-    return ranks.broadcast(metrics)
+        metrics = ranks.broadcast(metrics)
+        if rerank_best is not None:
+            states = run_pass(encoder.image_states, batches(again=True), **named)
+            metrics |= rerank(
+                encoder, features.unbind(dim=1), gather_rows(tokens, ranks)[1],
+                ((torch.searchsorted(found, places), rows) for places, rows in states),
+                best=rerank_best, image_of=torch.arange(len(found)), **more,
+                name=lambda image, text: f"the matching scores of the pair {keys[int(found[image])]}",
+            )  # fmt: skip
+    return metrics
 
 
 def evaluate_captions(
     data: CaptionedImages,
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor], Tensor],
+    model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
     preprocess: Callable,
     *,
     ranks: Ranks,
     settings: EncodeSettings,
     equal_captions_are_hits: bool = False,
+    compiled: bool = False,
+    rerank_best: int | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """Retrieval in both directions, the same on every process and for every number of processes; collective.
 
-    encode_image and encode_text: (B, 3, H, W) and tokens (B, T) to normalized features (B, D).
+    model: in eval mode, with `encode_image` and `encode_text`.
     equal_captions_are_hits: a caption is right for every image that has one with the same text.
+    compiled: compile the image tower.
+    rerank_best: also what `rerank` makes of shortlists of so many. The pictures are then read and encoded twice, so
+        that no more than a batch of their tokens are ever kept.
 
     Returns `retrieval_metrics`, `num_images` and `num_captions`, and the names of the images that cannot be read, which
-    are left out with their captions. Raises as `collect`.
+    are left out with their captions. Raises as `collect` and `rerank`.
     """
-    images, captions = (replace(settings, description=f"{settings.description} {x}") for x in ("images", "captions"))
+    images, texts, again = (
+        replace(settings, description=f"{settings.description} {x}") for x in ("images", "captions", "images again")
+    )
+    encode_image = image_encoder(model, compiled)
     image, kept, skipped = collect(ImagePass(encode_image, data.images, preprocess, ranks=ranks, settings=images))
     text = encode_places(
-        lambda places: encode_text(tokenizer([data.captions[i] for i in places]).to(ranks.device)).float(),
-        len(data.captions), lambda place: f"the features of the text {data.captions[place]!r}", ranks, captions,
+        lambda places: model.encode_text(
+            tokenizer([data.captions[i] for i in places]).to(ranks.device), normalize=True
+        ).float(),
+        len(data.captions), lambda place: f"the features of the text {data.captions[place]!r}", ranks, texts,
     )  # fmt: skip
+    row_of = torch.full((len(data),), -1)
+    row_of[kept] = torch.arange(len(kept))
+    image_of = row_of[data.image_of]
+    good = image_of >= 0
+    text, image_of = text[good], image_of[good]
+    same_text = data.same_text()[good] if equal_captions_are_hits else None
     metrics = None
     if ranks.is_main:  # only there: on another kind of device the last digits could differ
-        row_of = torch.full((len(data),), -1)
-        row_of[kept] = torch.arange(len(kept))
-        image_of = row_of[data.image_of]
-        good = image_of >= 0
-        texts = data.same_text()[good] if equal_captions_are_hits else None
-        features = (image, text[good], image_of[good], texts)
+        features = (image, text, image_of, same_text)
         metrics = retrieval_metrics(*(None if rows is None else rows.to(ranks.device) for rows in features))
-        metrics |= {"num_images": len(image), "num_captions": int(good.sum())}
-    return ranks.broadcast(metrics), skipped
+        metrics |= {"num_images": len(image), "num_captions": len(text)}
+    metrics = ranks.broadcast(metrics)
+    if rerank_best is not None:
+        pictures, captions = data.images.subset(kept), [data.captions[i] for i in good.nonzero().squeeze(1)]
+        again = replace(again, on_broken="stop")
+        metrics |= rerank(
+            model, (image, text), tokenizer(captions),
+            ImagePass(model.image_states, pictures, preprocess, ranks=ranks, settings=again),
+            best=rerank_best, ranks=ranks, precision=settings.precision, image_of=image_of, same_text=same_text,
+            name=lambda image, text: f"the matching scores of {pictures.name(image)} and {captions[text]!r}",
+        )  # fmt: skip
+    return metrics, skipped

@@ -5,13 +5,13 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pandas import DataFrame
@@ -31,7 +31,8 @@ def described_model(
 ) -> dict[str, Any]:
     """Of a result's or a cached file's description, what makes features; `options`: an evaluation's."""
     # The identity tells transformers' tokenizers by name alone.
-    vocabulary = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
+    pieces = getattr(tokenizer, "pieces", getattr(tokenizer, "tokenizer", None))  # ours, or open_clip's
+    vocabulary = getattr(pieces, "backend_tokenizer", None)
     return {
         "model": options.model,
         "weights": weights_hash,
@@ -61,8 +62,10 @@ def check_folder(folder: Path, flag: str) -> None:
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise UserError(f"{flag} {folder}: {place} is a file; name a folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder} cannot be written to; name another folder.")
+    try:
+        TemporaryDirectory(prefix=".", dir=place).cleanup()
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written to ({reason(error)}); name another folder.") from None
 
 
 def digest_of(what: Any) -> str:
@@ -110,6 +113,7 @@ class Results:
         versions = {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}}
         record = {**what, "metrics": metrics, **(info or {}), "versions": versions, "date": time.strftime("%F %T%z")}
         if self.folder is not None and self.ranks.is_main:
+            logging.info(f"{what['data']}: {json.dumps(metrics)}")  # a full disk loses what took hours
             _write(self.folder / _file_name(what), json.dumps(record, indent=2) + "\n")
             self._summarise()
         return record

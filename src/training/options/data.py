@@ -17,8 +17,9 @@ IMAGE_DECODE = one_of("plain", "fast", "reduced")
 @dataclass
 class PairOptions(Section, title="training data"):
     train_data: str | None = option(
-        None, "Webdataset shards (shards/{000..999}.tar; several sources are joined with '::'), or a CSV file. Without "
-        "it nothing is trained: the model is evaluated.", metavar="SHARDS|FILE.csv", path=True, joined=SOURCE_SEPARATOR,
+        None, "Webdataset shards (shards/{000..999}.tar; several sources are joined with '::'), a CSV file, or JSON "
+        "lists (joined likewise). Without it nothing is trained: the model is evaluated.",
+        metavar="SHARDS|FILE", path=True, joined=SOURCE_SEPARATOR,
         needs="!dataset_type=synthetic")
     train_data_upsampling_factors: str | None = option(
         None, "With --dataset-resampled: how likely a shard of each source is drawn (1::2::0.5), compared with the "
@@ -28,7 +29,10 @@ class PairOptions(Section, title="training data"):
         "with --dataset-resampled.", POSITIVE_COUNT, needs="trains !csv_training_data")
     dataset_type: str = option(
         "auto", "Format of the data; auto tells it from file names; synthetic makes up pairs, without --train-data.",
-        one_of("webdataset", "csv", "synthetic", "auto"))
+        one_of("webdataset", "csv", "json", "synthetic", "auto"))
+    image_root: str | None = option(
+        None, "Folder that the pictures of JSON lists count from. Without it: that of each list.", metavar="DIR",
+        path=True)
     dataset_resampled: bool = option(
         False, "Draw shards with replacement instead of reading each once an epoch.",
         needs="trains !csv_training_data !dataset_type=synthetic")
@@ -37,7 +41,8 @@ class PairOptions(Section, title="training data"):
         "jpg, jpeg, png or webp.", metavar="ENDING")
     shard_caption_key: str = option("txt", "Ending of the captions in shards, likewise.", metavar="ENDING")
     csv_separator: str = option(
-        "\t", "What separates the columns of a CSV file; a comma if its header has no tab.", needs="csv_data")
+        "\t", "What separates the columns of a CSV file; a comma if its header has no tab.",
+        Kind(phrase="one character or more", allowed=bool), needs="csv_data")
     csv_img_key: str = option("filepath", "CSV column with the image files.", metavar="COLUMN", needs="csv_data")
     csv_caption_key: str = option("title", "CSV column with the captions.", metavar="COLUMN", needs="csv_data")
     image_decode: str = option(

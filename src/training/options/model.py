@@ -15,13 +15,17 @@ class ModelOptions(Section, title="model"):
     pretrained: str = option("", "Weights: a tag that OpenCLIP knows, or a file.", metavar="TAG|FILE", path=True)
     pretrained_image: bool = option(False, "Start the image tower from timm's ImageNet weights.", needs="!pretrained")
     cache_dir: str | None = option(None, "Where downloaded weights and tokenizers are kept.", metavar="DIR", path=True)
-    force_context_length: int | None = option(None, "Text length in tokens, instead of the model's.", POSITIVE_COUNT)
+    force_context_length: int | None = option(
+        None, "Text length in tokens, not the model's.", Kind(int, "a whole number from 3 on", "N", lambda v: v > 2))
     force_image_size: list[int] | None = option(
         None, "Image size in pixels (one number, or height and width), not the model's.", POSITIVE_COUNT, nargs=(1, 2))
     force_quick_gelu: bool = option(False, "Use the QuickGELU activation, as OpenAI's weights need.")
     force_patch_dropout: float | None = option(
         None, "Share of patches dropped at random in training, instead of the model's.", FRACTION_BELOW_1)
     force_custom_text: bool = option(False, "Build the text tower as a module of its own (CustomTextCLIP).")
+    text_tokenizer: str | None = option(
+        None, "Vocabulary instead of the model's, of models with one of Hugging Face's: its name there, or a folder.",
+        metavar="NAME|DIR")
 
     def check(self) -> None:
         forbid_coca("--model", self.model)
@@ -34,7 +38,7 @@ def forbid_coca(flag: str, model: str | None) -> None:
 
 
 @dataclass
-class LockingOptions(Section, title="locked towers", needs="trains"):
+class LockingOptions(Section, title="locked towers", needs="trains !fusion_models"):
     lock_image: bool = option(False, "Do not train the image tower.")
     lock_image_unlocked_groups: int = option(0, "Train the last N groups of a locked tower.", COUNT, needs="lock_image")
     lock_image_freeze_bn_stats: bool = option(False, "Keep BatchNorm statistics of locked layers.", needs="lock_image")

@@ -32,7 +32,8 @@ from . import config_file
 from .kinds import FILE, SWITCH, TEXT, Kind
 
 COMMANDS: dict[str, type[Section]] = {}  # by module, of those that were imported
-MODULES = ("main", "finetune", "zero_shot", "linear_probe", "retrieval")  # imported to say where a flag belongs
+# Imported to say where a flag belongs.
+MODULES = ("main", "finetune", "downstream", "zero_shot", "linear_probe", "retrieval")
 
 
 @dataclass
@@ -166,6 +167,8 @@ def parse(options: type[T], argv: Sequence[str], *, given: Mapping[str, Any] | N
         for origin, key, value in config_file.read(file):
             if _key(key) not in names:
                 raise _unknown(options, key, [*names, "include"], f" in {origin}")
+            if settings.get(names[_key(key)], (None,))[0] is origin:
+                raise UserError(f"{origin}: {key} is given twice, once by another spelling.")
             settings[names[_key(key)]] = origin, value
     values = {}
     for name, (origin, value) in settings.items():

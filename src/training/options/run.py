@@ -1,6 +1,7 @@
 """Options of a training run, whatever is trained: length, optimisation, precision, processes, checkpoints, logging."""
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from .kinds import COUNT, DEVICE, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSI
 from .parser import Section, forbid, option
 
 COOLDOWN = "lr_scheduler=const-cooldown !skip_scheduler"
+DECAY = "lr_scheduler=epoch-decay !skip_scheduler"
+BY_EPOCH = "lr_scheduler=epoch-cosine|epoch-decay !skip_scheduler"
 PRECISION = one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 DURATION = Kind(
     lambda word: int(word) if word.isdecimal() else word, "a length like 500, 2ep, 1e6samples or 5%", "N|NUNIT",
@@ -36,7 +39,7 @@ class OptimizationOptions(Section, title="optimisation", needs="trains"):
     lr: float | None = option(None, "Highest learning rate. Without it: 5e-4 (timm's have no default).", POSITIVE)
     beta1: float | None = option(None, "Adam's first beta. Without it: 0.9.", FRACTION_BELOW_1)
     beta2: float | None = option(None, "Adam's second beta. Without it: 0.98 for ViTs, else 0.999.", FRACTION_BELOW_1)
-    eps: float | None = option(None, "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", NOT_NEGATIVE)
+    eps: float | None = option(None, "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", POSITIVE)
     wd: float = option(0.2, "Weight decay; never applied to biases, norms and the temperature.", NOT_NEGATIVE)
     momentum: float | None = option(None, "For timm's optimizers that have one.", NOT_NEGATIVE, needs="!opt=adamw")
     grad_clip_norm: float | None = option(None, "Clip the gradient to this norm. Without it: no clipping.", POSITIVE)
@@ -44,8 +47,13 @@ class OptimizationOptions(Section, title="optimisation", needs="trains"):
         10000, "How long the learning rate rises: steps, or with a unit: 2ep, 1e6samples, 5%.", DURATION,
         needs="trains !skip_scheduler")
     lr_scheduler: str = option(
-        "cosine", "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end.",
-        one_of("cosine", "const", "const-cooldown"), needs="trains !skip_scheduler")
+        "cosine", "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end. "
+        "epoch-cosine is ALBEF's: the warm-up rises every 100 steps, the cosine falls from epoch to epoch. epoch-decay "
+        "is BLIP's: multiplied by --lr-decay from epoch to epoch.",
+        one_of("cosine", "const", "const-cooldown", "epoch-cosine", "epoch-decay"), needs="trains !skip_scheduler")
+    lr_start: float = option(0.0, "Learning rate at which the warm-up begins.", NOT_NEGATIVE, needs=BY_EPOCH)
+    lr_end: float = option(0.0, "Learning rate that it falls to, and not below.", NOT_NEGATIVE, needs=BY_EPOCH)
+    lr_decay: float = option(0.9, "Factor of the learning rate after each epoch.", SHARE, needs=DECAY)
     epochs_cooldown: int | None = option(None, "The last N of --epochs are the cooldown.", COUNT, needs=COOLDOWN)
     layer_decay: float | None = option(None, "Factor of the rate for each layer below the last.", SHARE)
     ema_decay: float | None = option(
@@ -114,7 +122,7 @@ class SpeedOptions(Section, title="precision, speed and memory"):
     torchcompile: bool = option(False, "Compile it with torch.compile.", spellings=("--compile",), needs="trains")
     shortcuts: bool = option(
         True, "Cut captions behind their end, and compute only the pooled row of the last layers; numbers differ by "
-        "rounding alone. --no-shortcuts runs the towers as OpenCLIP does.")
+        "rounding alone. --no-shortcuts runs models as OpenCLIP does, or the released program.")
     gone = {
         "use_bnb_linear": "is not supported: use --precision amp_bf16 to save time and memory instead",
         **dict.fromkeys(("torchscript", "trace"), "is not supported: use --torchcompile instead"),
@@ -122,14 +130,19 @@ class SpeedOptions(Section, title="precision, speed and memory"):
 
 
 @dataclass
-class DistributedOptions(Section, title="several processes (started by torchrun)"):
+class DistributedOptions(Section, title="several processes (started by torchrun)", needs="several_processes"):
     dist_url: str | None = option(None, "Address at which the processes meet. Without it: torchrun's.", metavar="URL")
     dist_backend: str | None = option(None, "nccl, gloo, hccl, ... Without it: what fits the device.", metavar="NAME")
     no_set_device_rank: bool = option(False, "Do not choose the device by local rank: each process sees only its own.")
-    use_bn_sync: bool = option(False, "Compute BatchNorm statistics over all processes.", needs="trains")
+    use_bn_sync: bool = option(False, "Compute BatchNorm statistics over all processes.")
     fsdp: bool = option(False, "Split weights, gradients and optimizer states (FSDP2).", needs="trains")
-    ddp_static_graph: bool = option(False, "Tell DistributedDataParallel that the graph never changes.", needs="!fsdp")
+    ddp_static_graph: bool = option(False, "Tell DDP that the graph never changes.", needs="several_processes !fsdp")
     gone = {"horovod": "is not supported: start several processes with torchrun instead"}
+
+    @property
+    def several_processes(self) -> bool:
+        """As OpenCLIP tells it from what a launcher leaves in the environment."""
+        return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
 @dataclass
@@ -156,6 +169,9 @@ class CheckpointOptions(Section, title="run folder and checkpoints", needs="trai
     remote_sync_frequency: int = option(300, "Seconds between two copies.", POSITIVE_COUNT, needs="remote_sync")
     remote_sync_protocol: str = option("s3", "As in OpenCLIP: fsspec copies in either case.", one_of("s3", "fsspec"))
     copy_codebase: bool = option(False, "Keep a copy of the code in the run folder.", needs="!logs=none")
+
+    def check(self) -> None:
+        forbid("://" in self.logs, f"--logs {self.logs} is no folder; --remote-sync copies a run to a URL.")
 
 
 @dataclass

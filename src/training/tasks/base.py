@@ -128,8 +128,3 @@ class Task:
     def score(self, metrics: dict[str, float]) -> float | None:
         """What makes one checkpoint better than another, from what `evaluate` returned; None if it cannot tell."""
         return None
-
-
-def is_due(epoch: int, frequency: int, last: bool) -> bool:
-    """Whether what comes every `frequency` epochs, and after the last, comes after this one; 0: never."""
-    return frequency > 0 and (last or epoch % frequency == 0)

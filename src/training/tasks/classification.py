@@ -23,8 +23,9 @@ from ..options import TrainingOptions
 from ..options.kinds import COUNT, FRACTION, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, one_of
 from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
 from ..options.parser import Section, forbid, option
+from ..plan import is_due
 from .augment import AugmentationOptions, Mix
-from .base import Batch, Progress, Task, is_due
+from .base import Batch, Progress, Task
 
 
 @dataclass

@@ -113,7 +113,7 @@ def test_resume_gives_exactly_the_remaining_batches(kind, workers, done, tmp_pat
         ({"batch_size": 2, "seed": 3}, "batch_size 4 (now 2), seed 0 (now 3), batches per epoch 8 (now 16)"),
     ],
 )
-def test_another_order_is_refused_within_an_epoch_and_named_after_it(change, named, tmp_path, caplog):
+def test_another_order_is_refused_within_an_epoch_but_not_after_it(change, named, tmp_path):
     pattern = write_shards(tmp_path, [8] * 4)
     data, same, changed, fresh = (train_data(pattern, **flags) for flags in ({}, {}, change, change))
     batches = data.epoch(1)
@@ -124,11 +124,9 @@ def test_another_order_is_refused_within_an_epoch_and_named_after_it(change, nam
     assert named in str(error.value)
     list(batches)
     same.load_state_dict(data.state_dict())
-    assert caplog.messages == []
     with pytest.raises(UserError, match="sources"):
         train_data(write_shards(tmp_path / "other", [8] * 4), **change).load_state_dict(begun)
     changed.load_state_dict(data.state_dict())
-    assert caplog.messages == [f"From here on the data are not those of the uninterrupted run, read with {named}."]
     assert list(changed.epoch(1)) == []
     assert_same_batches(list(changed.epoch(2)), list(fresh.epoch(2)))
 

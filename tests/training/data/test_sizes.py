@@ -53,6 +53,9 @@ def test_a_shard_without_any_size_is_named_with_the_remedy(tmp_path):
         ("sizes.json", "{", "not a table"),
         ("sizes.json", json.dumps({"00000.tar": 8, "00001.tar": None}), "not a table"),
         ("sizes.json", json.dumps({"00000.tar": 0, "00001.tar": 0}), "there are no samples"),
+        *(("sizes.json", f'{{"00000.tar": 8, "00001.tar": {wrong}}}', "not a table")
+          for wrong in ("-5", "1e30", "1.5", "true", "Infinity")),
+        ("__len__", "-3", "does not hold a number"),
         ("__len__", "many", "does not hold a number"),
         ("00000_stats.json", "{", "00000_stats.json does not tell the number of 'successes'.*count_shards.py"),
         ("00000_stats.json", '{"count": 8}', "does not tell the number of 'successes'"),

@@ -81,6 +81,20 @@ def test_names_make_samples(tmp_path):
         assert read(layout_files.write_shard(tmp_path / "long.tar", members, form)) == ([long], {})
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_can_be_entered_at_any_sample(form, tmp_path):
+    long = "" if form == tarfile.USTAR_FORMAT else f"{'folder' * 30}/{'é' * 120}"
+    members = [(f"{long}{n}.{kind}", content) for n in range(5) for kind, content in sample(n).items()]
+    path = str(layout_files.write_shard(tmp_path / "x.tar", members, form))
+    found = list(read_shard(path, DataReport()))
+    assert [one.index for one in found] == list(range(5)) and found[0].entry == 0
+    for url in (path, f"pipe:cat {path}"):
+        entries = [one.entry if url == path else -1 for one in found]
+        runs = [(1, entries[1], 1), (3, entries[3], None)]
+        again = list(read_shard(url, DataReport(), runs=runs))
+        assert [one[:3] + one[4:5] for one in again] == [one[:3] + one[4:5] for one in (found[1], *found[3:])]
+
+
 def test_only_what_is_wanted_is_read(tmp_path):
     content = sample(1)
     write_shard(tmp_path / "x.tar", {"a/b": {"seg.PNG": b"12", **content}})
@@ -88,5 +102,5 @@ def test_only_what_is_wanted_is_read(tmp_path):
     ((key, members),) = walk(str(tmp_path / "x.tar"), failures, {"txt"})
     assert key == "a/b" and list(members) == ["seg.png", "jpg", "txt"] and not failures
     assert members["txt"].content == content["txt"] and members["jpg"].content is None
-    _, _, offset, size, _ = members["jpg"]
+    _, _, offset, size, *_ = members["jpg"]
     assert (tmp_path / "x.tar").read_bytes()[offset : offset + size] == content["jpg"]

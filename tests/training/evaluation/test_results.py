@@ -63,13 +63,20 @@ def test_damaged_files_are_no_results(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "summary.csv").open()))) == 1
 
 
-def test_where_nothing_is_written(tmp_path):
+def test_where_nothing_is_written(tmp_path, caplog):
     for results in (Results("none", ONE), Results(tmp_path, Ranks(torch.device("cpu"), rank=1))):
         assert results.add(WHAT, {"top1": 0.25})["metrics"] == {"top1": 0.25}
     assert Results("none", ONE).find(WHAT) is None and list(tmp_path.iterdir()) == []
     (tmp_path / "results").write_text("")
     with pytest.raises(UserError, match="is a file; name a folder"):
         Results(tmp_path / "results", ONE)
+    full = Results(tmp_path / "full", ONE)
+    (tmp_path / "full").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), caplog.at_level("INFO"):
+        full.add(WHAT, {"top1": 0.25})
+    assert '{"top1": 0.25}' in caplog.text  # what took hours is at least shown
+    with pytest.raises(UserError, match="--results /proc/results cannot be written to .*; name another folder"):
+        Results("/proc/results", ONE)
 
 
 def test_a_model_is_known_by_its_tokenizers_vocabulary_too():

@@ -19,10 +19,13 @@ REFUSED = {"horovod", "use_bnb_linear", "torchscript", "trace"} | COCA_WEIGHTS
 CHANGED = {"local_loss": True, "gather_with_grad": True}
 NEW_DEFAULTS = dict.fromkeys(
     "token_reduction full_tokens_last global_batch zeroshot_data progress duration layer_decay ema_decay "
-    "save_every_n_steps save_every_n_minutes keep_last".split()
+    "save_every_n_steps save_every_n_minutes keep_last val_rerank start_image start_text text_tokenizer "
+    "image_root".split()
 )
 NEW_DEFAULTS |= {"allow_elastic": False, "fsdp": False, "shortcuts": True, "stall_seconds": 60.0}
 NEW_DEFAULTS |= {"nonfinite": "stop", "image_decode": "fast", "shard_img_key": None, "shard_caption_key": "txt"}
+NEW_DEFAULTS |= {"queue_size": 65536, "twin_momentum": 0.995, "twin_weight": 0.4, "twin_dropout": True}
+NEW_DEFAULTS |= {"lr_start": 0.0, "lr_end": 0.0, "lr_decay": 0.9}
 NEW = set(NEW_DEFAULTS)
 
 # Each OpenCLIP option that is carried over, with a value that is not its default.

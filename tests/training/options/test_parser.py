@@ -12,7 +12,7 @@ from training.options import Section, TrainingOptions, option, parse, resolved
 from training.options.model import reduction_of
 from training.retrieval import RetrievalOptions
 from training.tasks.classification import FinetuningOptions
-from training.tasks.contrastive import PretrainingOptions
+from training.tasks.pretraining import PretrainingOptions
 from training.zero_shot import ZeroShotOptions
 
 from .conftest import SYNTHETIC, complaint, parse_args
@@ -176,6 +176,10 @@ TEACHER = "ViT-B-16 --distill-pretrained openai"
         ("--warmup -5", "must be a length like 500, 2ep, 1e6samples or 5%, not '-5'."),
         ("--duration 5%", "is the whole run: give it in steps, epochs (ep) or samples, not in %."),
         ("--seed 4294967296", "must be a whole number from 0 to 2**32 - 1, not '4294967296'."),
+        ("--logs s3://b/x", "s3://b/x is no folder; --remote-sync copies a run to a URL."),
+        ("--csv-separator=", "must be one character or more, not ''."),
+        ("--force-context-length 2", "must be a whole number from 3 on, not '2'."),
+        ("--eps 0", "must be a number above 0, not '0'."),
         ("--lr 0", "must be a number above 0, not '0'."),
         ("--image-std 1e-300", "must be a number above 0, not '1e-300'."),
         ("--wd 1e300", "must be a number of at least 0, not '1e300'."),
@@ -186,7 +190,7 @@ TEACHER = "ViT-B-16 --distill-pretrained openai"
         ("--image-mean nan", "must be a number, not 'nan'."),
         ("--beta2 1", "must be a number from 0 to 1, below 1, not '1'."),
         ("--layer-decay 0", "must be a number from 0 to 1, above 0, not '0'."),
-        ("--lr-scheduler step", "must be one of cosine, const, const-cooldown, not 'step'."),
+        ("--lr-scheduler step", "must be one of cosine, const, const-cooldown, epoch-cosine, epoch-decay, not 'step'."),
         ("--report-to csv,mail", "must be wandb, tensorboard, csv (joined with commas) or all, not 'csv,mail'."),
         ("--opt sgd", "must be adamw, or timm/NAME for an optimizer of timm, not 'sgd'."),
         ("--aug-cfg scale", "must be given as key=value, not 'scale'."),
@@ -230,6 +234,8 @@ def test_values_at_the_edge_are_taken():
 @pytest.mark.parametrize(
     "options, words, told",
     [
+        (PretrainingOptions, "--train-data x.tar --use-bn-sync --dist-backend gloo", [
+            "--dist-backend, --use-bn-sync: no effect without several processes."]),
         (PretrainingOptions, "--dataset-type synthetic --train-data x --dataset-resampled", [
             "--train-data, --dataset-resampled: no effect with --dataset-type synthetic."]),
         (PretrainingOptions, "--val-data v.tar --lr 1 --epochs 3 --val-frequency 0 --csv-separator , --seed 3", [

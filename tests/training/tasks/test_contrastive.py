@@ -4,6 +4,7 @@ import torch
 
 from training.distributed import Ranks
 from training.errors import UserError
+from training.evaluation.suite import Suite
 from training.tasks.contrastive import ContrastiveTask
 
 from ..tiny import run_options, tiny_clip
@@ -12,7 +13,8 @@ from ..tiny import run_options, tiny_clip
 def task(world_size=1, val_data=None, **changes):
     options = run_options(train_data="x.tar", **changes)
     place = Ranks(torch.device("cpu"), world_size=world_size)
-    return ContrastiveTask(options, place, tiny_clip(), None, None, val_data)
+    suite = Suite(options, place, None, None, val_data, {})
+    return ContrastiveTask(options, place, tiny_clip(), suite)
 
 
 def test_settings_that_cannot_teach_are_refused_or_told(caplog):

@@ -35,7 +35,7 @@ _NAMES = (
     r"(?P<name>\w+?)_(?P<split>train|val|test)\.jsonl?",  # ALBEF
     r"captions_(?P<split>\w+)\.json",  # COCO
     r"(?P<name>Flickr8k)\.token\.txt",
-    r"captions\.(txt|jsonl?)",  # Kaggle's Flickr8k
+    r"captions\.(txt|jsonl?)|results\.csv",  # Kaggle's Flickr8k and Flickr30K
 )
 _SHAPES = 'a Karpathy file, a list of {"image", "caption"}, COCO\'s annotations, or {image: captions}'
 
@@ -53,7 +53,7 @@ def described(path: Path) -> AnnotationFile:
     """Any file; called after itself where its name tells nothing."""
     for kind, pattern in enumerate(_NAMES):
         if match := re.fullmatch(pattern, path.name):
-            name = path.parent.name if path.stem == "captions" else "coco"
+            name = path.parent.name if path.stem in ("captions", "results") else "coco"
             return AnnotationFile(path, **{"name": name, **match.groupdict()}, kind=kind)
     return AnnotationFile(path, path.stem)
 
@@ -61,8 +61,15 @@ def described(path: Path) -> AnnotationFile:
 def find_annotations(folder: Path) -> list[AnnotationFile]:
     """The files of captions, by their names, in a folder and its `annotations`; first those of all splits."""
     files = [described(path) for place in (folder, folder / "annotations") for path in sorted(place.glob("*"))]
-    files = sorted((file for file in files if file.kind is not None), key=lambda file: file.kind)
+    files = [file for file in files if file.kind is not None and (file.path.suffix != ".csv" or has_bars(file.path))]
+    files = sorted(files, key=lambda file: file.kind)
     return [file for file in files if file.kind < len(_NAMES) - 2] or files
+
+
+def has_bars(path: Path) -> bool:
+    """Whether it is Flickr30K's table as Kaggle has it, `image_name| comment_number| comment`."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return re.match(r"\W*image\w*\s*\|", file.readline()) is not None
 
 
 def read_annotations(path: Path) -> list[Entry]:
@@ -71,7 +78,7 @@ def read_annotations(path: Path) -> list[Entry]:
         raise UserError(f"There is no file {path}; correct the path.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".txt", ".token"):
+        if path.suffix in (".txt", ".token", ".csv"):
             return _text_lines(text, path)
         lines = path.suffix == ".jsonl"
         content = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
@@ -126,6 +133,11 @@ def _text_lines(text: str, path: Path) -> list[Entry]:
             listed = path.with_name(f"Flickr_8k.{word}Images.txt")
             splits |= dict.fromkeys(listed.read_text(encoding="utf-8").split() if listed.is_file() else (), split)
         return [Entry(match[1], [match[2]], splits.get(match[1])) for match in numbered]
+    if lines and "|" in lines[0]:  # one line of Flickr30K's has no bar before the caption
+        rows = [re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line) for line in lines[1:]]
+        if None in rows:
+            raise ValueError(f"a line is {lines[1 + rows.index(None)][:60]!r}")
+        return [Entry(row[1].strip(), [row[2]]) for row in rows]
     try:
         rows = [row for row in csv.reader(text.split("\n"), strict=True) if row]
     except csv.Error:

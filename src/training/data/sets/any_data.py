@@ -63,6 +63,10 @@ def _without_names(data: LabelledImages, folder: Path) -> LabelledImages:
         raise UserError(f"{remedy}, or say imagenet={folder} if that is what {shard} holds.")
     if has_names(folder) or any(name.lower() in folders.SPLIT_WORDS for name in data.folders):
         raise UserError(f"{remedy}.")  # other splits have names, or it is not clear what are splits and what classes
+    parts = [path.split("/") for path in data.images.paths]
+    if all(len(part) > 2 for part in parts) and len({part[1] for part in parts}) > 1:
+        deep = f"{data.images.root}: all pictures lie in folders within its {len(data.folders)} class folders"
+        logging.warning(f"{deep}, the first in {'/'.join(parts[0][:2])}; if those are the classes, name their folder.")
     if all(name in class_numbers() for name in data.folders):
         there = f"{len(data.folders)} of ImageNet's {len(class_numbers())} classes"
         logging.warning(f"{folder} has no {NAMES}, but folders of {there}: names and prompts are ImageNet's.")

@@ -143,13 +143,14 @@ def _in_file(name: str, path: Path, options: CaptionOptions) -> _Found:
         tars = [Path(url) for shards in sets for url in shards.urls]
         return _Found(name or path.parent.name, path, {None: tars}, shards=True)
     near = [path.parent, path.parent.parent]
-    if path.suffix.lower() in (".csv", ".tsv"):
+    bars = path.suffix == ".csv" and options.csv_separator is None and path.is_file() and annotations.has_bars(path)
+    if path.suffix.lower() in (".csv", ".tsv") and not bars:
         columns = options.csv_image_column, options.csv_caption_column
         rows = CsvRows(str(path), options.csv_separator or "\t", *columns, "--data")
         entries = [Entry(image, [caption]) for image, caption in zip(rows.images, rows.captions, strict=True)]
         entries.append(Entry(rows.images[0], [""] * rows.empty))  # to be counted
         near.append(Path())
-    elif path.suffix.lower() in (".json", ".jsonl", ".txt", ".token"):
+    elif bars or path.suffix.lower() in (".json", ".jsonl", ".txt", ".token"):
         entries = annotations.read_annotations(path)
     else:
         there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"

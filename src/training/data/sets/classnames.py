@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from importlib import resources
@@ -11,6 +12,8 @@ from ...errors import UserError
 from .folders import check_folders, check_numbers
 from .labelled import LabelledImages
 
+_CODE = re.compile(r"""\[.*|lambda\b.*|(["']).*\1,?""")  # a list, a function or a text of a program
+
 
 def named(data: LabelledImages, path: Path) -> LabelledImages:
     """`data` with the class names of a file: one a line in the order of the classes, or lines `folder<TAB>name`.
@@ -19,6 +22,7 @@ def named(data: LabelledImages, path: Path) -> LabelledImages:
     """
     lines, folders = read_lines(path), list(data.folders)
     words = [re.split(r"[\s,;:|]", line)[0] for line in lines]
+    known = [sorted(folders), *(sorted(map(str, range(first, first + len(lines)))) for first in (0, 1))]
     if any("\t" in line for line in lines):
         if not folders:
             what = f"but the classes of {data.name} are no folders: write one name a line, in the order of the classes"
@@ -27,13 +31,16 @@ def named(data: LabelledImages, path: Path) -> LabelledImages:
     elif folders and _plain(lines) != _plain(folders) and sorted(_plain(lines)) == sorted(_plain(folders)):
         what = f"in another order than theirs, which starts with {folders[0]}: write lines of folder<TAB>name"
         raise UserError(f"{path} has the names of the class folders {what}.")
-    elif folders and words != lines and set(words) == set(folders) and all(re.search("[0-9]", word) for word in words):
-        raise UserError(f"{path} has lines that begin with a folder and no tab: write lines of folder<TAB>name.")
+    elif words != lines and sorted(words) in known and all(re.search("[0-9]", word) for word in words):
+        what = "a folder or a number and no tab: write lines of folder<TAB>name, or the names alone"
+        raise UserError(f"{path} has lines that begin with {what}.")
     classes = len(folders or data.classnames)
     if classes and len(lines) != classes:
         kind = "class folders" if folders else "classes"
         raise UserError(f"{path} names {len(lines)} classes; {data.name} has {classes} {kind}.")
     check_numbers(data.images, data.labels, len(lines), path.name)
+    if twice := [name for place, name in enumerate(lines) if name in lines[:place]]:
+        logging.warning(f"{path} has {twice[0]!r} for two classes: all pictures are taken for the first of them.")
     return replace(data, classnames=lines)
 
 
@@ -77,6 +84,8 @@ def read_templates(path: Path) -> list[str]:
             works = template.format("a") != template.format("b")
         except (IndexError, KeyError, ValueError, AttributeError):
             works = False
+        if _CODE.fullmatch(line):
+            raise UserError(f"{path}: the template {line!r} is code; write prompts as they are, one a line.")
         if not works:
             raise UserError(f"{path}: the template {line!r} must have {{}} where the class name goes.")
         templates.append(template)

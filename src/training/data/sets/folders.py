@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import UserError, reason
 from ..shards import IMAGE_KEYS
 from ..streams import Member, walk
-from .labelled import ImageFiles, Images, TarImages, picture_endings
+from .labelled import ImageFiles, Images, TarImages, is_picture, picture_endings
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -101,8 +101,8 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def list_pictures(folder: Path, below: str = "") -> tuple[list[str], list[str]]:
-    """Pictures at any depth in `folder`/`below`, and files that are none by their ending: sorted paths relative to
-    `folder`. Links are followed."""
+    """Pictures at any depth in `folder`/`below`, and files that are none by their ending, or by what is in them if they
+    have none: sorted paths relative to `folder`. Links are followed."""
     found: dict[bool, list[str]] = {True: [], False: []}
     waiting = [below]
     for inside in waiting:
@@ -114,7 +114,8 @@ def list_pictures(folder: Path, below: str = "") -> tuple[list[str], list[str]]:
                 if entry.is_dir():
                     waiting.append(path)
                 else:
-                    found[_ending(path) in picture_endings()].append(path)
+                    known = _ending(path) in picture_endings() or not _ending(path) and is_picture(entry.path)
+                    found[known].append(path)
     return sorted(found[True]), sorted(found[False])
 
 

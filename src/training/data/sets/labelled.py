@@ -30,12 +30,21 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 # Pillow knows these endings, but needs another program or library for what is in the files, or they are no pictures.
 _UNDECODED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 
+_SAMPLES = 32  # pictures whose content counts in a fingerprint, at least; less than twice as many
+
 
 @cache
 def picture_endings() -> frozenset[str]:
     """The endings of files that Pillow and its plugins decode here, such as ".jpg", in lower case."""
     kinds = Image.registered_extensions().items()
     return frozenset(ending for ending, kind in kinds if kind in Image.OPEN and kind not in _UNDECODED)
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file begins as a picture that Pillow decodes."""
+    with contextlib.suppress(Exception), Image.open(path):
+        return True
+    return False
 
 
 class Images(ABC):
@@ -60,7 +69,7 @@ class Images(ABC):
 
     @abstractmethod
     def fingerprint(self, times: bool = True) -> str:
-        """A hash of the pictures: pixels in memory, or the names, sizes and times of change (in ns) of files.
+        """A hash of the pictures: pixels in memory, or of files names, sizes, times of change (ns) and some contents.
 
         docs/evaluation_data.md says what that can miss. `times`: False leaves them out, for what may be copied.
         """
@@ -96,7 +105,8 @@ class ImageFiles(Images):
 
     def fingerprint(self, times: bool = True) -> str:
         files = [self.name(i) for i in range(len(self))]
-        return _digest([*self.paths.tolist(), str(self.border)], _sizes_and_times(files, times))
+        lines = [*self.paths.tolist(), str(self.border), _sampled(self)]
+        return _digest(lines, sizes_and_times(files, times))
 
 
 class TarImages(Images):
@@ -118,8 +128,8 @@ class TarImages(Images):
             return file.read(size)
 
     def fingerprint(self, times: bool = True) -> str:
-        names = [*(tar.name for tar in self.tars), *self.names.tolist()]
-        return _digest(names, self.places, _sizes_and_times(self.tars, times))
+        names = [*(tar.name for tar in self.tars), *self.names.tolist(), _sampled(self)]
+        return _digest(names, self.places, sizes_and_times(self.tars, times))
 
 
 class ArrayImages(Images):
@@ -212,7 +222,13 @@ def _content(images: Images, i: int) -> bytes | None:
         return images.content(i)
 
 
-def _sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
+def _sampled(images: Images) -> str:
+    """A hash of what is in some pictures, evenly spread: other data may have the names, sizes and times of these."""
+    places = range(0, len(images), max(1, len(images) // _SAMPLES))
+    return _digest([], *(np.frombuffer(_content(images, i) or b"", np.uint8) for i in places))
+
+
+def sizes_and_times(paths: Sequence[str | Path], times: bool) -> np.ndarray:
     """(N, 2) int64 bytes and time of change in ns; zeros for `times` False and for files that cannot be read."""
     found = np.zeros((len(paths), 2), dtype=np.int64)
 

@@ -179,6 +179,7 @@ TWO = [["a 1", "a, 2"], ["b"]]
         ("captions.txt", 'image,caption\na.jpg,a 1\na.jpg,"a, 2"\nb.jpg,b\n'),
         ("captions.txt", "image,caption\na.jpg,a 1\na.jpg,a, 2\nb.jpg,b\n"),
         ("captions.txt", 'image_name,comment_number,comment\na.jpg,0,a 1\na.jpg,1,"a, 2"\nb.jpg,0,b\n'),
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a 1\na.jpg| 1   a, 2\nb.jpg| 0| b\n"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("folder", ["", "images", "Images", "Flicker8k_Dataset", "flickr30k_images"])
@@ -189,7 +190,7 @@ def test_other_forms(tmp_path, name, content, folder):
     data = load(tmp_path / name)
     assert [texts for _, texts in contents(data)] == TWO and data.split == "all"
     assert names(data, tmp_path / folder) == ["a.jpg", "b.jpg"]
-    if name in ("captions.txt", "Flickr8k.token.txt"):
+    if name in ("captions.txt", "Flickr8k.token.txt", "results.csv"):
         assert load(f"flickr8k={tmp_path}").captions == data.captions
         write_json(tmp_path / "flickr8k_test.json", [{"image": "a.jpg", "caption": "x"}])  # says more, so comes first
         assert load(tmp_path).captions == ["x"]

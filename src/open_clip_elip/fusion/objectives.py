@@ -1,0 +1,79 @@
+"""What the fusion models share of their losses: momentum targets, hard negatives, distillation, masked words."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Under a softmax: where it underflows, a draw in proportion to the weights still finds one. No other draw is changed.
+FLOOR = 1e-12
+
+CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # of the tokens; of the chosen ones: what becomes [MASK], or any token
+
+
+def similarities(features: Tensor, own: Tensor, queue: Tensor, temperature: Tensor) -> Tensor:
+    """(B, D) unit vectors against (B, D) of the batch and (D, Q) of a queue: (B, B+Q), divided by `temperature`."""
+    return torch.cat([features @ own.t(), features @ queue], dim=1) / temperature
+
+
+def mixed_targets(teacher: Tensor, positives: Tensor, alpha: float) -> Tensor:
+    """What a student's rows are to be: softmax of the `teacher`'s, alpha of it, and the rest spread over `positives`.
+
+    Args:
+        teacher: (B, C) logits; no gradient flows.
+        positives: (B, C), true at what belongs together; at least one a row.
+    """
+    one_hot = positives / positives.sum(dim=1, keepdim=True)
+    return alpha * F.softmax(teacher.detach(), dim=1) + (1 - alpha) * one_hot
+
+
+def negative_weights(similarity: Tensor, positives: Tensor, floor: float = FLOOR) -> Tensor:
+    """(B, B) in proportion to which a row's negative is drawn: softmax of its similarities, and `floor`; 0 at
+    `positives`."""
+    return (F.softmax(similarity.detach(), dim=1) + floor).masked_fill(positives, 0)
+
+
+def draw(weights: Tensor) -> Tensor:
+    """(B,) one column a row, in proportion to `weights` (B, C); -1 for a row whose weights are all 0, or not finite."""
+    weights = weights.nan_to_num(0, 0, 0)  # a draw from these would end the run, before the loss is found not finite
+    empty = weights.sum(dim=1) == 0
+    return torch.multinomial(weights + empty[:, None], 1).squeeze(1).masked_fill(empty, -1)
+
+
+def distilled(logits: Tensor, labels: Tensor, teacher: Tensor | None, alpha: float) -> Tensor:
+    """(1 - alpha) cross-entropy with `labels` (n,) + alpha cross-entropy with the `teacher`'s softmax, means over n.
+
+    0 where there is no label at all.
+    """
+    if not len(labels):
+        return logits.sum() * 0
+    loss = F.cross_entropy(logits, labels)
+    if teacher is None:
+        return loss
+    return (1 - alpha) * loss + alpha * F.cross_entropy(logits, F.softmax(teacher.detach(), dim=1))
+
+
+def mask_tokens(text: Tensor, mask_id: int, vocab_size: int, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks tokens as BERT does.
+
+    Args:
+        text: (B, L) token ids.
+        fixed: ids that are never chosen.
+
+    Returns:
+        (B, L) ids with some of them masked; (n,) places of those that were chosen, counted through all rows; (n,) what
+        was there.
+    """
+    chosen = (torch.rand(text.shape) < CHOSEN) & ~torch.isin(text, fixed)
+    kind, words = torch.rand(text.shape), torch.randint(vocab_size, text.shape)
+    masked = text.masked_fill(chosen & (kind < MASKED), mask_id)
+    masked = words.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), masked)
+    places = chosen.flatten().nonzero().squeeze(1)
+    return masked, places, text.flatten()[places]
+
+
+def places_to_write(mask: Tensor, prompt: int = 1) -> Tensor:
+    """(n,) places of the tokens of (B, L), counted through all rows, after which there is another that is no prompt."""
+    chosen = mask.clone()
+    chosen[:, :prompt] = False
+    return chosen.flatten().nonzero().squeeze(1) - 1

@@ -1,0 +1,177 @@
+"""Training steps of the fusion models, as functions of model, momentum twin, queues and batch."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .albef import Albef
+from .base import AligningModel
+from .bert import Memory, Tokens
+from .blip import Blip
+from .momentum import Queue
+from .objectives import FLOOR, distilled, draw, mixed_targets, negative_weights, similarities
+
+SMOOTHING = 0.1  # of the labels of BLIP's language modelling
+
+
+class Taught(NamedTuple):
+    """What the twin says about B pairs: unit-length features (B, D), and logits (n, vocabulary) of masked words."""
+
+    image: Tensor
+    text: Tensor
+    words: Tensor | None = None
+
+
+class Aligned(NamedTuple):
+    """What a step has computed when image and text are aligned, for further losses."""
+
+    losses: dict[str, Tensor]
+    memory: list[Memory]
+
+
+@torch.no_grad()
+def teach(
+    twin: AligningModel, image: Tensor, text: Tensor, tokens: Tokens | None = None, masked: Tensor | None = None,
+    chosen: Tensor | None = None,
+) -> Taught:  # fmt: skip
+    """Arguments as `align` and `albef_losses`; the twin sees all tokens of the images."""
+    t = twin.encode_text(text, normalize=True, tokens=tokens)
+    if masked is None:
+        return Taught(twin.encode_image(image, normalize=True, reduce=False), t)
+    states = twin.image_states(image, reduce=False)
+    i = F.normalize(twin.vision_proj(states[:, 0]), dim=-1)
+    return Taught(i, t, twin.words(masked, chosen, twin.read(states, once=False), tokens))
+
+
+def align(
+    model: AligningModel, taught: Taught, queues: Mapping[str, Queue], image: Tensor, text: Tensor, *, alpha: float,
+    numbers: Tensor | None = None, remembered: Tensor | None = None, negatives: Sequence[Tensor] | None = None,
+    floor: float = FLOOR, reduce: bool | None = None, tokens: Tokens | None = None,
+    everywhere: Callable[[Tensor], Tensor] | None = None,
+) -> Aligned:  # fmt: skip
+    """Contrast (ITA) of B pairs with the twin's features and queues of these, and matching (ITM).
+
+    Args:
+        queues: `image` and `text`.
+        image, text: (B, 3, H, W); (B, L) token ids.
+        alpha: weight of the twin's targets.
+        numbers: (B,) of the images; texts of images with one number belong to each of them. None: all differ.
+        remembered: (Q,) numbers of the queues' columns, where there are `numbers`.
+        negatives: (B,) the negative image of each text, (B,) the negative text of each image; None: drawn.
+        floor: see `objectives.negative_weights`.
+        reduce: remove tokens of the image, guided by the text. None: by the image alone, if its tower does so.
+        tokens: of the text; None: layers run on all columns.
+        everywhere: negatives are those of the rows that this makes of the batch's, all processes' maybe, with their
+            gradient, by the model's own features and `numbers` (BLIP's retrieval); then `negatives` are rows of these.
+            None: those of the batch, by what contrast computes.
+    """
+    tokens = tokens or Tokens(model.mask(text))
+    states = model.text_states(text, tokens)
+    # Contiguous, or a compiled tower would be compiled for each length of the texts.
+    image_states = model.image_states(image, states[:, 0].contiguous() if reduce else None, reduce=reduce)
+    t, i = (F.normalize(x, dim=-1) for x in (model.text_proj(states[:, 0]), model.vision_proj(image_states[:, 0])))
+
+    pairs = torch.eye(len(text), dtype=torch.bool, device=text.device)
+    positives = F.pad(pairs, (0, queues["text"].size))
+    if numbers is not None:
+        positives = numbers[:, None] == torch.cat([numbers, remembered.to(numbers)])
+    i2t = similarities(i, taught.text, queues["text"].columns, model.temp)
+    t2i = similarities(t, taught.image, queues["image"].columns, model.temp)
+    with torch.no_grad():
+        teachers = (
+            similarities(taught.image, taught.text, queues["text"].columns, model.temp),
+            similarities(taught.text, taught.image, queues["image"].columns, model.temp),
+        )
+    ita = sum(
+        F.cross_entropy(logits, mixed_targets(teacher, positives, alpha))
+        for logits, teacher in zip((i2t, t2i), teachers, strict=True)
+    ) / 2
+
+    if everywhere is not None:
+        numbers_of, i_of, t_of = (everywhere(one.detach()) for one in (numbers, i, t))
+        if negatives is None:
+            both = ((t, i_of), (i, t_of))
+            same, temp = numbers[:, None] == numbers_of, model.temp.detach()
+            negatives = [draw(negative_weights(one @ other.t() / temp, same, floor)) for one, other in both]
+        images, texts = negatives
+        memory = model.read(torch.cat([image_states, everywhere(image_states)[images]]))
+        longer = F.pad(text, (0, model.caption_length - text.shape[1]))
+        own, rows = torch.arange(len(text), device=text.device), torch.cat([longer, longer, everywhere(longer)[texts]])
+        rows = rows[:, : int(model.mask(rows).sum(dim=1).max())]
+        logits = model.match(model.text_states(rows), rows, memory, torch.cat([own, own + len(text), own]))
+        return Aligned({"ita": ita, "itm": matched(logits, images, texts)}, memory)
+
+    own = positives[:, : len(text)]
+    if negatives is None:
+        negatives = [draw(negative_weights(logits[:, : len(text)], own, floor)) for logits in (t2i, i2t)]
+    memory = model.read(image_states)
+    return Aligned({"ita": ita, "itm": matching(model, states, text, tokens, memory, *negatives)}, memory)
+
+
+def matching(
+    model: AligningModel, states: Tensor, text: Tensor, tokens: Tokens, memory: list[Memory], images: Tensor,
+    texts: Tensor,
+) -> Tensor:  # fmt: skip
+    """ITM: pairs, texts with negative images, images with negative texts, in one pass of the fusion layers.
+
+    Args:
+        images: (B,) the negative image of each text; -1: it has none, and is left out. texts: likewise.
+    """
+    own = torch.arange(len(text), device=images.device)
+    if model.tower.shortcuts:  # an image's own text and its negative one side by side: for them it is not copied
+        of = torch.cat([torch.stack([own, texts], dim=1).flatten(), own])
+        logits = model.match(states, text, memory, images, texts=of, tokens=tokens)
+        logits = torch.cat([logits[: 2 * len(text) : 2], logits[2 * len(text) :], logits[1 : 2 * len(text) : 2]])
+    else:
+        which, of = torch.cat([images, own]), torch.cat([own, texts])
+        pairs = model.match(states, text, memory, tokens=tokens)
+        logits = torch.cat([pairs, model.match(states, text, memory, which, texts=of, tokens=tokens)])
+    return matched(logits, images, texts)
+
+
+def matched(logits: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    """Of pairs, texts with negative images, images with negative texts, (3B, 2); those that have none do not count."""
+    labels = (torch.arange(len(logits), device=logits.device) < len(images)).long()
+    counts = torch.cat([torch.ones_like(images) > 0, images >= 0, texts >= 0]).to(logits.device)
+    return F.cross_entropy(logits, labels.where(counts, -100))
+
+
+def albef_losses(
+    model: Albef, taught: Taught, queues: Mapping[str, Queue], image: Tensor, text: Tensor, *, masked: Tensor,
+    chosen: Tensor, labels: Tensor, alpha: float, tokens: Tokens | None = None, **more,
+) -> dict[str, Tensor]:  # fmt: skip
+    """ITA + ITM + MLM (ALBEF, Eq. 6), with the tokens of images reduced if the model does so.
+
+    Args:
+        masked, chosen, labels: see `objectives.mask_tokens`.
+        others: see `align`.
+    """
+    tokens = tokens or Tokens(model.mask(text))
+    more |= {"alpha": alpha, "tokens": tokens, "reduce": model.tower.reduces}
+    losses, memory = align(model, taught, queues, image, text, **more)
+    logits = model.words(masked, chosen, memory, tokens)
+    return losses | {"mlm": distilled(logits, labels, taught.words, alpha)}
+
+
+def blip_losses(
+    model: Blip, taught: Taught, queues: Mapping[str, Queue], image: Tensor, text: Tensor, *, chosen: Tensor,
+    tokens: Tokens | None = None, **more,
+) -> dict[str, Tensor]:  # fmt: skip
+    """ITC + ITM + LM (BLIP, Sec. 3.2), with the tokens of images reduced if the model does so.
+
+    Args:
+        chosen: (n,) places of the texts, counted through all rows, whose next tokens are to be written.
+        others: see `align`.
+    """
+    tokens = tokens or Tokens(model.mask(text))
+    losses, memory = align(model, taught, queues, image, text, tokens=tokens, reduce=model.tower.reduces, **more)
+    return losses | {"lm": written(model.next_words(text, chosen, memory, tokens=tokens), text, chosen)}
+
+
+def written(logits: Tensor, text: Tensor, chosen: Tensor) -> Tensor:
+    """Language modelling: the mean loss of `logits` (n, vocabulary) of what comes after the places `chosen` (n,)."""
+    return F.cross_entropy(logits, text.flatten()[chosen + 1], label_smoothing=SMOOTHING)

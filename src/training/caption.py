@@ -1,0 +1,169 @@
+"""Captions for pictures, by a BLIP model that was fine-tuned for them, or pre-trained.
+
+    python -m training.caption --pretrained model_base_caption_capfilt_large.pth --model BLIP-B-16 \
+        --force-image-size 384 --image a.jpg b.png
+    python -m training.caption --pretrained logs/captions/checkpoints/best.pt --image pictures --out captions.json
+    torchrun --nproc_per_node 4 -m training.caption -- --pretrained best.pt --image coco=data/coco --score
+
+`--image` is a picture, a folder of pictures, shards, or images with captions as training.retrieval takes them.
+"""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .command import run_command
+from .data.sets import annotations, folders
+from .data.sets.captioned import CaptionOptions, load_captions
+from .data.sets.labelled import ImageFiles, Images, picture_endings
+from .distributed import Ranks, end, seed_everything
+from .errors import UserError, reason
+from .evaluation.captioning import PROMPT, Writer, check_tools, people_of, score_captions
+from .evaluation.loaded import load_model
+from .evaluation.options import EvaluationOptions
+from .evaluation.passes import EncodeSettings
+from .files import written_whole
+from .options.kinds import FILE, FRACTION, POSITIVE, POSITIVE_COUNT
+from .options.parser import forbid, option
+
+
+@dataclass
+class CaptionCommandOptions(EvaluationOptions, title="captions", command="training.caption"):
+    data: list[str] = option(
+        [], "Pictures: files, folders, shards, or images with captions as training.retrieval takes them.",
+        metavar="[NAME=]PATH", nargs="+", path=True, spellings=("--image",))
+    split: str | None = option(None, "Of a data set with captions. Without it: test, if there are splits.")
+    images: Path | None = option(
+        None, "The pictures, if they are not beside the captions.", FILE, metavar="DIR", path=True)
+    out: str | None = option(
+        None, "Where the captions go: .csv, or JSON as COCO's server takes it. Without it: they are printed.",
+        metavar="FILE", path=True)
+    prompt: str = option(PROMPT, "What each caption begins with, without being written.", metavar="TEXT")
+    beams: int = option(3, "Texts that are followed at a time; 1: the likeliest word each time.", POSITIVE_COUNT)
+    longest: int = option(20, "Most tokens, start and prompt included.", POSITIVE_COUNT)
+    shortest: int = option(5, "Fewest tokens before the end, start and prompt included.", POSITIVE_COUNT)
+    repetition_penalty: float = option(1.0, "Above 1 a word is less likely to come again.", POSITIVE)
+    nucleus: float | None = option(
+        None, "Draw each word from the likeliest ones that together have this probability; 0.9 is usual.", FRACTION)
+    seed: int = option(0, "Of the draws.", needs="nucleus")
+    score: bool = option(False, "Compare with the captions that the images have: BLEU, METEOR, ROUGE-L, CIDEr.")
+    spice: bool = option(False, "SPICE too, which fetches a large model the first time.", needs="score")
+
+    def check(self) -> None:
+        forbid(self.download, "--download fetches no pictures; name their folder.")
+        unused = self.vision_guided_reduction
+        forbid(unused, "Captions are written from all tokens of an image: leave out --vision-guided-reduction.")
+
+
+def pictures_of(spec: str, options: CaptionCommandOptions) -> tuple[Images, dict[int, list[str]]]:
+    """The images that `spec` names, and people's captions of them by place; {}: there are none."""
+    path = Path(spec).expanduser()
+    if path.suffix.lower() in picture_endings():
+        if not path.is_file():
+            raise UserError(f"There is no picture {path}; correct --image.")
+        return ImageFiles(path.parent, [path.name]), {}
+    if path.is_dir() and not annotations.find_annotations(path):
+        if found := folders.list_pictures(path)[0]:
+            return ImageFiles(path, found), {}
+    if (path.is_dir() or path.suffix == ".tar" or "{" in spec) and not options.score:
+        shards = folders.list_shards(path) if path.is_dir() else _shards(spec)
+        if shards:
+            images, _ = folders.read_shards(shards, (), lambda *sample: None)
+            if not len(images):
+                raise UserError(f"There is no picture in {spec}; correct --image.")
+            return images, {}
+    data = load_captions(spec, CaptionOptions(split=options.split, images=options.images))
+    return data.images, people_of(data)
+
+
+def _shards(spec: str) -> list[Path]:
+    from .data.shards import check_present, expand_shards
+
+    sets = expand_shards(spec, "--image")
+    for shards in sets:
+        check_present(shards, "--image")
+    return [Path(url) for shards in sets for url in shards.urls]
+
+
+def work(options: CaptionCommandOptions, ranks: Ranks) -> str:
+    """Writes the captions; returns what is printed: scores, or the captions where there is no `--out`."""
+    with ranks.agree():
+        if options.score:
+            check_tools()
+        if options.out is not None:
+            if not (folder := Path(options.out).parent).is_dir():
+                raise UserError(f"There is no folder {folder}; correct --out.")
+        sets = [pictures_of(spec, options) for spec in options.data]
+        if options.score and not all(people for _, people in sets):
+            raise UserError("--score compares with people's captions, and some of --image has none: leave it out.")
+        loaded = load_model(options, ranks, task="captioning")
+        seed_everything(options.seed + ranks.rank)
+    how: dict[str, Any] = {"longest": options.longest, "shortest": options.shortest}
+    how["repetition"] = options.repetition_penalty
+    if options.nucleus is not None:
+        how |= {"sampled": True, "top_p": options.nucleus}
+    elif options.beams == 1:
+        how |= {"sampled": True, "top_k": 1}
+    else:
+        how["beams"] = options.beams
+    writer = Writer(loaded.tokenizer.pieces, options.prompt, how)
+    prompt = 1 + len(writer.pieces(options.prompt, add_special_tokens=False)["input_ids"])
+    if prompt >= options.longest:
+        raise UserError(f"--longest {options.longest} leaves no room behind a prompt of {prompt} tokens: raise it.")
+
+    captions, written, people = [], {}, {}
+    for images, truth in sets:
+        settings = EncodeSettings.of(options, "captions")
+        found, _ = writer.captions(loaded.model, images, loaded.preprocess, ranks, settings)
+        first = len(people)
+        for place, text in found.items():
+            captions.append((images.name(place), text))
+            if options.score:
+                written[first + place], people[first + place] = text, truth[place]
+        people |= {first + place: texts for place, texts in truth.items()}
+    lines = [f"{name}\t{text}" for name, text in captions]
+    with ranks.agree():
+        if ranks.is_main and options.out is not None:
+            write(Path(options.out), captions)
+            lines = [f"{len(captions)} captions in {options.out}"]
+        if ranks.is_main and options.score:
+            lines += [f"{name} {value:.4f}" for name, value in score_captions(written, people, options.spice).items()]
+    return "\n".join(lines)
+
+
+def write(path: Path, captions: list[tuple[str, str]]) -> None:
+    """A table of image and caption, or a list of {"image_id", "image", "caption"}; image_id: the last digits of the
+    picture's name as a number, as COCO names its pictures; where it has none, the name."""
+    if path.suffix.lower() == ".csv":
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(("image", "caption"))
+        rows.writerows(captions)
+        content = text.getvalue()
+    else:
+        numbers = [re.findall(r"\d+", Path(name).stem) for name, _ in captions]
+        items = [
+            {"image_id": int(found[-1]) if found else name, "image": name, "caption": caption}
+            for (name, caption), found in zip(captions, numbers, strict=True)
+        ]
+        if len({item["image_id"] for item in items}) < len(items):
+            logging.warning("Some pictures have the same number in their names: COCO's server cannot tell them apart.")
+        content = json.dumps(items, ensure_ascii=False, indent=1) + "\n"
+    try:
+        with written_whole(path) as file:
+            file.write(content.encode())
+    except OSError as error:
+        raise UserError(f"--out cannot be written ({reason(error)}); name another file.") from error
+
+
+main = partial(run_command, CaptionCommandOptions, work, about=__doc__)  # of an argv; returns the exit code
+
+if __name__ == "__main__":
+    end(main())

@@ -1,0 +1,40 @@
+"""Options of models that fuse image and text."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .kinds import FRACTION, POSITIVE_COUNT
+from .parser import Section, option
+
+
+@dataclass
+class StartOptions(Section, title="fusion models: where they start", needs="fusion_models"):
+    start_image: str | None = option(
+        None, "Weights of the image tower: timm's by name (deit_base_patch16_224), or a file of DeiT's or timm's.",
+        metavar="NAME|FILE")
+    start_text: str | None = option(
+        None, "Weights of the text layers: BERT's by name (bert-base-uncased), or a folder of one.",
+        metavar="NAME|DIR")
+
+
+@dataclass
+class TwinOptions(Section, title="fusion models: momentum twin", needs="fusion_models trains"):
+    twin_momentum: float = option(0.995, "How much of itself the twin keeps in a step.", FRACTION)
+    twin_weight: float = option(0.4, "Weight of the twin's answers in the targets.", FRACTION)
+    twin_dropout: bool = option(True, "The twin's dropout is on, as in the released programs.")
+
+
+@dataclass
+class QueueOptions(Section, title="fusion models: contrast", needs="fusion_models trains"):
+    queue_size: int = option(65536, "Features of the twin that contrast remembers.", POSITIVE_COUNT)
+
+
+@dataclass
+class ListOptions(Section, title="data: JSON lists"):
+    train_data: list[str] | None = option(None, "Lists to train on.", metavar="FILE.json", path=True, nargs="+")
+    val_data: str | None = option(
+        None, "List to evaluate on after each epoch; it chooses the best checkpoint.", metavar="FILE.json", path=True)
+    test_data: str | None = option(
+        None, "List to evaluate on after each epoch too.", metavar="FILE.json", path=True)
+    image_root: str | None = option(
+        None, "Folder that the pictures' paths count from. Without it: that of each list.", metavar="DIR", path=True)

@@ -1,0 +1,183 @@
+"""What comes after the pre-training of a fusion model: its options, the table of tasks, and what each is made from."""
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from ..data import TrainData, ValData
+from ..data.build import build_list_data
+from ..data.fusion_augment import MAGNITUDE, FusionTransform
+from ..data.lists import ListRows, ReadItem
+from ..data.samples import Encoding
+from ..data.sources import RowSource
+from ..data.transforms import with_decoding
+from ..distributed import Ranks
+from ..models import Built
+from ..options import TrainingOptions
+from ..options.data import IMAGE_DECODE
+from ..options.fusion import ListOptions, QueueOptions, TwinOptions
+from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
+from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
+from ..options.parser import Section, forbid, option
+from .base import Task
+from .fused import ListEvaluation, ListSuite
+
+if TYPE_CHECKING:  # transformers is imported only where such a model is used
+    from open_clip_elip.fusion.tokenizer import Rules
+
+# Family and task to the module and function here that puts it together from a `Setting`.
+TASKS = {
+    ("albef", "retrieval"): "retrieval.prepare",
+    ("albef", "entailment"): "entailment.prepare",
+    ("albef", "vqa"): "vqa.prepare",
+    ("albef", "nlvr2"): "nlvr2.prepare",
+    ("albef", "assignment"): "nlvr2.prepare_assignment",
+    ("blip", "retrieval"): "retrieval.prepare",
+    ("blip", "captioning"): "captioning.prepare",
+    ("blip", "vqa"): "vqa.prepare",
+    ("blip", "nlvr2"): "nlvr2.prepare",
+}
+# What a task may start from, beside pre-training and itself.
+STARTS = {"nlvr2": "assignment"}
+
+
+@dataclass
+class TaskOptions(Section, title="task"):
+    task: str | None = option(
+        None, "What is learnt: image-text retrieval, visual entailment (SNLI-VE), answers to questions (VQA), NLVR2, "
+        "text assignment, a step between pre-training and NLVR2, or to write captions.",
+        one_of(*dict.fromkeys(task for _, task in TASKS)))
+    evaluate: bool = option(
+        False, "Train nothing: evaluate the checkpoint of --resume, or the fine-tuned weights in --pretrained.")
+    val_frequency: int = option(1, "Evaluate every N epochs and after the last; 0: never.", COUNT)
+    image_decode: str = option("fast", "How images are decoded, one of the ways of training.main.", IMAGE_DECODE)
+    vision_guided_reduction: bool = option(
+        False, "Reduce the image tokens here too, in training and evaluation: guided by the sentence or question; in "
+        "retrieval, where an image is encoded without its captions, by the image alone.")
+    shortlist: int = option(
+        128, "How many candidates by cosine are ranked again by the fusion layers.", POSITIVE_COUNT,
+        needs="task=retrieval")
+    all_rank_negatives: bool = option(
+        False, "A BLIP model's negatives come from the batches of all processes (its recipe for COCO).",
+        needs="task=retrieval")
+    answers: str | None = option(
+        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True, needs="task=vqa")
+    vqa_best: int = option(
+        128, "Of how many answers, by their first word piece, the rest is looked at.", POSITIVE_COUNT, needs="task=vqa")
+    generate: bool = option(
+        False, "A BLIP model writes its answers instead of choosing them.", needs="task=vqa")
+    count_first_once: bool = option(
+        False, "Rank an ALBEF model's answers by their own probability. Without it that of the first word piece counts "
+        "twice, as in its released program and numbers.", needs="task=vqa")
+    submission: str | None = option(
+        None, "Where the final answers to --test-data (--val-data without it) go, as VQA's server takes them.",
+        metavar="FILE.json", path=True, needs="task=vqa")
+
+
+@dataclass
+class DownstreamOptions(
+    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions, ImageOptions,
+    TrainingOptions,
+    command="training.downstream",
+):  # fmt: skip
+    model: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        return not self.evaluate
+
+    def check(self) -> None:
+        lists, loads = bool(self.val_data or self.test_data), self.resume is not None and self.evaluate
+        assigns, reduces = self.task == "assignment", self.vision_guided_reduction
+        chooses = self.task == "vqa" and not self.generate
+        checkpoint = "the checkpoint of pre-training, or with --evaluate that of the task"
+        for wrong, sentence in (
+            (self.task is None and not loads, "--task is missing: say which task the model is to learn."),
+            (self.model is None and not loads, "--model is missing: give its name, as in --model ALBEF-B-16."),
+            (self.trains and not self.train_data, "--train-data is missing: give lists to train on, or --evaluate."),
+            (assigns and lists | self.evaluate, "--task assignment is not evaluated: leave out --evaluate and lists."),
+            (not lists and bool(self.evaluate or self.submission), "There is nothing to evaluate on: give --val-data."),
+            (not self.pretrained and not loads, f"--pretrained is missing: give {checkpoint}."),
+            (chooses and lists and not self.answers, "--answers is missing: give the list to choose from."),
+            (self.task == "captioning" and reduces, "Nothing guides captioning: leave out --vision-guided-reduction."),
+            (assigns and reduces, "--task assignment compares whole images: leave out --vision-guided-reduction."),
+            (bool(self.token_reduction) and not reduces, "--token-reduction needs --vision-guided-reduction here."),
+            (self.fsdp, "--fsdp is for CLIP models; a fusion model is small enough for one GPU: leave it out."),
+        ):
+            forbid(wrong, sentence)
+
+
+class Prepared(NamedTuple):
+    """A task, its training data (None: it is evaluated), and what is left to do at the end (see `run.Parts`)."""
+
+    task: Task
+    train_data: TrainData | None
+    finish: Callable | None = None
+
+
+@dataclass
+class Setting:
+    """What a task is put together from. The model is filled."""
+
+    options: DownstreamOptions
+    ranks: Ranks
+    built: Built
+
+    def prepare(self) -> Prepared:
+        module, function = TASKS[self.built.identity.family, self.options.task].split(".")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(self)
+
+    @property
+    def rules(self) -> Rules:
+        """How texts are cleaned and cut."""
+        from open_clip_elip.fusion.tokenizer import RULES
+
+        return RULES[self.built.identity.family]
+
+    @property
+    def place(self) -> dict[str, int]:
+        return {"rank": self.ranks.rank, "world_size": self.ranks.world_size}
+
+    def words(self, clean: Callable[[str], str], length: int | None = None) -> Callable[[list[str]], Tensor]:
+        """Texts to token ids, cleaned, and cut at `length` tokens; None: only at what the model has positions for."""
+        tokenizer = copy.copy(self.built.tokenizer)
+        positions = self.built.identity.config["text_cfg"]["bert"].get("max_position_embeddings", 512)
+        tokenizer.clean, tokenizer.context_length = clean, min(length or positions, positions)
+        return tokenizer
+
+    def transform(self, train: bool, scale: tuple[float, float] = (0.5, 1.0)) -> Callable:
+        """Pictures to tensors; see `FusionTransform`, which is that of training."""
+        if train:
+            return FusionTransform(self.built.identity.preprocess, scale, MAGNITUDE[self.built.identity.family])
+        return with_decoding(self.built.transform, self.options.image_decode)
+
+    def twin(self) -> dict[str, Any]:
+        """Arguments of a `DistilledTask`."""
+        options = self.options
+        alpha = options.twin_weight if options.trains and self.built.model.taught else 0
+        return {"momentum": options.twin_momentum, "alpha": alpha, "dropout": options.twin_dropout}
+
+    def train_data(self, read: ReadItem, encoding: Encoding) -> TrainData | None:
+        return build_list_data(self.options, read, encoding, **self.place) if self.options.trains else None
+
+    def lists(self) -> dict[str, str]:
+        """What to evaluate on, by the prefix of the metrics."""
+        named = {"val": self.options.val_data, "test": self.options.test_data}
+        return {name: file for name, file in named.items() if file is not None}
+
+    def rows(self, name: str, read: ReadItem) -> ListRows:
+        return ListRows([self.lists()[name]], self.options.image_root, read, f"--{name}-data")
+
+    def evaluation(self, rows: ListRows, encoding: Encoding, score: Callable, metrics: Callable) -> ListEvaluation:
+        """See `ListEvaluation` for `score` and `metrics`."""
+        data = ValData(RowSource(rows), encoding, self.options, **self.place, num_samples=len(rows))
+        return ListEvaluation(data, score, metrics, self.ranks, self.options.precision)
+
+    def suite(self, evaluations: Mapping[str, Callable], best: str) -> ListSuite:
+        """See `ListSuite`."""
+        return ListSuite(evaluations, self.options.val_frequency if self.options.trains else 1, best)

@@ -1,0 +1,282 @@
+"""Visual question answering: a decoder learns the answers that people gave, and ranks a list of them."""
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_clip_elip.fusion.albef import AlbefAnswerer
+from open_clip_elip.fusion.bert import Memory
+from open_clip_elip.fusion.blip import BlipAnswerer
+from open_clip_elip.fusion.generate import beam_search
+from open_clip_elip.fusion.steps import SMOOTHING
+
+from ..data.lists import Item, read_list, text_of
+from ..errors import UserError, reason
+from ..evaluation.results import check_folder
+from ..evaluation.vqa_accuracy import vqa_accuracy
+from ..files import written_whole
+from .base import Batch, Progress
+from .downstream import Prepared, Setting
+from .fused import FusedEncoding, ListEvaluation, trimmed
+from .momentum import DistilledTask
+
+GENOME_WEIGHT = {"albef": 0.5, "blip": 0.2}  # of an answer of Visual Genome, which has one a question
+LONGEST = 10  # tokens of an answer that is written
+
+
+def read_item(
+    item: Item, train: bool = False, genome: float = GENOME_WEIGHT["albef"]
+) -> tuple[Sequence[str], dict[str, Any]] | str:
+    """{"image", "question"}; to train on, "answer": a list of what people said (VQA), or a text (Visual Genome);
+    to evaluate, a "question_id", and people's answers if there are any. genome: weight of Visual Genome's."""
+    image, question, answer = text_of(item, "image"), text_of(item, "question"), item.get("answer", [])
+    if image is None or question is None:
+        return f'it has no "{"image" if image is None else "question"}"'
+    people = [answer] if isinstance(answer, str) else answer
+    if not isinstance(people, list) or not all(isinstance(one, str) for one in people):
+        return 'its "answer" is neither a text nor a list of texts'
+    share = genome if isinstance(answer, str) else 1 / max(1, len(people))
+    weights = {one: count * share for one, count in Counter(people).items() if one.strip()}
+    if train and not weights:
+        return 'it has no "answer" to learn from'
+    return (image,), {"text": question, "answers": weights, "people": people, "question_id": item.get("question_id")}
+
+
+class AnswersEncoding(FusedEncoding):
+    """Batches with "answers" (A, T), token ids of all answers to the B questions; "which" (A,) the question of each;
+    "weights" (A,).
+
+    Args:
+        answer_tokens: from a list of answers to (A, T).
+        others: see `FusedEncoding`.
+    """
+
+    def __init__(self, *args: Any, answer_tokens: Callable[[list[str]], Tensor]):
+        super().__init__(*args, text="text")
+        self.answer_tokens = answer_tokens
+
+    def collate(self, encoded: list[tuple[list[Tensor], dict[str, Any]]]) -> dict[str, Any]:
+        given = [(i, answer, weight) for i, (_, one) in enumerate(encoded) for answer, weight in one["answers"].items()]
+        which, answers, weights = zip(*given, strict=True)
+        return super().collate(encoded) | {
+            "answers": trimmed(self.answer_tokens(list(answers)), 0),
+            "which": torch.tensor(which),
+            "weights": torch.tensor(weights),
+        }
+
+
+class VqaTask(DistilledTask):
+    """Language modelling of weighted answers, with the twin's answers as part of the targets (ALBEF, Sec. 4.2).
+
+    Args:
+        reduce: remove tokens of the images, guided by the questions (Guo et al., Sec. 4.4.5).
+        smoothing: of the labels.
+        others: see `DistilledTask`.
+    """
+
+    def __init__(self, *args: Any, reduce: bool = False, smoothing: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.reduce, self.smoothing = reduce, smoothing
+
+    def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        names = ("image", "text", "answers", "which")
+        losses = model(self.step, *(batch[name] for name in names), alpha=self.weight(progress))
+        return {"loss": (losses * batch["weights"]).sum() / len(batch["text"])}
+
+    def step(
+        self, model: AlbefAnswerer | BlipAnswerer, image: Tensor, text: Tensor, answers: Tensor, which: Tensor, *,
+        alpha: float,
+    ) -> Tensor:  # fmt: skip
+        """Losses (A,) of answers, each the sum over its tokens but the first.
+
+        Args:
+            image, text: (Q, 3, H, W); (Q, L) questions.
+            answers: (A, T) token ids.
+            which: (A,) the question of each.
+        """
+        chosen = model.mask(answers)[:, 1:]
+
+        def logits(model: AlbefAnswerer, reduce: bool) -> Tensor:
+            states = model.answer_states(answers, model.read_questions(image, text, reduce), which)
+            return model.lm_head(states[:, :-1][chosen])
+
+        found, labels = logits(model, self.reduce), answers[:, 1:][chosen]
+        losses = F.cross_entropy(found, labels, reduction="none", label_smoothing=self.smoothing)
+        if self.twin is not None:
+            with torch.no_grad():
+                teacher = F.softmax(logits(self.twin, False), dim=-1)
+            losses = (1 - alpha) * losses + alpha * F.cross_entropy(found, teacher, reduction="none")
+        answer_of = torch.arange(len(answers), device=answers.device)[:, None].expand_as(chosen)[chosen]
+        return losses.new_zeros(len(answers)).index_add(0, answer_of, losses)
+
+
+@torch.no_grad()
+def rank_answers(
+    model: AlbefAnswerer | BlipAnswerer, memory: list[Memory], answers: Tensor, best: int, *,
+    count_first_twice: bool = True, smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The answers of a list, ranked for each question.
+
+    Args:
+        memory: of Q questions, from `AlbefAnswerer.read_questions`.
+        answers: (A, T) token ids.
+        best: of how many, by their first token, the rest is looked at.
+        count_first_twice: add the first token's probability to the whole answer's, which has it already, as the
+            program of ALBEF does. False: the whole answer's alone.
+        smoothing: of the labels by which whole answers are scored, as the released program of BLIP has it.
+
+    Returns:
+        (Q, best) numbers of answers, best first, and their probabilities among these; (Q, A) of all first tokens.
+    """
+    questions, best = len(memory[0].keys), min(best, len(answers))
+    start = answers[:1, :1].expand(questions, 1)
+    first = F.softmax(model.lm_head(model.answer_states(start, memory)[:, -1]), dim=-1)[:, answers[:, 1]]
+    shortlist = first.topk(best).indices
+    found, which = answers[shortlist.flatten()], torch.arange(questions, device=answers.device).repeat_interleave(best)
+    logits = model.lm_head(model.answer_states(found, memory, which)[:, :-1])
+    tokens = F.cross_entropy(logits.transpose(1, 2), found[:, 1:], reduction="none", label_smoothing=smoothing)
+    tokens = tokens * model.mask(found)[:, 1:]
+    scores = -tokens.sum(dim=1).view(questions, best)
+    if count_first_twice:
+        scores = scores + first.gather(1, shortlist).log()
+    probabilities, order = F.softmax(scores, dim=1).sort(dim=1, descending=True)
+    return shortlist.gather(1, order), probabilities, first
+
+
+class Ranking:
+    """Evaluation: the best answer of a list to each question.
+
+    Args:
+        answers: what there is to choose from.
+        tokens: (A, T) their token ids.
+        people: for each question of the list, what people answered; [] where that is not known.
+        best, others: see `rank_answers`.
+    """
+
+    def __init__(
+        self, answers: Sequence[str], tokens: Tensor, people: Sequence[Sequence[str]], best: int,
+        count_first_twice: bool = True, reduce: bool = False, smoothing: float = 0.0,
+    ):  # fmt: skip
+        self.answers, self.tokens, self.people, self.best = answers, tokens, people, best
+        self.more, self.reduce = {"count_first_twice": count_first_twice, "smoothing": smoothing}, reduce
+        self.said: dict[int, str] = {}  # by place in the list, after an evaluation
+
+    def rows(self, model: AlbefAnswerer | BlipAnswerer, batch: Mapping[str, Any]) -> Tensor:
+        memory = model.read_questions(batch["image"], batch["text"], self.reduce)
+        tokens = self.tokens.to(batch["text"].device)
+        numbers, _, _ = rank_answers(model, memory, tokens, self.best, **self.more)
+        return numbers[:, :1]
+
+    def texts(self, rows: Tensor) -> list[str]:
+        """Of `rows`, the answers."""
+        return [self.answers[number] for number in rows[:, 0].tolist()]
+
+    def metrics(self, rows: Tensor, places: Tensor) -> dict[str, float]:
+        """Accuracy over the questions whose answers are known, and how often the list holds one that people gave."""
+        self.said = dict(zip(places.tolist(), self.texts(rows), strict=True))
+        known = [(said, self.people[place]) for place, said in self.said.items() if self.people[place]]
+        if not known:
+            return {}
+        answers, found = set(self.answers), sum(vqa_accuracy(said, people) for said, people in known)
+        answerable = sum(not answers.isdisjoint(people) for _, people in known)
+        more = {"answerable": answerable / len(known)} if answers else {}
+        return {"accuracy": found / len(known), **more}
+
+    def write(self, path: Path, question_ids: Sequence[Any]) -> None:
+        """What VQA's server takes: [{"question_id", "answer"}], each question once."""
+        said = {question_ids[place]: answer for place, answer in sorted(self.said.items())}
+        content = [{"question_id": number, "answer": answer} for number, answer in said.items()]
+        with written_whole(path) as file:
+            file.write(json.dumps(content).encode() + b"\n")
+
+
+class Writing(Ranking):
+    """Evaluation: an answer that is written, by beams.
+
+    Args:
+        pieces: the tokenizer of transformers.
+        others: see `Ranking`; there are no answers to choose from.
+    """
+
+    def __init__(self, pieces: Any, people: Sequence[Sequence[str]], reduce: bool):
+        super().__init__([], torch.empty(0), people, 0, reduce=reduce)
+        self.pieces = pieces
+
+    def rows(self, model: BlipAnswerer, batch: Mapping[str, Any]) -> Tensor:
+        memory = model.read_questions(batch["image"], batch["text"], self.reduce)
+        start = torch.tensor([model.decode_id], device=batch["text"].device)
+        return beam_search(model.decoder, memory, start, self.pieces.sep_token_id, longest=LONGEST, shortest=1)
+
+    def texts(self, rows: Tensor) -> list[str]:
+        return self.pieces.batch_decode(rows[:, 1:], skip_special_tokens=True)
+
+
+def ended(answer: str) -> str:
+    """As answers are learnt: as they are, with an end."""
+    return f"{answer}[SEP]"
+
+
+def read_answers(file: str) -> list[str]:
+    """UserError unless they are texts."""
+    answers = read_list(file, "--answers")
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise UserError(f"Answer {number} of {file} is {answer!r}, not a text: correct the list.")
+    return answers
+
+
+def prepare(setting: Setting) -> Prepared:
+    options, reduce = setting.options, setting.options.vision_guided_reduction
+    rules, family, tokenizer = setting.rules, setting.built.identity.family, setting.built.tokenizer
+    blip = family == "blip"
+    if options.generate and not blip:
+        raise UserError("--generate is for BLIP models: leave it out.")
+    smoothing = SMOOTHING if blip else 0.0
+    task = VqaTask(setting.built.model, reduce=reduce, smoothing=smoothing, **setting.twin())
+    answer_tokens, cut = setting.words(str if blip else ended), rules.longest_question or tokenizer.context_length
+    train = AnswersEncoding(setting.transform(True), setting.words(rules.question, cut), answer_tokens=answer_tokens)
+    words = setting.words(partial(rules.question, words=50), rules.longest_question)
+    test = FusedEncoding(setting.transform(False), words, "text")
+    answers = read_answers(options.answers) if setting.lists() and not options.generate else []
+    evaluations, finish = {}, None
+    for name in setting.lists():
+        rows = setting.rows(name, read_item)
+        fields = [sample.fields for sample in map(rows.__getitem__, range(len(rows)))]
+        people = [one["people"] for one in fields]
+        if options.generate:
+            ranking = Writing(tokenizer.pieces, people, reduce)
+        else:
+            twice, tokens = not (options.count_first_once or blip), trimmed(answer_tokens(answers), 0)
+            ranking = Ranking(answers, tokens, people, options.vqa_best, twice, reduce, smoothing)
+        evaluations[name] = setting.evaluation(rows, test, ranking.rows, ranking.metrics)
+        if options.submission is not None:  # the last list's
+            check_folder(Path(options.submission).parent, "--submission")
+            if None in (ids := [one["question_id"] for one in fields]):
+                raise UserError(f'Item {ids.index(None)} of {rows.name} has no "question_id" for --submission to name.')
+            finish = partial(submit, setting, evaluations[name], ranking, ids)
+    task.suite = setting.suite(evaluations, "accuracy")
+    read = partial(read_item, train=True, genome=GENOME_WEIGHT[family])
+    return Prepared(task, setting.train_data(read, train), finish)
+
+
+def submit(
+    setting: Setting, evaluation: ListEvaluation, ranking: Ranking, question_ids: Sequence[Any], model: nn.Module,
+    *found: Any,
+) -> None:  # fmt: skip
+    """Writes the answers of the last evaluation, which is made up for if there was none."""
+    if not ranking.said:
+        evaluation(model)
+    with setting.ranks.agree():
+        if setting.ranks.is_main:
+            try:
+                ranking.write(Path(setting.options.submission), question_ids)
+            except OSError as error:
+                raise UserError(f"--submission cannot be written ({reason(error)}); name another file.") from error

@@ -13,3 +13,11 @@ def local_model(tmp_path_factory):
 def model(tmp_path_factory):
     """The same with weights."""
     return write_local_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Fusion models are trained without the count of operations, which takes longer than the rest of a tiny run."""
+    from training.tasks.alignment import AlignmentTask
+
+    monkeypatch.setattr(AlignmentTask, "cost", lambda self, batch: None)

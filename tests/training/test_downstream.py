@@ -18,6 +18,8 @@ from ..processes import torchrun
 from .downstream_runs import QUEUE, VAL, downstream_command, figures, settings, write_data, write_list, write_pretrained
 from .runs import assert_equal_weights, evaluations, interrupted, losses
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 ALL = [task for family, task in TASKS if family == "albef"]
 EVALUATED = [task for task in ALL if task != "assignment"]
 

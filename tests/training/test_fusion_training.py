@@ -14,6 +14,8 @@ from ..processes import torchrun
 from .fusion_runs import ALBEF, BLIP, write_albef, write_fusion, write_vocabulary
 from .runs import assert_equal_weights, command, evaluations, interrupted, losses, picture, rows, weights, write_shards
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 
 @pytest.fixture(scope="module", params=[ALBEF, BLIP], ids=lambda config: config["family"])
 def model(request, tmp_path_factory):

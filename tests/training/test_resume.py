@@ -163,17 +163,20 @@ def test_workers_may_change_at_the_end_of_an_epoch_and_the_log_says_so(shards, t
     assert "Nothing is left to train" in (tmp_path / "run" / "out.log").read_text()
 
 
-def test_shards_that_changed_are_told(shards, tmp_path):
-    with interrupted(4):
-        assert main(command(shards, tmp_path)) == EXIT_INTERRUPTED
+def test_shards_that_changed_are_told_or_refused(shards, tmp_path, capsys):
+    for step, name in ((4, "run"), (8, "ended")):  # in the middle of an epoch, and at its end
+        with interrupted(step):
+            assert main(command(shards, tmp_path, name=name)) == EXIT_INTERRUPTED
     shutil.copytree(tmp_path / "run", tmp_path / "same")
     assert main(command(shards, tmp_path, "--resume", "latest", name="same")) == 0
     assert "have changed since" not in (tmp_path / "same" / "out.log").read_text()
     first = Path(shards.split("{")[0] + "00000.tar")
     os.utime(first, ns=(0, first.stat().st_mtime_ns + 1))
-    assert main(command(shards, tmp_path, "--resume", "latest")) == 0
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert f"1 file(s) of the data have changed since {tmp_path}/run/checkpoints/step_4.pt was" in log
+    assert main(command(shards, tmp_path, "--resume", "latest")) == 2
+    assert f"error: {first} cannot be read as before the checkpoint, so the epoch would" in capsys.readouterr().err
+    assert main(command(shards, tmp_path, "--resume", "latest", name="ended")) == 0
+    log = (tmp_path / "ended" / "out.log").read_text()
+    assert f"1 file(s) of the data have changed since {tmp_path}/ended/checkpoints/step_8.pt was" in log
     assert f"by size or date, the first of them {first};" in log
 
 

@@ -114,7 +114,7 @@ def work(options: CaptionCommandOptions, ranks: Ranks) -> str:
     else:
         how["beams"] = options.beams
     writer = Writer(loaded.tokenizer.pieces, options.prompt, how)
-    prompt = 1 + len(writer.pieces(options.prompt, add_special_tokens=False)["input_ids"])
+    prompt = len(writer.start(loaded.model.decode_id))
     if prompt >= options.longest:
         raise UserError(f"--longest {options.longest} leaves no room behind a prompt of {prompt} tokens: raise it.")
 

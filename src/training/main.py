@@ -1,4 +1,4 @@
-"""Contrastive pre-training with token reduction. An OpenCLIP training command line works here unchanged.
+"""Pre-training with token reduction, of CLIP and fusion models. An OpenCLIP command line works here unchanged.
 
 One process:      python -m training.main --model ViT-S-16-ELIP --train-data '/data/cc3m/{00000..00331}.tar' ...
 Four GPUs:        torchrun --nproc_per_node 4 -m training.main ...
@@ -25,6 +25,8 @@ from .errors import UserError, reason
 from .evaluation.prompts import load_zero_shot_data
 from .evaluation.suite import Suite
 from .models import build_model, build_teacher, lock
+from .options.fusion import NO_FSDP
+from .options.parser import forbid
 from .run import Parts, run
 from .tasks.base import Task
 from .tasks.contrastive import ContrastiveTask
@@ -62,15 +64,11 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
 def fusion_task(family: str, options: PretrainingOptions, ranks: Ranks, model: nn.Module, suite: Suite) -> Task:
     """The pre-training of a family of `open_clip_elip.fusion`, which is imported only where it is needed."""
     from .tasks.albef import AlbefPretraining
+    from .tasks.alignment import check_step
     from .tasks.blip import BlipPretraining
 
-    if options.fsdp:
-        raise UserError(f"--fsdp is for CLIP models; {options.model} is small enough for one GPU: leave it out.")
-    if options.trains and options.batch_size < 2:
-        raise UserError("A batch of one pair has no negatives to match with: raise --batch-size.")
-    step = options.batch_size * options.accum_freq * ranks.world_size
-    if options.trains and step > options.queue_size:
-        raise UserError(f"--queue-size {options.queue_size} does not hold the {step} pairs of a step; raise it.")
+    forbid(options.fsdp, NO_FSDP)
+    check_step(options, ranks.world_size)
     return {"albef": AlbefPretraining, "blip": BlipPretraining}[family](
         model, tokenizer=suite.tokenizer, suite=suite, queue_size=options.queue_size, gather=ranks.gather_tensor,
         momentum=options.twin_momentum, alpha=options.twin_weight, dropout=options.twin_dropout,

@@ -52,10 +52,6 @@ class Encoders(FusionModel):
 
     IDLE = ("vision_proj.", "text_proj.", "itm_head.", "mlm_head.", "temp", "head.weight", "head.bias")
 
-    def text_states(self, text: Tensor, tokens: Tokens | None = None, *, only_first: bool = False) -> Tensor:
-        tokens = tokens or Tokens(self.mask(text))
-        return run(self.text.encoder.layer, self.text.embeddings(text), tokens, only_first=only_first)
-
     def read(self, image_states: Tensor, once: bool = True) -> list[Memory]:
         return read(self.fusion, image_states, once=once and self.tower.shortcuts)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..clip import make_reduction
 from ..tower import ImageTower
-from .bert import Memory, Tokens
+from .bert import Memory, Tokens, run
 from .released import Names, Released, read_released
 
 
@@ -77,13 +77,19 @@ class FusionModel(nn.Module):
         """(B, L), true where there is a token."""
         return text != self.pad
 
+    def tokens_in(self, text: Tensor) -> Tokens:
+        """What layers run on, of (B, L) ids on the CPU: no padding where there is some, but with `--no-shortcuts`."""
+        mask = self.mask(text)
+        return Tokens.of(mask) if self.tower.shortcuts and not bool(mask.all()) else Tokens(mask)
+
     def image_states(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
         """(B, 3, H, W) to (B, N, D), `[CLS]` first, N the reduced length; `guidance` (B, D): the text's first state."""
         return self.visual.ln_post(self.tower.tokens(image, guidance, reduce=reduce))
 
     def text_states(self, text: Tensor, tokens: Tokens | None = None, *, only_first: bool = False) -> Tensor:
         """(B, L) token ids to (B, L, D); `tokens`: those that layers run on, `only_first`: see `bert.run`."""
-        raise NotImplementedError
+        tokens = tokens or Tokens(self.mask(text))
+        return run(self.text.encoder.layer, self.text.embeddings(text), tokens, only_first=only_first)
 
     def read(self, image_states: Tensor, once: bool = True) -> list[Memory]:
         """What the layers that look at images read of them, (M, N, D); `once`: see `bert.read`."""

@@ -58,10 +58,6 @@ class MixedEncoderDecoder(FusionModel):
         if decoder:
             self.decoder = tied(BlipTextLMHeadModel(config))
 
-    def text_states(self, text: Tensor, tokens: Tokens | None = None, *, only_first: bool = False) -> Tensor:
-        tokens = tokens or Tokens(self.mask(text))
-        return run(self.text.encoder.layer, self.text.embeddings(text), tokens, only_first=only_first)
-
     def read(self, image_states: Tensor, once: bool = True) -> list[Memory]:
         bert = self.text if hasattr(self, "text") else self.decoder.bert
         return read(bert.encoder.layer, image_states, once=once and self.tower.shortcuts)

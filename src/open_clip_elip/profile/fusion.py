@@ -35,7 +35,7 @@ class FusionStep(TrainStep):
         chosen = places_to_write(mask)
         if not writes:
             chosen = chosen[torch.arange(0, len(chosen), 1 / CHOSEN).long()] + 1
-        tokens = Tokens.of(mask) if self.model.tower.shortcuts else Tokens(mask)
+        tokens = self.model.tokens_in(text)
         negatives, labels = None, text.flatten()[chosen].to(device)
         if device.type == "meta":
             negatives = [torch.arange(len(text)).roll(1)] * 2

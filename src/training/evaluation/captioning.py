@@ -30,11 +30,15 @@ class Writer:
     prompt: str = PROMPT
     how: dict[str, Any] = field(default_factory=dict)
 
+    def start(self, first: int) -> list[int]:
+        """Ids that each caption begins with: the `first`, and the prompt's."""
+        return [first, *self.pieces(self.prompt, add_special_tokens=False)["input_ids"]]
+
     def captions(
         self, model: BlipCaptioner, images: Images, transform: Callable, ranks: Ranks, settings: EncodeSettings
     ) -> tuple[dict[int, str], list[str]]:
         """Of images by their places, and the names of those that cannot be read; the same on every process."""
-        start = [model.decode_id, *self.pieces(self.prompt, add_special_tokens=False)["input_ids"]]
+        start = self.start(model.decode_id)
         prompt = torch.tensor(start, device=ranks.device)
 
         def write(image: Tensor) -> Tensor:

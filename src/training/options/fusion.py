@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from .kinds import FRACTION, POSITIVE_COUNT
 from .parser import Section, option
 
+NO_FSDP = "--fsdp is for CLIP models; a fusion model is small enough for one GPU: leave it out."
+
 
 @dataclass
 class StartOptions(Section, title="fusion models: where they start", needs="fusion_models"):

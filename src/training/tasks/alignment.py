@@ -19,10 +19,20 @@ from open_clip_elip.fusion.objectives import FLOOR
 from open_clip_elip.fusion.steps import Taught, align, teach
 from open_clip_elip.profile.flops import count, on_meta
 
+from ..options.parser import forbid
 from .base import Batch, Cost, Progress
 from .momentum import DistilledTask
 
 NO_IMAGE = -100  # the number of an image in a queue's random start
+
+
+def check_step(options: Any, world_size: int) -> None:
+    """UserError for a batch without negatives, or queues that do not hold a step."""
+    step = options.batch_size * options.accum_freq * world_size
+    lone = "A batch of one pair has no negatives to match with: raise --batch-size."
+    forbid(options.trains and options.batch_size == 1, lone)
+    short = f"--queue-size {options.queue_size} does not hold the {step} pairs of a step; raise it."
+    forbid(options.trains and step > options.queue_size, short)
 
 
 class AlignmentTask(DistilledTask):
@@ -63,9 +73,7 @@ class AlignmentTask(DistilledTask):
     def prepare(self, batch: Batch) -> Batch:
         """Captions are cut at the longest one's end, and layers run on no padding."""
         text = batch["text"][:, : int((batch["text"] != self.model.pad).sum(dim=1).max())]
-        mask = self.model.mask(text)
-        cut = self.model.tower.shortcuts and not bool(mask.all())
-        return batch | {"text": text, "tokens": Tokens.of(mask) if cut else Tokens(mask)}
+        return batch | {"text": text, "tokens": self.model.tokens_in(text)}
 
     def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         more = {name: batch[name] for name in self.FIELDS}

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_clip_elip.fusion.bert import Tokens
 from open_clip_elip.fusion.objectives import places_to_write
 from open_clip_elip.fusion.steps import written
 from open_clip_elip.fusion.tokenizer import blip_caption
@@ -39,10 +38,8 @@ class CaptioningTask(DistilledTask):
         self.prompt = prompt
 
     def prepare(self, batch: Batch) -> Batch:
-        mask = self.model.mask(batch["text"])
-        cut = self.model.tower.shortcuts and not bool(mask.all())
-        tokens = Tokens.of(mask) if cut else Tokens(mask)
-        return batch | {"chosen": places_to_write(mask, self.prompt), "tokens": tokens}
+        tokens = self.model.tokens_in(batch["text"])
+        return batch | {"chosen": places_to_write(tokens.mask, self.prompt), "tokens": tokens}
 
     def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits = model(batch["image"], batch["text"], batch["chosen"], batch["tokens"])
@@ -50,12 +47,12 @@ class CaptioningTask(DistilledTask):
 
 
 def prepare(setting: Setting) -> Prepared:
-    pieces, lists = setting.built.tokenizer.pieces, setting.lists()
+    writer, lists = Writer(setting.built.tokenizer.pieces), setting.lists()
     if lists:
         check_tools()
-    evaluations = {name: _evaluation(setting, name, file, Writer(pieces)) for name, file in lists.items()}
-    prompt = 1 + len(pieces(PROMPT, add_special_tokens=False)["input_ids"])
-    task = CaptioningTask(setting.built.model, prompt, suite=setting.suite(evaluations, "chosen_by"))
+    evaluations = {name: _evaluation(setting, name, file, writer) for name, file in lists.items()}
+    model, suite = setting.built.model, setting.suite(evaluations, "chosen_by")
+    task = CaptioningTask(model, len(writer.start(model.decode_id)), suite=suite)
     encoding = FusedEncoding(setting.transform(True), setting.words(prompted, LONGEST), "caption")
     return Prepared(task, setting.train_data(read_pair, encoding))
 

@@ -20,7 +20,7 @@ from ..distributed import Ranks
 from ..models import Built
 from ..options import TrainingOptions
 from ..options.data import IMAGE_DECODE
-from ..options.fusion import ListOptions, QueueOptions, TwinOptions
+from ..options.fusion import NO_FSDP, ListOptions, QueueOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
 from ..options.parser import Section, forbid, option
@@ -107,7 +107,7 @@ class DownstreamOptions(
             (self.task == "captioning" and reduces, "Nothing guides captioning: leave out --vision-guided-reduction."),
             (assigns and reduces, "--task assignment compares whole images: leave out --vision-guided-reduction."),
             (bool(self.token_reduction) and not reduces, "--token-reduction needs --vision-guided-reduction here."),
-            (self.fsdp, "--fsdp is for CLIP models; a fusion model is small enough for one GPU: leave it out."),
+            (self.fsdp, NO_FSDP),
         ):
             forbid(wrong, sentence)
 

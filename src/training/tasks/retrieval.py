@@ -12,7 +12,7 @@ from ..data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
 from ..errors import UserError
 from ..evaluation.pairs import evaluate_captions
 from ..evaluation.passes import EncodeSettings, evaluation_mode
-from .alignment import AlignmentTask
+from .alignment import AlignmentTask, check_step
 from .downstream import Prepared, Setting
 from .fused import FusedEncoding
 
@@ -33,11 +33,7 @@ def numbered() -> ReadItem:
 
 def prepare(setting: Setting) -> Prepared:
     options, ranks, model = setting.options, setting.ranks, setting.built.model
-    if options.trains and options.batch_size == 1:
-        raise UserError("A batch of one pair has no negatives to match with: raise --batch-size.")
-    step = options.batch_size * options.accum_freq * ranks.world_size
-    if options.trains and step > options.queue_size:
-        raise UserError(f"--queue-size {options.queue_size} does not hold the {step} pairs of a step; raise it.")
+    check_step(options, ranks.world_size)
     model.tower.vision_guided = options.vision_guided_reduction
     evaluations = {name: _evaluation(setting, name, file) for name, file in setting.lists().items()}
     task = AlignmentTask(

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,23 +19,17 @@ from training.tasks.alignment import AlignmentTask
 from training.tasks.entailment import SentenceTask
 from training.tasks.vqa import VqaTask, rank_answers
 
-from .test_albef_oracle import after_first_epoch, check_shortlists, close, float64, with_queues  # noqa: F401
+from .oracle import NO_DROPOUT, after_first_epoch, check_shortlists, close, folder_of_tensors, load_tensors, with_queues
 
-NAMED = Path(os.environ.get("ELIP_ORACLE") or ".")
-PLACES = (NAMED / "albef", NAMED.parent / "albef", NAMED)
-FOLDER = next((place for place in PLACES if (place / "weights_pretrain.pt").is_file()), None)
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="ELIP_ORACLE names no folder with the tensors")
+FOLDER = folder_of_tensors("albef", "weights_pretrain.pt")
+pytestmark = [
+    pytest.mark.skipif(FOLDER is None, reason="ELIP_ORACLE names no folder with the tensors"),
+    pytest.mark.usefixtures("float64"),
+]
 
 
 def load(name: str):
-    def doubled(value):
-        if isinstance(value, dict):
-            return {key: doubled(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [doubled(one) for one in value]
-        return value.double().clone() if torch.is_tensor(value) and value.is_floating_point() else value
-
-    return doubled(torch.load(FOLDER / name, weights_only=True))
+    return load_tensors(FOLDER / name)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +45,7 @@ def parts(config: dict) -> tuple[dict, dict]:
         "norm_kwargs": {"eps": config["vision_layer_norm_eps"]},
     }  # fmt: skip
     bert = {key: value for key, value in config["bert"].items() if key != "fusion_layer"}
-    bert |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return vision, {"bert": bert, "fusion_layer": config["bert"]["fusion_layer"]}
+    return vision, {"bert": bert | NO_DROPOUT, "fusion_layer": config["bert"]["fusion_layer"]}
 
 
 def models(start: dict, elip: bool = False) -> tuple[Albef, Albef, dict]:

@@ -5,20 +5,18 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from open_clip_elip.fusion.albef import Albef, AlbefAnswerer, AlbefClassifier
 from open_clip_elip.fusion.released import albef, read_released
-from training.distributed import Ranks
-from training.evaluation.rerank import rerank, score_pairs, shortlist
 from training.tasks.albef import AlbefPretraining
 from training.tasks.alignment import AlignmentTask
 from training.tasks.entailment import SentenceTask
 from training.tasks.vqa import VqaTask, rank_answers
 
-from .oracle import Recipe, oracle
+from .oracle import Recipe, after_first_epoch, check_shortlists, close, oracle, resized, tensors, with_queues
 
-RTOL = 1e-9
+pytestmark = pytest.mark.usefixtures("float64")
+
 HEADS = ("temp", "vision_proj", "text_proj", "itm_head")
 
 
@@ -27,35 +25,11 @@ def recipe() -> Recipe:
     return Recipe(oracle("albef"))
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def configs(recipe: Recipe, image_size: int | None = None) -> tuple[dict, dict]:
-    c = recipe.found["config"]
-    vision = {
-        "image_size": image_size or c["image_res"], "layers": c["vision_layers"], "width": c["vision_width"],
-        "head_width": c["vision_width"] // c["vision_heads"], "patch_size": c["patch_size"],
-        "mlp_ratio": c["vision_mlp_ratio"], "no_ln_pre": True, "norm_kwargs": {"eps": c["vision_layer_norm_eps"]},
-    }  # fmt: skip
-    bert = {
-        "vocab_size": c["vocab_size"], "hidden_size": c["text_width"], "num_hidden_layers": c["text_layers"],
-        "num_attention_heads": c["text_heads"], "intermediate_size": c["text_intermediate_size"],
-        "max_position_embeddings": c["max_positions"], "layer_norm_eps": c["text_layer_norm_eps"],
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": c["special_tokens"]["pad"],
-    }  # fmt: skip
-    return vision, {"bert": bert, "fusion_layer": c["fusion_layer"]}
-
-
-def close(found, expected, what: str = "") -> None:
-    found, expected = torch.as_tensor(found).detach(), torch.as_tensor(expected, dtype=torch.float64)
-    assert found.shape == expected.shape, what
-    atol = RTOL * max(1e-3, expected.abs().max().item())
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=lambda m: f"{what}: {m}")
+    config = recipe.found["config"]
+    vision, bert = recipe.configs(image_size or config["image_res"])
+    bert |= {"pad_token_id": config["special_tokens"]["pad"]}
+    return vision, {"bert": bert, "fusion_layer": config["fusion_layer"]}
 
 
 def released_word(name: str) -> str:
@@ -110,26 +84,6 @@ def fill(model, state: dict) -> None:
     state[key] = resized(state[key], model.visual.grid_size)
     unused = model.load_state_dict(state, strict=False).unexpected_keys
     assert not [name for name in unused if name.split(".")[0] not in (*HEADS, "mlm_head")]
-
-
-def resized(positions, grid):
-    old = round((len(positions) - 1) ** 0.5)
-    if (old, old) == tuple(grid):
-        return positions
-    image = positions[1:].view(1, old, old, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=tuple(grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], image.flatten(2)[0].t()])
-
-
-def with_queues(task: AlignmentTask, twin: Albef, queues: dict, pointer: int) -> None:
-    task.twin = twin
-    for name, queue in task.queues.items():
-        queue.columns.copy_(queues[f"{name}_queue"])
-        queue.pointer.fill_(pointer)
-
-
-def tensors(inputs: dict, *names: str) -> list[torch.Tensor]:
-    return [torch.tensor(inputs[name]) for name in names]
 
 
 @pytest.mark.parametrize("kind", ["elip", "plain"])
@@ -201,31 +155,6 @@ def test_retrieval_by_shortlist(recipe):
     assert metrics == {name: value / 100 for name, value in recalls.items()}
 
 
-@torch.no_grad()
-def check_shortlists(model, image, text, image_of, best: int, expected: dict) -> dict[str, float]:
-    """Cosines and scores; returns the recalls."""
-    features = model.encode_image(image, normalize=True), model.encode_text(text, normalize=True)
-    states = [(torch.arange(len(image)), model.image_states(image))]
-    close(features[0] @ features[1].t(), expected["itc_scores"])
-    settings = {"ranks": Ranks(torch.device("cpu")), "precision": "fp32"}
-    wanted = {}
-    for name, *sides in (("score_i2t", *features), ("score_t2i", *reversed(features))):
-        empty = torch.zeros(len(sides[0]), len(sides[1]), dtype=torch.bool)
-        wanted[name] = empty.scatter_(1, shortlist(*sides, best), True)
-    union = wanted["score_i2t"] | wanted["score_t2i"].t()
-    pairs = union.flatten().nonzero().squeeze(1)
-    numbers, scores = map(torch.cat, zip(*score_pairs(model, text, pairs, states, name=str, **settings), strict=True))
-    assert torch.equal(numbers, torch.arange(len(pairs)))
-    scores = torch.zeros_like(union, dtype=torch.float64).masked_scatter_(union, scores)
-    if model.adds_cosine:
-        scores = scores + features[0] @ features[1].t()
-    for name, own in (("score_i2t", scores), ("score_t2i", scores.t())):
-        close(own.masked_fill(~wanted[name], -100), expected[name], name)
-    return rerank(
-        model, features, text, states, best=best, name=lambda *rows: str(rows), image_of=image_of, **settings
-    )
-
-
 @pytest.mark.parametrize("name, images", [("ve", 1), ("nlvr2", 2)])
 def test_a_step_of_sentence_tasks(recipe, name, images):
     found, config = recipe.found[name], recipe.found["config"]
@@ -255,12 +184,6 @@ def test_a_step_of_sentence_tasks(recipe, name, images):
             loss.backward()
             check_gradients(model, expected["grad_norm_by_module"])
             check_twin(task.twin, expected["momentum_norm_by_module"])
-
-
-def after_first_epoch():
-    from training.tasks.base import Progress
-
-    return Progress(epoch=1, epoch_steps=0, steps=0, samples=0, plan=None)
 
 
 def downstream(recipe: Recipe, model, albef, new: dict | None = None):

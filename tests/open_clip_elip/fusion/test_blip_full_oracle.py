@@ -1,9 +1,7 @@
 """BLIP against all tensors of the released programs (float64), where `ELIP_ORACLE` names a folder that has them."""
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,25 +21,19 @@ from training.tasks.blip import FLOOR, BlipPretraining
 from training.tasks.vqa import VqaTask, rank_answers
 
 from ...processes import spawn
-from .test_albef_oracle import after_first_epoch, check_shortlists, close, float64, with_queues  # noqa: F401
+from .oracle import NO_DROPOUT, after_first_epoch, check_shortlists, close, folder_of_tensors, load_tensors, with_queues
 from .test_blip_oracle import fill, until
 
-NAMED = Path(os.environ.get("ELIP_ORACLE") or ".")
-PLACES = (NAMED / "blip", NAMED.parent / "blip", NAMED)
-FOLDER = next((place for place in PLACES if (place / "caption_beams.pt").is_file()), None)
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="ELIP_ORACLE names no folder with the tensors")
+FOLDER = folder_of_tensors("blip", "caption_beams.pt")
+pytestmark = [
+    pytest.mark.skipif(FOLDER is None, reason="ELIP_ORACLE names no folder with the tensors"),
+    pytest.mark.usefixtures("float64"),
+]
 SEP, DEC = 3, 108
 
 
 def load(name: str):
-    def doubled(value):
-        if isinstance(value, dict):
-            return {key: doubled(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [doubled(one) for one in value]
-        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-
-    return doubled(torch.load(FOLDER / name, weights_only=True))
+    return load_tensors(FOLDER / name)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +51,8 @@ def parts(config: dict, image_size: int | None = None) -> tuple[dict, dict]:
         "vocab_size": config["vocab_size"], "hidden_size": config["width"], "num_hidden_layers": config["text_layers"],
         "num_attention_heads": config["text_heads"], "intermediate_size": config["text_intermediate"],
         "max_position_embeddings": config["max_pos"], "layer_norm_eps": config["layer_norm_eps_text"],
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
-    return vision, {"bert": bert}
+    return vision, {"bert": bert | NO_DROPOUT}
 
 
 def models(start: dict, elip: bool = False, image_size: int | None = None, **more) -> tuple[Blip, Blip, dict]:

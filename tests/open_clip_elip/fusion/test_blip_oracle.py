@@ -16,8 +16,9 @@ from training.tasks.alignment import AlignmentTask
 from training.tasks.blip import BlipPretraining
 from training.tasks.vqa import VqaTask, rank_answers
 
-from .oracle import Recipe, oracle
-from .test_albef_oracle import after_first_epoch, check_shortlists, close, float64, resized, tensors, with_queues  # noqa: F401
+from .oracle import Recipe, after_first_epoch, check_shortlists, close, oracle, resized, tensors, with_queues
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +27,7 @@ def recipe() -> Recipe:
 
 
 def configs(recipe: Recipe, image_size: int | None = None) -> tuple[dict, dict]:
-    c = recipe.found["config"]
-    vision = {
-        "image_size": image_size or c["image_size"], "layers": c["vision_layers"], "width": c["vision_width"],
-        "head_width": c["vision_width"] // c["vision_heads"], "patch_size": c["patch_size"],
-        "mlp_ratio": c["vision_mlp_ratio"], "no_ln_pre": True, "norm_kwargs": {"eps": c["vision_layer_norm_eps"]},
-    }  # fmt: skip
-    bert = {
-        "vocab_size": c["vocab_size"], "hidden_size": c["text_width"], "num_hidden_layers": c["text_layers"],
-        "num_attention_heads": c["text_heads"], "intermediate_size": c["text_intermediate_size"],
-        "max_position_embeddings": c["max_positions"], "layer_norm_eps": c["text_layer_norm_eps"],
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
+    vision, bert = recipe.configs(image_size or recipe.found["config"]["image_size"])
     return vision, {"bert": bert}
 
 

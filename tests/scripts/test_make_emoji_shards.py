@@ -181,6 +181,19 @@ def test_other_settings_rebuild_and_an_interrupted_build_leaves_the_old_folder(t
     assert list(tmp_path.iterdir()) == [out]
 
 
+@needs_packages
+def test_with_skin_tones_words_of_the_held_out_part_are_known_but_not_together(tmp_path):
+    assert shards.build(tmp_path / "tones", **SETTINGS | {"limit": 700}, skin_tones=True)[1]
+    train, val = (samples_of(tmp_path / "tones" / part) for part in ("train", "val"))
+    assert 0 < len(val) < len(train) and all(shards.SKIN_TONES & set(code.split("-")) for code in val)
+    names = {part: {json.loads(one["json"])["name"] for one in samples.values()} for part, samples in
+             (("train", train), ("val", val))}  # fmt: skip
+    assert not names["val"] & names["train"]
+    assert {word for name in names["val"] for word in name.split()} <= {
+        word for name in names["train"] for word in name.split()
+    }
+
+
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys, content):
     (tmp_path / "mine.txt").write_text("precious")
@@ -206,7 +219,7 @@ def test_misuse_gives_one_sentence(tmp_path, capsys, monkeypatch):
 def test_a_finished_folder_is_reused_and_previewed(made, tmp_path, capsys, monkeypatch):
     out, dataset = made
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "find_pictures", lambda limit: pytest.fail("built again"))
+        patched.setattr(shards, "find_pictures", lambda *_: pytest.fail("built again"))
         assert shards.build(out, **SETTINGS) == (dataset, False)
     sheet = tmp_path / "sheets" / "preview.png"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]

@@ -13,7 +13,7 @@
 #   FAMILY     clip, albef or blip (default clip)
 #   EPOCHS     instead of those in configs/quickstart.yaml, quickstart_albef.yaml, ...
 #   RUN        name of the run's folder in logs/
-#   DATA       folder of the shards (default data/openmoji-64)
+#   DATA       folder of the shards (default data/openmoji-64; of a fusion model data/openmoji-tones-64)
 #   VENV       virtual environment (default .venv)
 set -euo pipefail
 
@@ -27,8 +27,8 @@ NPROC="${NPROC:-1}"
 EPOCHS="${EPOCHS:-}"
 FAMILY="${FAMILY:-clip}"
 case "$FAMILY" in
-    clip) CONFIG=quickstart ;;
-    albef | blip) CONFIG="quickstart_$FAMILY" ;;
+    clip) CONFIG=quickstart PICTURES=openmoji-64 SKIN_TONES="" ;;
+    albef | blip) CONFIG="quickstart_$FAMILY" PICTURES=openmoji-tones-64 SKIN_TONES=--skin-tones ;;
     *) fail "FAMILY must be clip, albef or blip, not '$FAMILY'." ;;
 esac
 RUN="${RUN:-$CONFIG$([ "$NPROC" = 1 ] || echo "-${NPROC}proc")${EPOCHS:+-${EPOCHS}epochs}}"
@@ -41,11 +41,11 @@ case "$DATA" in '' | /*) ;; *) DATA="$PWD/$DATA" ;; esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$ROOT"
-DATA="${DATA:-$ROOT/data/openmoji-64}"
+DATA="${DATA:-$ROOT/data/$PICTURES}"
 FOLDER="$ROOT/logs/$RUN"
 
 echo "quickstart: 1/3 pictures"
-"$PYTHON" scripts/make_emoji_shards.py --out "$DATA" --size 64
+"$PYTHON" scripts/make_emoji_shards.py --out "$DATA" --size 64 $SKIN_TONES
 
 # All shards of a folder, in the trainer's notation.
 shards() { printf '%s/{00000..%05d}.tar' "$1" $(($(find "$1" -name '*.tar' | wc -l) - 1)); }

@@ -132,7 +132,7 @@ def test_captions_are_submitted_as_cocos_server_takes_them(captioner, start, dat
     for i, item in enumerate(items):
         picture = f"COCO_val2014_{10 + i:012d}.jpg"
         (tmp_path / "images" / picture).write_bytes((data / "images" / item["image"]).read_bytes())
-        item["image"] = picture
+        item["image"], item["caption"] = picture, ["a red thing"] * (1 if i == 0 else 6)
     out = tmp_path / "captions.json"
     lists = ["--val-data", write_list(tmp_path / "val.json", items), "--image-root", str(tmp_path / "images")]
     flags = ["--evaluate", "--resume", captioner, *lists, *settings(tmp_path), "--submission", str(out)]

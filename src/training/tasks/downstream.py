@@ -192,13 +192,14 @@ class Setting:
         check_folder(path.parent, "--submission")
 
         def submit(model: nn.Module, *found: Any) -> None:
-            if not submitted():
+            if not (content := submitted()):
                 evaluate(model)
+                content = submitted()
             with self.ranks.agree():
                 if self.ranks.is_main:
                     try:
                         with written_whole(path) as file:
-                            file.write(json.dumps(submitted()).encode() + b"\n")
+                            file.write(json.dumps(content).encode() + b"\n")
                     except OSError as error:
                         why = reason(error)
                         raise UserError(f"--submission cannot be written ({why}); name another file.") from error

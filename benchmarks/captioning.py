@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+import transformers
 from open_clip_train.precision import get_autocast
 from telling import common_parser, count_rounds, tell
 from transformers import BlipConfig, BlipForConditionalGeneration
@@ -23,6 +24,7 @@ from open_clip_elip.fusion.released import BLIP, write_released
 from open_clip_elip.identity import describe
 from open_clip_elip.profile.measure import in_turn, ratios, spread
 from open_clip_elip.profile.models import find_device
+from open_clip_elip.profile.report import describe_machine, machine
 
 PROMPT = [1037, 3861, 1997]  # "a picture of" in BERT's vocabulary
 _THEIRS = (
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     rates = {name: args.batch_size / spread(seconds)["median"] for name, seconds in found.items()}
     rows = [["", "captions a second"], *([name, f"{rate:.2f}"] for name, rate in rates.items())]
     text = (
-        f"{args.model}, {device}, {args.precision}, batch {args.batch_size}, {args.beams} beams, {args.length} tokens, "
+        f"{describe_machine(machine(device))}, transformers {transformers.__version__}.\n"
+        f"{args.model}, {args.precision}, batch {args.batch_size}, {args.beams} beams, {args.length} tokens, "
         f"{count_rounds([faster])}.\nOurs is {faster['median']:.2f} times as fast. "
         f"Greedy captions that are the same: {same} of {args.batch_size}."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import timm.layers
 import torch
 from open_clip import transformer as openclip
 from open_clip.hf_model import HFTextEncoder
@@ -17,7 +18,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .reduction.attention import add_mlp, asked_once, attend, check_attention, is_lora, project, project_row, take_row
 
-_NORMS, _SCALES = (openclip.LayerNorm, openclip.LayerNormFp32), (nn.Identity, openclip.LayerScale)
+
+class DropPath(timm.layers.DropPath):
+    """Stochastic depth, in the place of a layer scale. Without gradient, as where tokens are scored, all layers run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+_NORMS, _SCALES = (openclip.LayerNorm, openclip.LayerNormFp32), (nn.Identity, openclip.LayerScale, DropPath)
 _ACTIVATIONS, _LINEAR = (nn.GELU, openclip.QuickGELU), (nn.Linear, NonDynamicallyQuantizableLinear)
 _TOWERS = (openclip.VisionTransformer, openclip.Transformer, openclip.TextTransformer, HFTextEncoder)
 # What OpenCLIP builds its towers of: a class, its children, and the classes that these may have. None: not looked into.

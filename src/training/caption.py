@@ -12,8 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from .data.sets.captioned import CaptionOptions, load_captions
 from .data.sets.labelled import ImageFiles, Images, picture_endings
 from .distributed import Ranks, end, seed_everything
 from .errors import UserError, reason
-from .evaluation.captioning import PROMPT, Writer, check_tools, people_of, score_captions
+from .evaluation.captioning import PROMPT, Writer, check_tools, image_ids, people_of, score_captions
 from .evaluation.loaded import load_model
 from .evaluation.options import EvaluationOptions
 from .evaluation.passes import EncodeSettings
@@ -139,8 +137,7 @@ def work(options: CaptionCommandOptions, ranks: Ranks) -> str:
 
 
 def write(path: Path, captions: list[tuple[str, str]]) -> None:
-    """A table of image and caption, or a list of {"image_id", "image", "caption"}; image_id: the last digits of the
-    picture's name as a number, as COCO names its pictures; where it has none, the name."""
+    """A table of image and caption, or a list of {"image_id", "image", "caption"}, see `image_ids`."""
     if path.suffix.lower() == ".csv":
         text = io.StringIO(newline="")
         rows = csv.writer(text)
@@ -148,13 +145,8 @@ def write(path: Path, captions: list[tuple[str, str]]) -> None:
         rows.writerows(captions)
         content = text.getvalue()
     else:
-        numbers = [re.findall(r"\d+", Path(name).stem) for name, _ in captions]
-        items = [
-            {"image_id": int(found[-1]) if found else name, "image": name, "caption": caption}
-            for (name, caption), found in zip(captions, numbers, strict=True)
-        ]
-        if len({item["image_id"] for item in items}) < len(items):
-            logging.warning("Some pictures have the same number in their names: COCO's server cannot tell them apart.")
+        numbered = zip(image_ids([name for name, _ in captions]), captions, strict=True)
+        items = [{"image_id": number, "image": name, "caption": caption} for number, (name, caption) in numbered]
         content = json.dumps(items, ensure_ascii=False, indent=1) + "\n"
     try:
         with written_whole(path) as file:

@@ -71,6 +71,7 @@ def build_model(
         model.tower.shortcuts = options.shortcuts
     if identity.family != "clip":  # else it is compiled whole, see `wrap`; but these texts differ in length
         model.tower.compiles = getattr(options, "torchcompile", False)
+        model.set_drop_path(getattr(options, "drop_path", 0.0))
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return Built(identity, model, transform, tokenizer)

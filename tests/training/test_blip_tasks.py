@@ -1,6 +1,7 @@
 """Tasks of BLIP after pre-training, and captions by command, on pictures of three colours."""
 import csv
 import json
+import sys
 import tarfile
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from open_clip_elip.fusion.released import BLIP as NAMES
 from open_clip_elip.fusion.released import write_released
 from training import caption
+from training.control import EXIT_INTERRUPTED
 from training.data.samples import Sample
 from training.distributed import Ranks
 from training.downstream import downstream, main
@@ -21,7 +23,7 @@ from training.tasks.nlvr2 import Swapping
 
 from .downstream_runs import VAL, downstream_command, figures, settings, write_data, write_list, write_pretrained
 from .fusion_runs import BLIP
-from .runs import assert_equal_weights, evaluations, losses
+from .runs import assert_equal_weights, evaluations, interrupted, losses
 
 TASKS = ("retrieval", "captioning", "vqa", "nlvr2")
 
@@ -117,9 +119,42 @@ def test_what_cannot_work_is_told(words, start, data, tmp_path, capsys):
 
 def test_without_java_or_the_library_one_sentence(start, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(captioning.shutil, "which", lambda name: None)
-    assert main(downstream_command("captioning", data, tmp_path, *start)) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and "there is no java here" in error[0]
+    for sentence in ("there is no java here", "scored by pycocoevalcap: pip install 'open_clip_elip[captioning]'."):
+        assert main(downstream_command("captioning", data, tmp_path, *start)) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and sentence in error[0]
+        monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+
+
+def test_captions_are_submitted_as_cocos_server_takes_them(captioner, start, data, tmp_path):
+    items = json.loads((data / "captioning_val.json").read_text())
+    (tmp_path / "images").mkdir()
+    for i, item in enumerate(items):
+        picture = f"COCO_val2014_{10 + i:012d}.jpg"
+        (tmp_path / "images" / picture).write_bytes((data / "images" / item["image"]).read_bytes())
+        item["image"], item["caption"] = picture, ["a red thing"] * (1 if i == 0 else 6)
+    out = tmp_path / "captions.json"
+    lists = ["--val-data", write_list(tmp_path / "val.json", items), "--image-root", str(tmp_path / "images")]
+    flags = ["--evaluate", "--resume", captioner, *lists, *settings(tmp_path), "--submission", str(out)]
+    assert main(flags) == 0
+    written = json.loads(out.read_text())
+    assert [one["image_id"] for one in written] == list(range(10, 10 + VAL))
+    assert all(one.keys() == {"image_id", "caption"} and isinstance(one["caption"], str) for one in written)
+
+
+def test_interrupted_with_drop_path_equals_uninterrupted(start, data, tmp_path):
+    flags = ["--drop-path", "0.5", "--vision-guided-reduction", "--grad-checkpointing", "--epochs", "1"]
+    straight, stopped = (
+        downstream_command("nlvr2", data, tmp_path, *start, *flags, "--val-frequency", "0", name=name)
+        for name in ("straight", "stopped")
+    )
+    assert main(straight) == 0
+    with interrupted(2):
+        assert main([*stopped, "--resume", "latest"]) == EXIT_INTERRUPTED
+    assert main([*stopped, "--resume", "latest"]) == 0
+    files = (tmp_path / name / "checkpoints" / "epoch_1.pt" for name in ("straight", "stopped"))
+    assert_equal_weights(*(torch.load(file, weights_only=True)["state_dict"] for file in files))
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
 
 
 def captions(captioner, capsys, *words, code=0):

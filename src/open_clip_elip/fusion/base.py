@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
+from ..blocks import DropPath
 from ..clip import make_reduction
 from ..tower import ImageTower
 from .bert import Memory, Tokens, run
@@ -60,6 +61,14 @@ class FusionModel(nn.Module):
         for module in self.modules():
             if hasattr(module, "feed_forward_chunk"):  # a layer of BERT's kind
                 module.gradient_checkpointing = enable
+
+    def set_drop_path(self, rate: float) -> None:
+        """Of the image tower, in training: `rate` is that of the last layer, and those before have less in equal steps
+        from 0 on. 0 changes nothing."""
+        blocks = self.visual.transformer.resblocks
+        for block, own in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+            if own:
+                block.ls_1, block.ls_2 = DropPath(own), DropPath(own)
 
     def own_names(self, state: Mapping[str, Tensor]) -> Released:
         """Weights of a released file, or of this model, by the names that they have here."""
@@ -112,6 +121,15 @@ class AligningModel(FusionModel):
     def logit_scale(self) -> Tensor:
         """Logarithm of what similarities are multiplied by, as CLIP's."""
         return -self.temp.log()
+
+    @torch.no_grad()
+    def guidance(self, states: Tensor) -> Tensor:
+        """What guides the image tower, (B, its width), of texts' states (B, L, D): the first; where that has another
+        width, the unit-length text feature by the transposed image projection, as in CLIP."""
+        first = states[:, 0].contiguous()  # or a compiled tower would be compiled for each length of the texts
+        if first.shape[1] == self.visual.output_dim:
+            return first
+        return F.normalize(self.text_proj(first), dim=-1) @ self.vision_proj.weight
 
     def match(
         self, states: Tensor, text: Tensor, memory: Sequence[Memory], which: Tensor | None = None, *,

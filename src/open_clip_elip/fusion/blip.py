@@ -19,6 +19,7 @@ from .bert import Memory, Tokens, read, run
 from .generate import beam_search, sample
 from .released import BLIP
 
+_LOOKS = re.compile(r"decoder\..*\.crossattention\.self\.(key|value)\.weight")
 MERGED_FROM = 6  # NLVR2: the layers from here on merge what they find in two images
 
 
@@ -47,10 +48,11 @@ class MixedEncoderDecoder(FusionModel):
         super().__init__(vision_cfg, token_reduction)
         config = text_config(text_cfg, vision_cfg["width"])
         self.width, words = config.hidden_size, config.vocab_size
-        if token_reduction is not None and self.width != vision_cfg["width"]:
+        guides = encoder and not isinstance(self, AligningModel)  # which has projections between the widths
+        if token_reduction is not None and guides and self.width != vision_cfg["width"]:
             raise ValueError(
                 f"The text guides the image tower at its own width ({self.width}), and vision_cfg has another "
-                f"({vision_cfg['width']}): take a model whose widths are equal, or --token-reduction none."
+                f"({vision_cfg['width']}): take a model whose widths are equal, or leave out --vision-guided-reduction."
             )
         self.decode_id, self.encode_id = words - 2, words - 1
         if encoder:
@@ -145,6 +147,12 @@ class BlipAnswerer(MixedEncoderDecoder):
     def __init__(self, vision_cfg: dict[str, Any], text_cfg: dict[str, Any], *args: Any, **kwargs: Any):
         super().__init__(vision_cfg, text_cfg, *args, decoder=False, **kwargs)
         self.decoder = tied(BlipTextLMHeadModel(text_config(text_cfg, self.width)))
+        if self.width != vision_cfg["width"]:  # pre-training's decoder looks at images, this one at texts
+            self.NEW = tuple(name for name, _ in self.named_parameters() if _LOOKS.match(name))
+
+    def from_pretraining(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = self.state_dict()
+        return {name: v for name, v in state.items() if name not in self.NEW or v.shape == own[name].shape}
 
     @property
     def lm_head(self) -> nn.Module:

@@ -71,8 +71,7 @@ def align(
     """
     tokens = tokens or Tokens(model.mask(text))
     states = model.text_states(text, tokens)
-    # Contiguous, or a compiled tower would be compiled for each length of the texts.
-    image_states = model.image_states(image, states[:, 0].contiguous() if reduce else None, reduce=reduce)
+    image_states = model.image_states(image, model.guidance(states) if reduce else None, reduce=reduce)
     t, i = (F.normalize(x, dim=-1) for x in (model.text_proj(states[:, 0]), model.vision_proj(image_states[:, 0])))
 
     pairs = torch.eye(len(text), dtype=torch.bool, device=text.device)

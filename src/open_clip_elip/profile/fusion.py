@@ -68,7 +68,7 @@ def count_fusion(model: Albef | Blip, image: Tensor, text: Tensor) -> Flops:
     """As `flops.count_flops`; what is not the image tower's is counted as text, and other work without gradient than
     its scoring pass as the twin's."""
     step = FusionStep(model, image, text)
-    guidance = image.new_empty(len(image), model.width)
+    guidance = image.new_empty(len(image), model.visual.output_dim)
     pictures = count(model, lambda: model.image_states(image, guidance, reduce=model.tower.reduces))
     whole = count(model, step.losses)
     return Flops(

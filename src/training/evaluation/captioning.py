@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,15 +86,25 @@ def score_captions(
 
 def evaluate_writing(
     writer: Writer, model: nn.Module, data: Any, transform: Callable, ranks: Ranks, settings: EncodeSettings
-) -> dict[str, float]:
-    """`score_captions` on `CaptionedImages`, by which of them the model is chosen (`chosen_by`), and `num_images`."""
+) -> tuple[dict[str, float], dict[int, str]]:
+    """`score_captions` on `CaptionedImages`, by which of them the model is chosen (`chosen_by`), and `num_images`; and
+    the captions by place."""
     written, _ = writer.captions(model, data.images, transform, ranks, settings)
     metrics = None
     with ranks.agree():
         if ranks.is_main:
             metrics = score_captions(written, people_of(data))
             metrics |= {"chosen_by": metrics["CIDEr"] + metrics["BLEU-4"], "num_images": float(len(written))}
-    return ranks.broadcast(metrics)
+    return ranks.broadcast(metrics), written
+
+
+def image_ids(names: Sequence[str]) -> list[int | str]:
+    """Of pictures, the last digits of their names as numbers, as COCO names them; of one that has none, its name."""
+    digits = [re.findall(r"\d+", Path(name).stem) for name in names]
+    found = [int(one[-1]) if one else name for one, name in zip(digits, names, strict=True)]
+    if len({*found}) < len(found):
+        logging.warning("Some pictures have the same number in their names: COCO's server cannot tell them apart.")
+    return found
 
 
 def people_of(data: Any) -> dict[int, list[str]]:

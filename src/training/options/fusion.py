@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kinds import FRACTION, POSITIVE_COUNT
+from .kinds import FRACTION, FRACTION_BELOW_1, POSITIVE_COUNT
 from .parser import Section, option
 
 NO_FSDP = "--fsdp is for CLIP models; a fusion model is small enough for one GPU: leave it out."
@@ -29,6 +29,16 @@ class TwinOptions(Section, title="fusion models: momentum twin", needs="fusion_m
 @dataclass
 class QueueOptions(Section, title="fusion models: contrast", needs="fusion_models trains"):
     queue_size: int = option(65536, "Features of the twin that contrast remembers.", POSITIVE_COUNT)
+
+
+@dataclass
+class RegularizationOptions(Section, title="fusion models: regularization", needs="fusion_models trains"):
+    drop_path: float = option(
+        0.0, "Of how many pictures the image tower's last layer is left out (stochastic depth); of the layers before "
+        "it, evenly fewer, and of the first none.", FRACTION_BELOW_1)
+    wd_exempt_biases: bool = option(
+        False, "Weight decay leaves a BLIP model's biases, norms and temperature alone, as it does an ALBEF model's. "
+        "Without it all is decayed, as in BLIP's release.")
 
 
 @dataclass

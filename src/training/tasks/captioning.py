@@ -1,7 +1,6 @@
 """Fine-tuning for captions, behind a prompt; evaluation by beams and COCO's scores."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from open_clip_elip.fusion.steps import written
 from open_clip_elip.fusion.tokenizer import blip_caption
 
 from ..data.lists import read_pair
-from ..evaluation.captioning import PROMPT, Writer, check_tools, evaluate_writing
+from ..evaluation.captioning import PROMPT, Writer, check_tools, evaluate_writing, image_ids
 from ..evaluation.passes import EncodeSettings, evaluation_mode
 from .base import Batch, Progress
 from .downstream import Prepared, Setting
@@ -50,19 +49,32 @@ def prepare(setting: Setting) -> Prepared:
     writer, lists = Writer(setting.built.tokenizer.pieces), setting.lists()
     if lists:
         check_tools()
-    evaluations = {name: _evaluation(setting, name, file, writer) for name, file in lists.items()}
+    evaluations = {name: WritingEvaluation(setting, name, file, writer) for name, file in lists.items()}
     model, suite = setting.built.model, setting.suite(evaluations, "chosen_by")
     task = CaptioningTask(model, len(writer.start(model.decode_id)), suite=suite)
     encoding = FusedEncoding(setting.transform(True), setting.words(prompted, LONGEST), "caption")
-    return Prepared(task, setting.train_data(read_pair, encoding))
+    last = next(reversed(evaluations.values()), None)
+    return Prepared(task, setting.train_data(read_pair, encoding), last and setting.submission(last, last.submitted))
 
 
-def _evaluation(setting: Setting, name: str, file: str, writer: Writer) -> Callable[[nn.Module], dict[str, float]]:
-    options, data = setting.options, captions_of(setting, name, file)
-    settings = EncodeSettings(options.batch_size, options.workers, options.precision, description=name)
+class WritingEvaluation:
+    """Evaluation on a list: captions that are written, against people's."""
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def __init__(self, setting: Setting, name: str, file: str, writer: Writer):
+        self.setting, self.name, self.writer = setting, name, writer
+        self.data = captions_of(setting, name, file)
+        self.written: dict[int, str] = {}  # by place in the list, after an evaluation
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        options, setting = self.setting.options, self.setting
+        settings = EncodeSettings(options.batch_size, options.workers, options.precision, description=self.name)
         with evaluation_mode(model) as bare:
-            return evaluate_writing(writer, bare, data, setting.transform(False), setting.ranks, settings)
+            more = bare, self.data, setting.transform(False), setting.ranks, settings
+            metrics, self.written = evaluate_writing(self.writer, *more)
+        return metrics
 
-    return evaluate
+    def submitted(self) -> list[dict[str, Any]]:
+        """What COCO's server takes: [{"image_id", "caption"}]."""
+        ids = image_ids([self.data.images.name(place) for place in self.written])
+        pairs = zip(ids, self.written.values(), strict=True)
+        return [{"image_id": number, "caption": caption} for number, caption in pairs]

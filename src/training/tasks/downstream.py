@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import TrainData, ValData
 from ..data.build import build_list_data
@@ -17,10 +19,13 @@ from ..data.samples import Encoding
 from ..data.sources import RowSource
 from ..data.transforms import with_decoding
 from ..distributed import Ranks
+from ..errors import UserError, reason
+from ..evaluation.results import check_folder
+from ..files import written_whole
 from ..models import Built
 from ..options import TrainingOptions
 from ..options.data import IMAGE_DECODE
-from ..options.fusion import NO_FSDP, ListOptions, QueueOptions, TwinOptions
+from ..options.fusion import NO_FSDP, ListOptions, QueueOptions, RegularizationOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
 from ..options.parser import Section, forbid, option
@@ -75,14 +80,14 @@ class TaskOptions(Section, title="task"):
         False, "Rank an ALBEF model's answers by their own probability. Without it that of the first word piece counts "
         "twice, as in its released program and numbers.", needs="task=vqa")
     submission: str | None = option(
-        None, "Where the final answers to --test-data (--val-data without it) go, as VQA's server takes them.",
-        metavar="FILE.json", path=True, needs="task=vqa")
+        None, "Where the final answers to --test-data (--val-data without it) go, as VQA's server takes them; or the "
+        "captions, as COCO's does.", metavar="FILE.json", path=True, needs="task=vqa|captioning")
 
 
 @dataclass
 class DownstreamOptions(
-    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions, ImageOptions,
-    TrainingOptions,
+    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions,
+    RegularizationOptions, ImageOptions, TrainingOptions,
     command="training.downstream",
 ):  # fmt: skip
     model: str | None = None
@@ -177,6 +182,29 @@ class Setting:
         """See `ListEvaluation` for `score` and `metrics`."""
         data = ValData(RowSource(rows), encoding, self.options, **self.place, num_samples=len(rows))
         return ListEvaluation(data, score, metrics, self.ranks, self.options.precision)
+
+    def submission(self, evaluate: Callable[[nn.Module], Any], submitted: Callable[[], list]) -> Callable | None:
+        """What writes, at the end, `submitted` of the last evaluation to `--submission`; it evaluates if there was none
+        (`submitted` is empty). None without the flag."""
+        if self.options.submission is None:
+            return None
+        path = Path(self.options.submission)
+        check_folder(path.parent, "--submission")
+
+        def submit(model: nn.Module, *found: Any) -> None:
+            if not (content := submitted()):
+                evaluate(model)
+                content = submitted()
+            with self.ranks.agree():
+                if self.ranks.is_main:
+                    try:
+                        with written_whole(path) as file:
+                            file.write(json.dumps(content).encode() + b"\n")
+                    except OSError as error:
+                        why = reason(error)
+                        raise UserError(f"--submission cannot be written ({why}); name another file.") from error
+
+        return submit
 
     def suite(self, evaluations: Mapping[str, Callable], best: str) -> ListSuite:
         """See `ListSuite`."""

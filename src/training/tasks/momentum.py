@@ -71,10 +71,10 @@ class DistilledTask(Task):
 
     def parameters(self, model: nn.Module, options: OptimizationOptions) -> list[dict]:
         """All is decayed but biases, what normalises, and the temperature (which the released programs do decay);
-        of BLIP all, as in its recipes."""
+        of BLIP all, as in its recipes, without `--wd-exempt-biases`."""
         if options.layer_decay is not None:
             raise UserError("--layer-decay is for image towers alone and CLIP models; leave it out.")
-        if self.model.decays_all:
+        if self.model.decays_all and not options.wd_exempt_biases:
             everything = [p for p in model.parameters() if p.requires_grad]
             return [{"params": everything, "weight_decay": options.wd}]
         kept, decayed = [], []

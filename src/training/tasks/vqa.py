@@ -1,11 +1,9 @@
 """Visual question answering: a decoder learns the answers that people gave, and ranks a list of them."""
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +17,11 @@ from open_clip_elip.fusion.generate import beam_search
 from open_clip_elip.fusion.steps import SMOOTHING
 
 from ..data.lists import Item, read_list, text_of
-from ..errors import UserError, reason
-from ..evaluation.results import check_folder
+from ..errors import UserError
 from ..evaluation.vqa_accuracy import vqa_accuracy
-from ..files import written_whole
 from .base import Batch, Progress
 from .downstream import Prepared, Setting
-from .fused import FusedEncoding, ListEvaluation, trimmed
+from .fused import FusedEncoding, trimmed
 from .momentum import DistilledTask
 
 GENOME_WEIGHT = {"albef": 0.5, "blip": 0.2}  # of an answer of Visual Genome, which has one a question
@@ -190,12 +186,10 @@ class Ranking:
         more = {"answerable": answerable / len(known)} if answers else {}
         return {"accuracy": found / len(known), **more}
 
-    def write(self, path: Path, question_ids: Sequence[Any]) -> None:
+    def submitted(self, question_ids: Sequence[Any]) -> list[dict[str, Any]]:
         """What VQA's server takes: [{"question_id", "answer"}], each question once."""
         said = {question_ids[place]: answer for place, answer in sorted(self.said.items())}
-        content = [{"question_id": number, "answer": answer} for number, answer in said.items()]
-        with written_whole(path) as file:
-            file.write(json.dumps(content).encode() + b"\n")
+        return [{"question_id": number, "answer": answer} for number, answer in said.items()]
 
 
 class Writing(Ranking):
@@ -258,25 +252,9 @@ def prepare(setting: Setting) -> Prepared:
             ranking = Ranking(answers, tokens, people, options.vqa_best, twice, reduce, smoothing)
         evaluations[name] = setting.evaluation(rows, test, ranking.rows, ranking.metrics)
         if options.submission is not None:  # the last list's
-            check_folder(Path(options.submission).parent, "--submission")
             if None in (ids := [one["question_id"] for one in fields]):
                 raise UserError(f'Item {ids.index(None)} of {rows.name} has no "question_id" for --submission to name.')
-            finish = partial(submit, setting, evaluations[name], ranking, ids)
+            finish = setting.submission(evaluations[name], partial(ranking.submitted, ids))
     task.suite = setting.suite(evaluations, "accuracy")
     read = partial(read_item, train=True, genome=GENOME_WEIGHT[family])
     return Prepared(task, setting.train_data(read, train), finish)
-
-
-def submit(
-    setting: Setting, evaluation: ListEvaluation, ranking: Ranking, question_ids: Sequence[Any], model: nn.Module,
-    *found: Any,
-) -> None:  # fmt: skip
-    """Writes the answers of the last evaluation, which is made up for if there was none."""
-    if not ranking.said:
-        evaluation(model)
-    with setting.ranks.agree():
-        if setting.ranks.is_main:
-            try:
-                ranking.write(Path(setting.options.submission), question_ids)
-            except OSError as error:
-                raise UserError(f"--submission cannot be written ({reason(error)}); name another file.") from error

@@ -15,7 +15,7 @@ from open_clip_elip.fusion.generate import beam_search
 from open_clip_elip.fusion.momentum import twin_of
 from open_clip_elip.fusion.released import BLIP as NAMES
 from open_clip_elip.fusion.released import read_released, write_released
-from open_clip_elip.fusion.start import start_text
+from open_clip_elip.fusion.start import start_task, start_text
 from open_clip_elip.fusion.tokenizer import blip_caption, blip_question
 from open_clip_elip.identity import Identity, ModelError, create, describe, tokenizer
 from training.optim import epoch_decay
@@ -88,14 +88,68 @@ def test_every_method_reduces_the_image_in_training(method):
     assert model.eval().image_states(torch.randn(2, 3, 32, 32)).shape[1] == 17
 
 
-def test_widths_that_differ_are_told_with_a_reduction_only():
+def test_widths_of_image_and_text_may_differ():
+    """As those of the large model do."""
     config = copy.deepcopy(BLIP)
     config["vision_cfg"]["width"] = 48
+    found = {task: Identity("blip", "x", config | {"task": task}, {"size": (32, 32)}) for task in ("vqa", "captioning")}
     with pytest.raises(ModelError, match=r"at its own width \(32\), and vision_cfg has another \(48\)"):
-        create(Identity("blip", "x", config, {"size": (32, 32)}))
-    del config["token_reduction"]
+        create(found["vqa"])  # which has no projections
+    create(found["captioning"])
     model = create(Identity("blip", "x", config, {"size": (32, 32)}))
     assert model.text.encoder.layer[0].crossattention.self.key.in_features == 48
+    states = torch.randn(2, 5, 32)
+    feature = F.normalize(model.text_proj(states[:, 0]), dim=-1)
+    guidance = model.guidance(states)
+    torch.testing.assert_close(guidance, feature @ model.vision_proj.weight)
+    assert guidance.shape == (2, 48) and not guidance.requires_grad
+    assert torch.equal(blip().guidance(states), states[:, 0])
+    assert model.image_states(torch.randn(2, 3, 32, 32), guidance).shape[1] < 17
+    found["vqa"].config["token_reduction"] = None
+    answerer = create(found["vqa"])
+    start = start_task(answerer, {"model": write_released(model.state_dict(), {}, NAMES)}, "large.pth")
+    assert len(start.new) == 8 and all("decoder" in n and n.endswith(("key.weight", "value.weight")) for n in start.new)
+    assert not start_task(create(found["vqa"]), {"state_dict": answerer.state_dict()}, "vqa.pt").new
+
+
+def test_the_large_model():
+    model = create(describe("BLIP-L-16-ELIP"), device="meta")
+    assert sum(p.numel() for p in model.visual.parameters()) == 303_301_632  # timm's vit_large_patch16_224, no head
+    assert len(model.text.encoder.layer) == 12 and model.text.config.encoder_hidden_size == 1024
+    assert model.tower.token_counts() == [197] * 4 + [178] * 4 + [129] * 12 + [80] * 4
+
+
+@pytest.mark.usefixtures("float64")
+def test_drop_path_leaves_layers_out_where_there_is_a_gradient():
+    plain, image, guidance = blip({"method": "elip"}), torch.randn(4, 3, 32, 32), torch.randn(4, 32)
+    model, full = copy.deepcopy(plain), copy.deepcopy(plain)
+    plain.set_drop_path(0.0)
+    model.set_drop_path(0.5)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert type(plain.visual.transformer.resblocks[5].ls_2) is torch.nn.Identity
+    rates = [getattr(block.ls_1, "drop_prob", 0) for block in model.visual.transformer.resblocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    ways = {}
+    for way in ("shortcuts", "as released", "checkpointing"):
+        model.tower.shortcuts = way != "as released"
+        model.set_grad_checkpointing(way == "checkpointing")
+        torch.manual_seed(0)
+        model.zero_grad()
+        states = model.image_states(image, guidance)
+        states.square().sum().backward()
+        ways[way] = [states.detach(), *(p.grad.clone() for p in model.visual.parameters())]
+    for found in ways.values():
+        torch.testing.assert_close(found, ways["shortcuts"], rtol=1e-8, atol=1e-9)
+    assert not torch.allclose(ways["shortcuts"][0], plain.image_states(image, guidance).detach())
+    for one in (torch.no_grad(), torch.enable_grad()):  # a pass without gradient in training, and evaluation
+        with one:
+            assert torch.equal(model.image_states(image), full.image_states(image))
+        model.eval()
+    model.train().visual.transformer.resblocks[5].ls_1.drop_prob = 1.0
+    model.visual.transformer.resblocks[5].ls_2.drop_prob = 1.0
+    model.zero_grad()
+    model.encode_image(image).sum().backward()
+    assert not any(p.grad.any() for p in model.visual.transformer.resblocks[5].parameters())
 
 
 def test_the_base_model_has_the_size_of_the_released_one():
@@ -210,5 +264,11 @@ def test_alpha_rises_over_two_epochs_and_all_is_decayed():
     steps = ((0, 0), (0, 5), (1, 0), (1, 5), (2, 0))
     rises = [task.weight(Progress(epoch, step, 0, 0, plan)) for epoch, step in steps]
     assert rises == pytest.approx([0, 0.1, 0.2, 0.3, 0.4]) and task.floor == 1e-4
-    (group,) = task.parameters(model, SimpleNamespace(layer_decay=None, wd=0.05))
+    options = SimpleNamespace(layer_decay=None, wd=0.05, wd_exempt_biases=False)
+    (group,) = task.parameters(model, options)
     assert group["weight_decay"] == 0.05 and len(group["params"]) == len(list(model.parameters()))
+    options.wd_exempt_biases = True
+    free, decayed = task.parameters(model, options)
+    assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.05)
+    assert len(free["params"]) + len(decayed["params"]) == len(group["params"])
+    assert any(p is model.temp for p in free["params"]) and all(p.ndim < 2 for p in free["params"])

@@ -60,7 +60,8 @@ def _build_fusion(family: str, *, token_reduction: dict | None, task: str = "pre
             f"Models of the family {family} need {error.name}; pip install 'open_clip_elip[fusion]' brings it."
         ) from error
     parts = (config[name] for name in ("embed_dim", "vision_cfg", "text_cfg"))
-    return build(family, task, *parts, None if (token_reduction or {}).get("method") == "none" else token_reduction)
+    reduction = None if (token_reduction or {}).get("method") == "none" else token_reduction
+    return build(family, task, *parts, reduction, **({"answers": config["answers"]} if "answers" in config else {}))
 
 
 @contextmanager

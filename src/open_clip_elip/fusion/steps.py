@@ -12,6 +12,7 @@ from .albef import Albef
 from .base import AligningModel
 from .bert import Memory, Tokens
 from .blip import Blip
+from .meter import Meter, MeterRetriever
 from .momentum import Queue
 from .objectives import FLOOR, distilled, draw, mixed_targets, negative_weights, similarities
 
@@ -170,6 +171,59 @@ def blip_losses(
     tokens = tokens or Tokens(model.mask(text))
     losses, memory = align(model, taught, queues, image, text, tokens=tokens, reduce=model.tower.reduces, **more)
     return losses | {"lm": written(model.next_words(text, chosen, memory, tokens=tokens), text, chosen)}
+
+
+def meter_losses(
+    model: Meter, image: Tensor, text: Tensor, *, masked: Tensor, chosen: Tensor, labels: Tensor, seen: Tensor,
+    matches: Tensor, tokens: Tokens | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """MLM + ITM (METER, Sec. 3.3), with the tokens of images reduced if the model does so: by the masked captions for
+    MLM, and for ITM by captions that may be of another image.
+
+    Args:
+        image: (M, 3, H, W), first those of the B pairs, then maybe others.
+        text: (B, L) token ids.
+        masked, chosen, labels: see `objectives.mask_tokens`.
+        seen: (B,) for ITM, the image that each text is given. matches: (B,) 1 where that is its own, 0 where not.
+        tokens: of the text; None: layers run on all columns.
+    """
+    tokens, count, own = tokens or Tokens(model.mask(text)), len(text), torch.arange(len(text), device=text.device)
+    states = torch.cat([model.text_states(one, tokens) for one in (masked, text)])
+    images = stream_of(model, image, states, torch.cat([own, seen]), reduce=model.tower.reduces)
+    mlm = distilled(model.words(states[:count], tokens, images[:count], chosen), labels, None, 0)
+    itm = F.cross_entropy(model.judge(model.pooled(states[count:], tokens, images[count:])), matches)
+    return {"mlm": mlm, "itm": itm}
+
+
+def ranking_losses(
+    model: MeterRetriever, image: Tensor, text: Tensor, *, seen: Tensor, matches: Tensor, tokens: Tokens | None = None,
+    reduce: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The true caption of each image ranked before false ones, and ITM, whose head learns nothing (METER's fine-tuning
+    for retrieval).
+
+    Args:
+        text: (B * C, L) token ids: for each image its own caption, then C - 1 false ones.
+        reduce: remove tokens of an image, by each caption.
+        others: see `meter_losses`; of the own captions.
+    """
+    tokens, count = tokens or Tokens(model.mask(text)), len(seen)
+    each, own = len(text) // count, torch.arange(0, len(text), len(text) // count, device=text.device)
+    states = model.text_states(text, tokens)
+    which = torch.cat([torch.arange(count, device=text.device).repeat_interleave(each), seen])
+    images = stream_of(model, image, torch.cat([states, states[own]]), which, reduce=reduce)
+    scores = model.judge(model.pooled(states, tokens, images[: len(text)]))[:, 1].view(count, each)
+    matching = model.pooled(states[own], Tokens(tokens.mask[own]), images[len(text) :])
+    rank = F.cross_entropy(scores, torch.zeros_like(seen))
+    return {"rank": rank, "itm": F.cross_entropy(model.itm_head(matching), matches)}
+
+
+def stream_of(model: Meter, image: Tensor, states: Tensor, which: Tensor, *, reduce: bool) -> Tensor:
+    """(P, N, H) what the streams begin with, of texts' `states` (P, L, D), each with the image `which` (P,)."""
+    if not model.tower.shortcuts:  # as the release: an image is read for each text anew
+        image, which = image[which], None
+    guidance = states[:, 0].contiguous() if reduce else None
+    return model.image_stream(model.image_states(image, guidance, reduce=reduce, which=which))
 
 
 def written(logits: Tensor, text: Tensor, chosen: Tensor) -> Tensor:

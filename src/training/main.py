@@ -17,8 +17,8 @@ from torch import nn
 from open_clip_elip import identity as identities
 
 from .command import run_command
-from .data import build_train_data, build_val_data
-from .data.samples import PairEncoding
+from .data import TrainData, ValData, build_train_data, build_val_data
+from .data.samples import MatchingEncoding, PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
 from .errors import UserError, reason
@@ -45,12 +45,18 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         identity, model, transform, tokenizer = build_model(options, ranks.device)
         fuses = identity.family != "clip"
         own = fuses and not options.aug_cfg
-        train_transform = fusion_augmentation(identity) if own else augmentation(identity, options.aug_cfg)
+        train_transform = augmentation(identity, options.aug_cfg)
+        if own:
+            train_transform = fusion_augmentation(identity) or transform
         train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        train_data = build_train_data(options, PairEncoding(train_transform, tokenizer), **place)
-        val_data = build_val_data(options, PairEncoding(transform, tokenizer), **place)
+        pairs = MatchingEncoding if identity.family == "meter" else PairEncoding
+        train_data = build_train_data(options, pairs(train_transform, tokenizer), **place)
+        val_data = build_val_data(options, pairs(transform, tokenizer), **place)
+        if identity.family == "meter":
+            task = matching_task(options, ranks, model, tokenizer, train_data, val_data)
+            return Parts(identity, model, task, train_data)
         suite = Suite(options, ranks, tokenizer, transform, val_data, load_zero_shot_data(options))
         if fuses:
             task = fusion_task(identity.family, options, ranks, model, suite)
@@ -75,10 +81,32 @@ def fusion_task(family: str, options: PretrainingOptions, ranks: Ranks, model: n
     )  # fmt: skip
 
 
-def fusion_augmentation(identity: identities.Identity) -> Callable:
-    """As in the released programs; `--aug-cfg` replaces it."""
+def matching_task(
+    options: PretrainingOptions, ranks: Ranks, model: nn.Module, tokenizer: Callable, *data: TrainData | ValData | None
+) -> Task:
+    """The pre-training of a METER model, on training data and validation data."""
+    from .tasks.meter import MeterPretraining
+
+    lone = "A batch of one pair has no negative to match with: raise --batch-size."
+    contrast = any((options.val_rerank, options.zeroshot_data, options.imagenet_val, options.imagenet_v2))
+    forbid(options.fsdp, NO_FSDP)
+    forbid(options.trains and options.batch_size == 1, lone)
+    forbid(contrast, "A METER model has no space of contrast: leave out --val-rerank, --zeroshot-data and --imagenet-*.")
+    for one in data:
+        if one is not None:
+            one.encoding.rows, one.encoding.validates = getattr(one.source, "rows", None), one is data[1]
+    task = MeterPretraining(model, tokenizer, whole_words=options.whole_words)
+    if data[1] is not None:
+        task.suite = task.suite_on(data[1], options.val_frequency if options.trains else 1, ranks, options.precision)
+    return task
+
+
+def fusion_augmentation(identity: identities.Identity) -> Callable | None:
+    """As in the released programs, of which METER's has none (None); `--aug-cfg` replaces it."""
     from .data.fusion_augment import MAGNITUDE, FusionTransform
 
+    if identity.family not in MAGNITUDE:
+        return None
     return FusionTransform(identity.preprocess, scale=(0.2, 1.0), magnitude=MAGNITUDE[identity.family])
 
 

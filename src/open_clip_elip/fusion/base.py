@@ -67,6 +67,11 @@ class FusionModel(nn.Module):
         """Weights of a released file, or of this model, by the names that they have here."""
         return read_released(state, self.names)
 
+    def from_image_tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of DeiT or of timm's ViT, but for their head, by the names that they have here."""
+        state = {f"visual_encoder.{name}": value for name, value in state.items() if not name.startswith("head")}
+        return self.own_names(state).model
+
     def from_bert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a `BertForMaskedLM` by the names that they have here."""
         return self.own_names({f"text_encoder.{name}": value for name, value in state.items()}).model

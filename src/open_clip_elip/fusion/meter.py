@@ -75,6 +75,11 @@ class CoAttention(FusionModel):
         """As the release, which finds what normalises by the names that BERT's layers have: not in the image tower."""
         return "bias" not in name and "LayerNorm.weight" not in name
 
+    def from_image_tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of CLIP, of whose image tower the last layer and the projection have no place here."""
+        own = self.state_dict()
+        return {name: value for name, value in state.items() if name.startswith("visual.") and name in own}
+
     def from_bert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = (name.partition(".") for name in state)
         found = {f"text.{rest}": state[f"{part}.{rest}"] for part, _, rest in parts if part in _TEXT}
@@ -104,7 +109,7 @@ class CoAttention(FusionModel):
             only_first, only: see `bert.run`. `only`: the image is as before its last layer, for no text reads more.
         """
         text = self.cross_modal_text_transform(states) + self.token_type_embeddings.weight[0]
-        pixels, shortcuts = Tokens.all_of(image), self.tower.shortcuts
+        pixels, mask, shortcuts = Tokens.all_of(image), tokens.mask.to(image.device), self.tower.shortcuts
         layers = list(zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True))
         for number, (of_text, of_image) in enumerate(layers, 1):
             last, more = number == len(layers), {"shortcuts": shortcuts}
@@ -112,7 +117,7 @@ class CoAttention(FusionModel):
             seen = self._memory(of_text, image, 1 if last and only_first else text.shape[1])
             read_on = run([of_text], text, tokens, seen, only=only if last else None, **more)
             if not (shortcuts and last and only is not None):
-                seen = self._memory(of_image, text, 1 if last and only_first else image.shape[1], tokens.mask)
+                seen = self._memory(of_image, text, 1 if last and only_first else image.shape[1], mask)
                 image = run([of_image], image, pixels, seen, **more)
             text = read_on
         return text, image

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,25 +174,38 @@ def blip_losses(
 
 
 def meter_losses(
-    model: Meter, image: Tensor, text: Tensor, *, masked: Tensor, chosen: Tensor, labels: Tensor, seen: Tensor,
-    matches: Tensor, tokens: Tokens | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """MLM + ITM (METER, Sec. 3.3), with the tokens of images reduced if the model does so: by the masked captions for
-    MLM, and for ITM by captions that may be of another image.
+    model: Meter, image: Tensor, text: Tensor, *, labels: Tensor, matches: Tensor, **more: Any
+) -> dict[str, Tensor]:
+    """MLM + ITM (METER, Sec. 3.3).
+
+    Args:
+        labels: (n,) what was at the places `chosen`.
+        matches: (B,) 1 where the image `seen` is the text's own, 0 where not.
+        others: see `meter_logits`.
+    """
+    words, judged = meter_logits(model, image, text, **more)
+    return {"mlm": distilled(words, labels, None, 0), "itm": F.cross_entropy(judged, matches)}
+
+
+def meter_logits(
+    model: Meter, image: Tensor, text: Tensor, *, masked: Tensor, chosen: Tensor, seen: Tensor,
+    tokens: Tokens | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Logits (n, vocabulary) of masked words and (B, 2) of matching, with the tokens of images reduced if the model does
+    so: by the masked captions for the words, and for matching by captions that may be of another image.
 
     Args:
         image: (M, 3, H, W), first those of the B pairs, then maybe others.
         text: (B, L) token ids.
-        masked, chosen, labels: see `objectives.mask_tokens`.
-        seen: (B,) for ITM, the image that each text is given. matches: (B,) 1 where that is its own, 0 where not.
+        masked, chosen: see `objectives.mask_tokens`.
+        seen: (B,) the image that each text is to match.
         tokens: of the text; None: layers run on all columns.
     """
     tokens, count, own = tokens or Tokens(model.mask(text)), len(text), torch.arange(len(text), device=text.device)
     states = torch.cat([model.text_states(one, tokens) for one in (masked, text)])
     images = stream_of(model, image, states, torch.cat([own, seen]), reduce=model.tower.reduces)
-    mlm = distilled(model.words(states[:count], tokens, images[:count], chosen), labels, None, 0)
-    itm = F.cross_entropy(model.judge(model.pooled(states[count:], tokens, images[count:])), matches)
-    return {"mlm": mlm, "itm": itm}
+    words = model.words(states[:count], tokens, images[:count], chosen)
+    return words, model.judge(model.pooled(states[count:], tokens, images[count:]))
 
 
 def ranking_losses(

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -71,6 +71,34 @@ class PairEncoding:
     def collate(self, encoded: list[tuple[Tensor, Any]]) -> dict[str, Any]:
         images, values = zip(*encoded, strict=True)
         return {"image": stack(images, self.transform), self.name: self.tokenizer(list(values))}
+
+
+class MatchingEncoding(PairEncoding):
+    """As `PairEncoding`, with "false_image": a picture of any sample of the same data set, by chance the own one too.
+    It is missing where samples cannot be drawn, as from shards. In validation it is the same each time.
+
+    rows: what there is to draw from. validates: for validation.
+    """
+
+    rows: Sequence[Sample] | None = None
+    validates = False
+
+    def encode(self, sample: Sample) -> tuple[Tensor, Any, Tensor | None]:
+        draw = random.Random(sample.index) if self.validates else random
+        false = None if self.rows is None else other_sample(self.rows, sample, draw).images[0]
+        return *super().encode(sample), false if false is None else picture_to_tensor(false, self.transform)
+
+    def collate(self, encoded: list[tuple[Tensor, Any, Tensor | None]]) -> dict[str, Any]:
+        *_, false = zip(*encoded, strict=True)
+        batch = super().collate([one[:2] for one in encoded])
+        return batch if false[0] is None else batch | {"false_image": stack(false, self.transform)}
+
+
+def other_sample(rows: Sequence[Sample], sample: Sample, draw: Any) -> Sample:
+    """Any of the `rows` out of the same file."""
+    while (other := rows[draw.randrange(len(rows))]).origin != sample.origin:
+        pass
+    return other
 
 
 class LabelEncoding(PairEncoding):

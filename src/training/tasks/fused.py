@@ -96,7 +96,8 @@ class ListEvaluation:
         for report in self.ranks.gather(self.data.report()):
             skipped.merge(report)
         if skipped.skipped and self.ranks.is_main:
-            logging.warning(f"Evaluated without some samples of {self.data.source.rows.name}: {skipped.summary()}.")
+            name = getattr(getattr(self.data.source, "rows", None), "name", "the shards")
+            logging.warning(f"Evaluated without some samples of {name}: {skipped.summary()}.")
         if rows is None:
             raise UserError("Not one sample of the list to evaluate on is readable; check its pictures.")
         return self.metrics(rows, places) | {"num_samples": float(len(rows))}

@@ -26,7 +26,7 @@ from .models import Built, build_model, check_reduces, checkpoint_identity, told
 from .options import parse
 from .options.model import reduction_of
 from .run import Parts, run
-from .tasks.downstream import STARTS, TASKS, DownstreamOptions, Setting
+from .tasks.downstream import STARTS, TASKS, DownstreamOptions, Setting, read_answers
 
 if TYPE_CHECKING:  # transformers is imported only where such a model is used
     from open_clip_elip.fusion.start import Start
@@ -86,7 +86,11 @@ def _build(options: DownstreamOptions, ranks: Ranks) -> Built:
     reduction = {"method": "none"}  # no token is removed without the flag
     if options.vision_guided_reduction:
         reduction = options.token_reduction
-    built = build_model(replace(options, token_reduction=reduction), ranks.device, filled=False, task=options.task)
+    answers = None
+    if (own.family, options.task) == ("meter", "vqa"):
+        answers = len(read_answers(options.answers))
+    options_of = replace(options, token_reduction=reduction)
+    built = build_model(options_of, ranks.device, filled=False, task=options.task, answers=answers)
     if options.vision_guided_reduction:
         check_reduces(built.model, options.model, alone=options.task == "retrieval")
     return built

@@ -91,7 +91,7 @@ def matching_task(
     contrast = any((options.val_rerank, options.zeroshot_data, options.imagenet_val, options.imagenet_v2))
     forbid(options.fsdp, NO_FSDP)
     forbid(options.trains and options.batch_size == 1, lone)
-    forbid(contrast, "A METER model has no space of contrast: leave out --val-rerank, --zeroshot-data and --imagenet-*.")
+    forbid(contrast, "A METER model has no space of contrast: leave out --val-rerank, --zeroshot-data, --imagenet-val.")
     for one in data:
         if one is not None:
             one.encoding.rows, one.encoding.validates = getattr(one.source, "rows", None), one is data[1]

@@ -12,7 +12,8 @@ from .. import weights
 from ..identity import ModelError
 from .base import FusionModel
 
-_PARTS = ("visual.", "text.", "fusion.", "head.", "decoder.", "embeddings.", "lm_head.", "cross_modal")  # of some model or other
+# Of some model or other.
+_PARTS = ("visual.", "text.", "fusion.", "head.", "decoder.", "embeddings.", "lm_head.", "cross_modal")
 Left = list[str]  # names of the model's weights that a start does not have
 
 

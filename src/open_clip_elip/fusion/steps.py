@@ -191,8 +191,8 @@ def meter_logits(
     model: Meter, image: Tensor, text: Tensor, *, masked: Tensor, chosen: Tensor, seen: Tensor,
     tokens: Tokens | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Logits (n, vocabulary) of masked words and (B, 2) of matching, with the tokens of images reduced if the model does
-    so: by the masked captions for the words, and for matching by captions that may be of another image.
+    """Logits (n, vocabulary) of masked words, (B, 2) of matching, with the tokens of images reduced if the model does so:
+    by masked captions for the words, and for matching by captions that may be another image's.
 
     Args:
         image: (M, 3, H, W), first those of the B pairs, then maybe others.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion.albef import Albef
-from ..fusion.bert import Tokens
 from ..fusion.base import FusionModel
+from ..fusion.bert import Tokens
 from ..fusion.blip import Blip
 from ..fusion.meter import Meter
 from ..fusion.momentum import Queue, follow, twin_of

@@ -10,8 +10,8 @@ from ..errors import UserError, reason
 from .samples import Sample
 
 Item = dict[str, Any]
-# From an item to the paths of its pictures and its fields; a string says what is wrong with it.
-ReadItem = Callable[[Item], "tuple[Sequence[str], dict[str, Any]] | str"]
+# From an item to the paths of its pictures and its fields; a string says what is wrong with it, None leaves it out.
+ReadItem = Callable[[Item], "tuple[Sequence[str], dict[str, Any]] | str | None"]
 
 
 class ListRows:
@@ -28,7 +28,7 @@ class ListRows:
     """
 
     def __init__(self, files: Sequence[str], root: str | None, read: ReadItem, flag: str):
-        self.name = "::".join(files)
+        self.name, left_out = "::".join(files), 0
         self.rows: list[tuple[str, tuple[str, ...], dict[str, Any], int]] = []
         for file in files:
             folder = Path(root or Path(file).parent)
@@ -36,9 +36,14 @@ class ListRows:
                 found = read(item) if isinstance(item, dict) else "it is not an object"
                 if isinstance(found, str):
                     raise UserError(f"Item {number} of {file} cannot be used: {found}.")
+                if found is None:
+                    left_out += 1
+                    continue
                 pictures, fields = found
                 self.rows.append((file, tuple(str(folder / picture) for picture in pictures), fields, number))
-        self.contents = f"{len(self.rows):,} samples"
+        if not self.rows:
+            raise UserError(f"Not one of the {left_out:,} samples of {flag} {self.name} is of use: give other data.")
+        self.contents = f"{len(self.rows):,} samples" + f" ({left_out:,} more are left out)" * bool(left_out)
         self.check_pictures(flag)
 
     def check_pictures(self, flag: str) -> None:

@@ -12,8 +12,8 @@ NO_FSDP = "--fsdp is for CLIP models; a fusion model is small enough for one GPU
 @dataclass
 class StartOptions(Section, title="fusion models: where they start", needs="fusion_models"):
     start_image: str | None = option(
-        None, "Weights of the image tower: timm's by name (deit_base_patch16_224), or a file of DeiT's or timm's; for a "
-        "METER model CLIP's by name and tag (ViT-B-32-quickgelu:openai), or a file.",
+        None, "Weights of the image tower: timm's by name (deit_base_patch16_224), or a file of DeiT's or timm's; of a "
+        "METER model CLIP's, by name and tag (ViT-B-32-quickgelu:openai) or a file.",
         metavar="NAME|FILE")
     start_text: str | None = option(
         None, "Weights of the text layers: BERT's or RoBERTa's by name (bert-base-uncased), or a folder of one.",

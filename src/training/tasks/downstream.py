@@ -12,11 +12,12 @@ from torch import Tensor
 from ..data import TrainData, ValData
 from ..data.build import build_list_data
 from ..data.fusion_augment import MAGNITUDE, FusionTransform
-from ..data.lists import ListRows, ReadItem
+from ..data.lists import ListRows, ReadItem, read_list
 from ..data.samples import Encoding
 from ..data.sources import RowSource
 from ..data.transforms import with_decoding
 from ..distributed import Ranks
+from ..errors import UserError
 from ..models import Built
 from ..options import TrainingOptions
 from ..options.data import IMAGE_DECODE
@@ -41,6 +42,10 @@ TASKS = {
     ("blip", "captioning"): "captioning.prepare",
     ("blip", "vqa"): "vqa.prepare",
     ("blip", "nlvr2"): "nlvr2.prepare",
+    ("meter", "retrieval"): "meter_retrieval.prepare",
+    ("meter", "entailment"): "entailment.prepare",
+    ("meter", "vqa"): "meter_vqa.prepare",
+    ("meter", "nlvr2"): "nlvr2.prepare",
 }
 # What a task may start from, beside pre-training and itself.
 STARTS = {"nlvr2": "assignment"}
@@ -112,6 +117,17 @@ class DownstreamOptions(
             forbid(wrong, sentence)
 
 
+def read_answers(file: str | None) -> list[str]:
+    """The answers to choose from, of `--answers`; UserError unless they are texts, each of them once."""
+    if file is None:
+        raise UserError("--answers is missing: give the list to choose from.")
+    answers = read_list(file, "--answers")
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise UserError(f"Answer {number} of {file} is {answer!r}, not a text: correct the list.")
+    return answers
+
+
 class Prepared(NamedTuple):
     """A task, its training data (None: it is evaluated), and what is left to do at the end (see `run.Parts`)."""
 
@@ -152,8 +168,9 @@ class Setting:
 
     def transform(self, train: bool, scale: tuple[float, float] = (0.5, 1.0)) -> Callable:
         """Pictures to tensors; see `FusionTransform`, which is that of training."""
-        if train:
-            return FusionTransform(self.built.identity.preprocess, scale, MAGNITUDE[self.built.identity.family])
+        family = self.built.identity.family
+        if train and family in MAGNITUDE:
+            return FusionTransform(self.built.identity.preprocess, scale, MAGNITUDE[family])
         return with_decoding(self.built.transform, self.options.image_decode)
 
     def twin(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def prepare(
     task = SentenceTask(
         setting.built.model, reduce=setting.options.vision_guided_reduction, ramp=ramp, **setting.twin()
     )
-    text = setting.words(clean or setting.rules.caption)
+    text = setting.words(clean or setting.rules.caption, setting.rules.longest_sentence)
     train, test = (FusedEncoding(setting.transform(train), text, "text", ("label",)) for train in (True, False))
     train = train if change is None else change(train)
     evaluations = {

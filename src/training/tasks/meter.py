@@ -43,10 +43,8 @@ class MeterPretraining(DistilledTask):
         """Masks words, and deals out images: half of the texts, rounded down, get their own. Where the data draw no
         others, those of the batch serve."""
         batch, text = dict(batch), batch["text"]
-        count, false = len(text), batch.pop("false_image", None)
-        found = self.masked(text, torch.rand(3, *text.shape))
-        matches = (torch.arange(count) < count // 2).long()[torch.randperm(count)]
-        return batch | found | deal(batch["image"], false, matches)
+        false, found = batch.pop("false_image", None), self.masked(text, torch.rand(3, *text.shape))
+        return batch | found | deal(batch["image"], false, draw_matches(len(text)))
 
     def masked(self, text: Tensor, draws: Tensor) -> Batch:
         """Text and masked text as `steps.meter_losses` takes them, of (B, L) token ids as the tokenizer pads them;
@@ -100,10 +98,15 @@ class MeterPretraining(DistilledTask):
 
 
 def accuracies(rows: Tensor, places: Tensor) -> dict[str, float]:
-    """Over masked tokens and over pairs, of rows (n, 3): masked tokens that are right, all of them, right pair or not."""
+    """Over masked tokens and over pairs, of rows (n, 3): masked tokens that are right, all of them; a right pair?"""
     right, count, judged = rows.sum(dim=0).tolist()
     found = {"mlm_accuracy": right / max(1.0, count), "itm_accuracy": judged / len(rows)}
     return found | {"mlm_itm_accuracy": sum(found.values())}
+
+
+def draw_matches(count: int) -> Tensor:
+    """(count,) 1 for half of the texts, rounded down, which are to see their own images, 0 for the others."""
+    return (torch.arange(count) < count // 2).long()[torch.randperm(count)]
 
 
 def deal(image: Images, false: Images | None, matches: Tensor) -> Batch:

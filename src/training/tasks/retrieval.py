@@ -35,7 +35,7 @@ def prepare(setting: Setting) -> Prepared:
     options, ranks, model = setting.options, setting.ranks, setting.built.model
     check_step(options, ranks.world_size)
     model.tower.vision_guided = options.vision_guided_reduction
-    evaluations = {name: _evaluation(setting, name, file) for name, file in setting.lists().items()}
+    evaluations = {name: evaluation_of(setting, name, file) for name, file in setting.lists().items()}
     task = AlignmentTask(
         model, queue_size=options.queue_size, gather=ranks.gather_tensor,
         everywhere=_everywhere(setting), suite=setting.suite(evaluations, "reranked_r_mean"), **setting.twin(),
@@ -68,7 +68,8 @@ def captions_of(setting: Setting, name: str, file: str) -> CaptionedImages:
         raise UserError(f"--{name}-data: {error}".replace("--images", "--image-root")) from error
 
 
-def _evaluation(setting: Setting, name: str, file: str) -> Callable[[nn.Module], dict[str, float]]:
+def evaluation_of(setting: Setting, name: str, file: str) -> Callable[[nn.Module], dict[str, float]]:
+    """See `evaluate_captions`."""
     options, data = setting.options, captions_of(setting, name, file)
     settings = EncodeSettings(options.batch_size, options.workers, options.precision, description=name)
 

@@ -18,14 +18,14 @@ from open_clip_elip.fusion.blip import BlipAnswerer
 from open_clip_elip.fusion.generate import beam_search
 from open_clip_elip.fusion.steps import SMOOTHING
 
-from ..data.lists import Item, read_list, text_of
+from ..data.lists import Item, ReadItem, text_of
 from ..errors import UserError, reason
 from ..evaluation.results import check_folder
 from ..evaluation.vqa_accuracy import vqa_accuracy
 from ..files import written_whole
 from .base import Batch, Progress
-from .downstream import Prepared, Setting
-from .fused import FusedEncoding, ListEvaluation, trimmed
+from .downstream import Prepared, Setting, read_answers
+from .fused import FusedEncoding, ListEvaluation, ListSuite, trimmed
 from .momentum import DistilledTask
 
 GENOME_WEIGHT = {"albef": 0.5, "blip": 0.2}  # of an answer of Visual Genome, which has one a question
@@ -185,10 +185,15 @@ class Ranking:
         known = [(said, self.people[place]) for place, said in self.said.items() if self.people[place]]
         if not known:
             return {}
-        answers, found = set(self.answers), sum(vqa_accuracy(said, people) for said, people in known)
+        answers, found = set(self.answers), sum(self.right(said, people) for said, people in known)
         answerable = sum(not answers.isdisjoint(people) for _, people in known)
         more = {"answerable": answerable / len(known)} if answers else {}
         return {"accuracy": found / len(known), **more}
+
+    @staticmethod
+    def right(said: str, people: Sequence[str]) -> float:
+        """How right an answer is, from 0 to 1."""
+        return vqa_accuracy(said, people)
 
     def write(self, path: Path, question_ids: Sequence[Any]) -> None:
         """What VQA's server takes: [{"question_id", "answer"}], each question once."""
@@ -224,15 +229,6 @@ def ended(answer: str) -> str:
     return f"{answer}[SEP]"
 
 
-def read_answers(file: str) -> list[str]:
-    """UserError unless they are texts."""
-    answers = read_list(file, "--answers")
-    for number, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer.strip():
-            raise UserError(f"Answer {number} of {file} is {answer!r}, not a text: correct the list.")
-    return answers
-
-
 def prepare(setting: Setting) -> Prepared:
     options, reduce = setting.options, setting.options.vision_guided_reduction
     rules, family, tokenizer = setting.rules, setting.built.identity.family, setting.built.tokenizer
@@ -246,25 +242,36 @@ def prepare(setting: Setting) -> Prepared:
     words = setting.words(partial(rules.question, words=50), rules.longest_question)
     test = FusedEncoding(setting.transform(False), words, "text")
     answers = read_answers(options.answers) if setting.lists() and not options.generate else []
-    evaluations, finish = {}, None
-    for name in setting.lists():
-        rows = setting.rows(name, read_item)
-        fields = [sample.fields for sample in map(rows.__getitem__, range(len(rows)))]
+
+    def ranking_of(fields: Sequence[Mapping[str, Any]]) -> Ranking:
         people = [one["people"] for one in fields]
         if options.generate:
-            ranking = Writing(tokenizer.pieces, people, reduce)
-        else:
-            twice, tokens = not (options.count_first_once or blip), trimmed(answer_tokens(answers), 0)
-            ranking = Ranking(answers, tokens, people, options.vqa_best, twice, reduce, smoothing)
-        evaluations[name] = setting.evaluation(rows, test, ranking.rows, ranking.metrics)
+            return Writing(tokenizer.pieces, people, reduce)
+        twice, tokens = not (options.count_first_once or blip), trimmed(answer_tokens(answers), 0)
+        return Ranking(answers, tokens, people, options.vqa_best, twice, reduce, smoothing)
+
+    task.suite, finish = evaluated(setting, read_item, test, ranking_of)
+    read = partial(read_item, train=True, genome=GENOME_WEIGHT[family])
+    return Prepared(task, setting.train_data(read, train), finish)
+
+
+def evaluated(
+    setting: Setting, read: ReadItem, encoding: FusedEncoding, ranking_of: Callable[..., Ranking]
+) -> tuple[ListSuite, Callable | None]:
+    """The evaluations on lists, and what writes the answers at the end (None: nothing); `ranking_of` the fields of a
+    list's samples."""
+    options, evaluations, finish = setting.options, {}, None
+    for name in setting.lists():
+        rows = setting.rows(name, read)
+        fields = [sample.fields for sample in map(rows.__getitem__, range(len(rows)))]
+        ranking = ranking_of(fields)
+        evaluations[name] = setting.evaluation(rows, encoding, ranking.rows, ranking.metrics)
         if options.submission is not None:  # the last list's
             check_folder(Path(options.submission).parent, "--submission")
             if None in (ids := [one["question_id"] for one in fields]):
                 raise UserError(f'Item {ids.index(None)} of {rows.name} has no "question_id" for --submission to name.')
             finish = partial(submit, setting, evaluations[name], ranking, ids)
-    task.suite = setting.suite(evaluations, "accuracy")
-    read = partial(read_item, train=True, genome=GENOME_WEIGHT[family])
-    return Prepared(task, setting.train_data(read, train), finish)
+    return setting.suite(evaluations, "accuracy"), finish
 
 
 def submit(

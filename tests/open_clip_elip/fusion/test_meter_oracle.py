@@ -7,7 +7,7 @@ import torch
 from open_clip_elip.fusion.meter import Meter, MeterClassifier, MeterRetriever
 from open_clip_elip.fusion.released import METER, read_released
 from open_clip_elip.fusion.steps import meter_losses, ranking_losses
-from training.tasks.meter import soft_loss, soft_targets
+from training.tasks.meter_vqa import soft_loss, soft_targets
 
 from .oracle import NO_DROPOUT, Recipe, close, oracle, resized, tensors
 
@@ -118,7 +118,8 @@ def test_a_step_of_a_classifier(recipe, kind, head, args):
     logits = model(image, torch.tensor(inputs["text_ids"]), reduce=kind == "elip")
     close(logits, expected["logits"])
     if head == "vqa":
-        answers = [dict(zip(*pair, strict=True)) for pair in zip(inputs["vqa_labels"], inputs["vqa_scores"], strict=True)]
+        pairs = zip(inputs["vqa_labels"], inputs["vqa_scores"], strict=True)
+        answers = [dict(zip(*pair, strict=True)) for pair in pairs]
         targets = soft_targets(answers, {number: number for number in range(args[0])})
         loss = soft_loss(logits, targets)
         close(targets.gather(1, logits.argmax(dim=1, keepdim=True)).mean(), expected["score"])

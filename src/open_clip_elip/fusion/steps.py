@@ -191,7 +191,7 @@ def meter_logits(
     model: Meter, image: Tensor, text: Tensor, *, masked: Tensor, chosen: Tensor, seen: Tensor,
     tokens: Tokens | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Logits (n, vocabulary) of masked words, (B, 2) of matching, with the tokens of images reduced if the model does so:
+    """Logits (n, vocabulary) of masked words, (B, 2) of matching. If the model reduces the tokens of images, it does so
     by masked captions for the words, and for matching by captions that may be another image's.
 
     Args:

@@ -41,11 +41,12 @@ def meter(data, logs, model, *more, name="run"):
     return argv
 
 
-def test_a_run_that_is_interrupted_within_an_epoch_of_accumulation_is_the_uninterrupted_one(lists, model, tmp_path):
+def test_a_run_interrupted_within_an_epoch_of_accumulation_is_the_uninterrupted_one(lists, model, tmp_path, capsys):
     data = f"{lists / 'a.json'}::{lists / 'b.json'}"
     flags = ["--batch-size", "4", "--accum-freq", "2", "--val-data", str(lists / "val.json"), "--precision", "amp_bf16"]
     flags += ["--grad-checkpointing", "--ema-decay", "0.9"]
-    assert main(meter(data, tmp_path, model, *flags, name="straight")) == 0
+    assert main(meter(data, tmp_path, model, *flags, "--queue-size", "24", name="straight")) == 0
+    assert "--queue-size: no effect without momentum twin." in capsys.readouterr().err
     for stop in (2, 5):
         with interrupted(stop):
             assert main(meter(data, tmp_path, model, *flags, "--resume", "latest", name="cut")) == EXIT_INTERRUPTED

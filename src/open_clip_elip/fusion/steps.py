@@ -234,9 +234,10 @@ def ranking_losses(
 def stream_of(model: Meter, image: Tensor, states: Tensor, which: Tensor, *, reduce: bool) -> Tensor:
     """(P, N, H) what the streams begin with, of texts' `states` (P, L, D), each with the image `which` (P,)."""
     if not model.tower.shortcuts:  # as the release: an image is read for each text anew
-        image, which = image[which], None
-    guidance = states[:, 0].contiguous() if reduce else None
-    return model.image_stream(model.image_states(image, guidance, reduce=reduce, which=which))
+        image, which = image[which], torch.arange(len(which), device=which.device)
+    if not reduce:
+        return model.image_stream(model.image_states(image, reduce=False))[which]
+    return model.image_stream(model.image_states(image, states[:, 0].contiguous(), reduce=True, which=which))
 
 
 def written(logits: Tensor, text: Tensor, chosen: Tensor) -> Tensor:

@@ -21,20 +21,20 @@ class StartOptions(Section, title="fusion models: where they start", needs="fusi
 
 
 @dataclass
-class MaskingOptions(Section, title="fusion models: masked words", needs="fusion_models trains"):
+class MaskingOptions(Section, title="fusion models: masked words", needs="meter_models trains"):
     whole_words: bool = option(
         True, "A METER model masks whole words within a budget, as in its release; off: each token by itself.")
 
 
 @dataclass
-class TwinOptions(Section, title="fusion models: momentum twin", needs="fusion_models trains"):
+class TwinOptions(Section, title="fusion models: momentum twin", needs="fusion_models momentum_twin trains"):
     twin_momentum: float = option(0.995, "How much of itself the twin keeps in a step.", FRACTION)
     twin_weight: float = option(0.4, "Weight of the twin's answers in the targets.", FRACTION)
     twin_dropout: bool = option(True, "The twin's dropout is on, as in the released programs.")
 
 
 @dataclass
-class QueueOptions(Section, title="fusion models: contrast", needs="fusion_models trains"):
+class QueueOptions(Section, title="fusion models: contrast", needs="fusion_models momentum_twin trains"):
     queue_size: int = option(65536, "Features of the twin that contrast remembers.", POSITIVE_COUNT)
 
 

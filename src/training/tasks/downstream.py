@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from open_clip_elip.identity import family_of
+
 from ..data import TrainData, ValData
 from ..data.build import build_list_data
 from ..data.fusion_augment import MAGNITUDE, FusionTransform
@@ -95,6 +97,10 @@ class DownstreamOptions(
     @property
     def trains(self) -> bool:
         return not self.evaluate
+
+    @property
+    def momentum_twin(self) -> bool:
+        return self.model is None or family_of(self.model) != "meter"
 
     def check(self) -> None:
         lists, loads = bool(self.val_data or self.test_data), self.resume is not None and self.evaluate

@@ -86,6 +86,15 @@ class PretrainingOptions(
         """Whether the model is one."""
         return family_of(self.model) != "clip"
 
+    @property
+    def meter_models(self) -> bool:
+        return family_of(self.model) == "meter"
+
+    @property
+    def momentum_twin(self) -> bool:
+        """Whether the model learns from one, and from queues of its features."""
+        return not self.meter_models
+
     def check(self) -> None:
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
         data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"

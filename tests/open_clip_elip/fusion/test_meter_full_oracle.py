@@ -135,15 +135,16 @@ def test_classifiers(start, head):
         if head == "vqa":
             loss = soft_loss(logits, expected["targets"])
         else:
-            loss = F.cross_entropy(logits, inputs.get("labels", inputs.get("answers")).long())
+            loss = F.cross_entropy(logits, torch.as_tensor(inputs.get("labels", inputs.get("answers"))).long())
         check(loss, expected["loss"], variant, loose)
 
 
 @BOTH
 def test_retrieval_training(start, encoder):
     found = load(f"irtr_{encoder}")
-    inputs, matches = found["inputs"], found["inputs"]["itm_labels"]
+    inputs = found["inputs"]
     for variant, expected in found["variants"].items():
+        matches = expected["itm"]["labels"].long()
         reduction = reduction_of(expected["config"])
         model = built(start[encoder], MeterRetriever, reduction=reduction)
         false = inputs["false_text_ids"].masked_fill(inputs["false_text_masks"] == 0, model.pad)

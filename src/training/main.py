@@ -94,7 +94,9 @@ def matching_task(
     forbid(contrast, "A METER model has no space of contrast: leave out --val-rerank, --zeroshot-data, --imagenet-val.")
     for one in data:
         if one is not None:
-            one.encoding.rows, one.encoding.validates = getattr(one.source, "rows", None), one is data[1]
+            encoding = one.encoding
+            encoding.rows, encoding.validates = getattr(one.source, "rows", None), one is data[1]
+            encoding.own = options.own_images or encoding.validates
     task = MeterPretraining(model, tokenizer, whole_words=options.whole_words)
     if data[1] is not None:
         task.suite = task.suite_on(data[1], options.val_frequency if options.trains else 1, ranks, options.precision)

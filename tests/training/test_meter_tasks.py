@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from open_clip_elip import weights
 from open_clip_elip.fusion.released import METER as NAMES
@@ -155,7 +156,7 @@ def test_an_unknown_class_in_a_file_of_lightning_is_never_called(tmp_path):
         weights.read(tmp_path / "plain.pt")
 
 
-def test_a_clip_without_its_last_layer_and_bert_begin_a_model(tmp_path):
+def test_a_clip_without_its_last_layer_begins_an_image_tower(tmp_path):
     vision = METER["vision_cfg"] | {"layers": 7, "image_size": 48}
     text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 1, "layers": 1}
     clip = open_clip.CLIP(16, vision, text, quick_gelu=True)
@@ -168,14 +169,20 @@ def test_a_clip_without_its_last_layer_and_bert_begin_a_model(tmp_path):
     old = clip.visual.positional_embedding[1:].view(1, 6, 6, 32).permute(0, 3, 1, 2)
     expected = F.interpolate(old, (4, 4), mode="bicubic", align_corners=False).flatten(2)[0].t()
     torch.testing.assert_close(model.visual.positional_embedding[1:], expected, rtol=0, atol=1e-6)
-    from transformers import BertConfig, BertForMaskedLM
-
-    BertForMaskedLM(BertConfig(**METER["text_cfg"]["bert"])).save_pretrained(tmp_path / "bert")
-    assert start_text(model, str(tmp_path / "bert")) == ["mlm_head." + one for one in (
-        "0.dense.weight", "0.dense.bias", "0.LayerNorm.weight", "0.LayerNorm.bias", "1.weight", "1.bias")]  # fmt: skip
     torch.save({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "deit.pt")
     with pytest.raises(ModelError, match="has no image tower of CLIP's"):
         start_image(model, str(tmp_path / "deit.pt"))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_bert_or_roberta_begins_a_text_encoder(kind, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**METER["text_cfg"]["bert"])
+    text = getattr(transformers, f"{kind}ForMaskedLM")(config)
+    text.save_pretrained(tmp_path / "text")
+    model = meter(model_type=kind.lower())
+    assert {name.partition(".")[0] for name in start_text(model, str(tmp_path / "text"))} == {"mlm_head"}
+    theirs = text.base_model.encoder.layer[1].output.dense.weight
+    assert torch.equal(model.text.encoder.layer[1].output.dense.weight, theirs)
 
 
 REFUSED = {

@@ -21,9 +21,18 @@ class StartOptions(Section, title="fusion models: where they start", needs="fusi
 
 
 @dataclass
-class MaskingOptions(Section, title="fusion models: masked words", needs="meter_models trains"):
+class DrawingOptions(Section, title="fusion models: what is drawn", needs="meter_models trains"):
     whole_words: bool = option(
         True, "A METER model masks whole words within a budget, as in its release; off: each token by itself.")
+    own_images: bool = option(
+        True, "The false image of a caption may by chance be its own, as in METER's release; off: never.")
+
+
+@dataclass
+class DecayOptions(Section, title="fusion models: weight decay", needs="meter_models trains"):
+    decay_norms: bool = option(
+        True, "As in METER's release, weight decay spares biases and the norms of BERT's layers, but not those of the "
+        "image tower; off: all that is one-dimensional.")
 
 
 @dataclass

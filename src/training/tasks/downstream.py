@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..models import Built
 from ..options import TrainingOptions
 from ..options.data import IMAGE_DECODE
-from ..options.fusion import NO_FSDP, ListOptions, QueueOptions, TwinOptions
+from ..options.fusion import NO_FSDP, DecayOptions, ListOptions, QueueOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
 from ..options.parser import Section, forbid, option
@@ -65,7 +65,7 @@ class TaskOptions(Section, title="task"):
     image_decode: str = option("fast", "How images are decoded, one of the ways of training.main.", IMAGE_DECODE)
     vision_guided_reduction: bool = option(
         False, "Reduce the image tokens here too, in training and evaluation: guided by the sentence or question; in "
-        "retrieval, where an image is encoded without its captions, by the image alone.")
+        "retrieval, where ALBEF and BLIP encode an image without its captions, by the image alone.")
     shortlist: int = option(
         128, "How many candidates by cosine are ranked again by the fusion layers.", POSITIVE_COUNT,
         needs="task=retrieval")
@@ -88,8 +88,8 @@ class TaskOptions(Section, title="task"):
 
 @dataclass
 class DownstreamOptions(
-    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions, ImageOptions,
-    TrainingOptions,
+    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions, DecayOptions,
+    ImageOptions, TrainingOptions,
     command="training.downstream",
 ):  # fmt: skip
     model: str | None = None
@@ -99,8 +99,12 @@ class DownstreamOptions(
         return not self.evaluate
 
     @property
+    def meter_models(self) -> bool:
+        return self.model is not None and family_of(self.model) == "meter"
+
+    @property
     def momentum_twin(self) -> bool:
-        return self.model is None or family_of(self.model) != "meter"
+        return not self.meter_models
 
     def check(self) -> None:
         lists, loads = bool(self.val_data or self.test_data), self.resume is not None and self.evaluate

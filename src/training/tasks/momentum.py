@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip_elip.fusion.base import FusionModel
 from open_clip_elip.fusion.momentum import follow, twin_of
 
 from ..errors import UserError
@@ -77,7 +78,10 @@ class DistilledTask(Task):
         for name, p in model.named_parameters():
             if p.requires_grad:
                 rate = next((rate for start, rate in self.model.rates.items() if name.startswith(start)), 1.0)
-                groups.setdefault((self.model.decays(name, p), rate), []).append(p)
+                decayed = self.model.decays(name, p)
+                if not getattr(options, "decay_norms", True):
+                    decayed &= FusionModel.decays(self.model, name, p)
+                groups.setdefault((decayed, rate), []).append(p)
         return [
             {"params": params, "weight_decay": options.wd if decayed else 0.0, "lr_scale": rate}
             for (decayed, rate), params in sorted(groups.items(), key=lambda group: group[0])

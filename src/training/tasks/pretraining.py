@@ -9,7 +9,7 @@ from open_clip_elip.identity import family_of
 
 from ..options import TrainingOptions
 from ..options.data import PairOptions
-from ..options.fusion import MaskingOptions, QueueOptions, StartOptions, TwinOptions
+from ..options.fusion import DecayOptions, DrawingOptions, QueueOptions, StartOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
 from ..options.parser import Section, forbid, option
@@ -74,7 +74,7 @@ class ValidationOptions(Section, title="evaluation"):
 @dataclass
 class PretrainingOptions(
     PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, ImageOptions,
-    ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, MaskingOptions, TrainingOptions,
+    ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, DecayOptions, TrainingOptions,
     command="training.main",
 ):  # fmt: skip
     @property

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from open_clip_elip.fusion.objectives import choose_words
 from open_clip_elip.identity import Identity, create
 from training.data.pixels import Images
+from training.data.samples import MatchingEncoding, Sample
 from training.optim import create_optimizer, create_schedule
 from training.tasks.base import Engine
 from training.tasks.meter import FIELDS, MeterPretraining, deal
@@ -68,6 +70,16 @@ def test_half_of_the_texts_get_their_own_image(words):
     image, false = (Images(torch.full((3, 1), value)) for value in (1.0, 2.0))
     found = deal(image, false, torch.tensor([0, 1, 0]))
     assert found["seen"].tolist() == [3, 1, 4] and found["image"].pixels.flatten().tolist() == [1, 1, 1, 2, 2]
+
+
+def test_a_drawn_image_is_of_the_same_file_and_maybe_another():
+    rows = [Sample(f"{n // 2}.png", (f"{n // 2}.png",), {"caption": "a"}, "x" if n < 6 else "y", n) for n in range(9)]
+    encoding = MatchingEncoding(None, None)
+    encoding.rows = rows
+    drawn = [encoding.drawn(rows[0], random) for _ in range(60)]
+    assert {one.key for one in drawn} == {"0.png", "1.png", "2.png"}
+    encoding.own = False
+    assert {encoding.drawn(rows[0], random).key for _ in range(40)} == {"1.png", "2.png"}
 
 
 def test_a_batch_without_a_masked_word_learns_matching_alone(words):
@@ -138,6 +150,10 @@ def test_rates_and_decay_are_those_of_the_release(task):
         assert decay == (0 if "bias" in name or "LayerNorm.weight" in name else 0.01), name
     decayed = {"visual.ln_pre.weight", "visual.class_embedding", "token_type_embeddings.weight"}
     assert all(found[name] == (1, 0.01) for name in decayed)
+    spared = DistilledTask(model, alpha=0).parameters(model, run_options(wd=0.01, decay_norms=False))
+    one_dimensional = {names[id(p)] for group in spared for p in group["params"] if not group["weight_decay"]}
+    wanted = {n for n, p in model.named_parameters() if p.ndim < 2 and p.requires_grad} - {"visual.class_embedding"}
+    assert one_dimensional == wanted
 
 
 def test_the_rate_rises_from_0_and_falls_to_0():

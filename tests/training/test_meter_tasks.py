@@ -54,7 +54,7 @@ def answered(data):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_run_and_its_evaluation_by_its_file_alone(task, start, data, answered, tmp_path):
+def test_a_run_and_its_evaluation_by_its_file_alone(task, start, data, answered, tmp_path, capsys):
     reduced = ["--vision-guided-reduction"] if task in ("retrieval", "nlvr2") else []
     submitted = ["--submission", str(tmp_path / "said.json")] if task == "vqa" else []
     assert run(task, data, tmp_path, start, *reduced, *submitted) == 0
@@ -73,6 +73,10 @@ def test_a_run_and_its_evaluation_by_its_file_alone(task, start, data, answered,
         flags += ["--resume", str(file), *settings(tmp_path, "again"), "--batch-size", "3"]
         assert main(["--evaluate", *flags]) == 0
     assert all(figures(one) == pytest.approx(figures(last), rel=1e-4) for one in seen) and seen
+    if task == "vqa":
+        (tmp_path / "other.json").write_text(json.dumps(json.loads((data / "answers.json").read_text())[::-1]))
+        other = [str(tmp_path / "other.json") if word.endswith("answers.json") else word for word in flags]
+        assert main(["--evaluate", *other]) == 2 and "on other answers, or in another" in capsys.readouterr().err
     if task == "retrieval":
         argv = ["--pretrained", str(file), "--data", str(data / "retrieval_val.json"), "--images", str(data / "images")]
         argv += ["--device", "cpu", "--precision", "fp32", "--workers", "0", "--results", str(tmp_path / "results")]

@@ -26,7 +26,7 @@ def meter(reduction: dict | None = None, task: str | None = None, **text) -> tor
     parts = {name: cfg[name] | NO_DROPOUT for name in ("bert", "fusion")}
     config = METER | {"text_cfg": cfg | parts | text, "token_reduction": reduction}
     if task is not None:
-        config |= {"task": task, "answers": 5}
+        config |= {"task": task, "answers": ["yes", "no", *"abc"]}
     return create(Identity("meter", "x", config, {"size": (32, 32)})).train()
 
 

@@ -45,7 +45,7 @@ def build_labelled_data(
 def build_list_data(
     options: Any, read: ReadItem, encoding: Encoding, *, rank: int, world_size: int
 ) -> TrainData:
-    """Training data of the JSON lists `train_data`, a list of files. Raises: UserError."""
+    """Training data of the lists `train_data`, JSON or Arrow files. Raises: UserError."""
     rows = ListRows(options.train_data, options.image_root, read, "--train-data")
     return _train_rows("json", rows, {"rows": len(rows)}, options, encoding, rank, world_size)
 
@@ -76,11 +76,11 @@ def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
         return dataset_type
     if os.path.isdir(path.rpartition("::")[2]):
         return "webdataset"
-    kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset", "json": "json"}
+    kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset", "json": "json", "arrow": "json"}
     kind = kinds.get(path.strip(": ").rpartition(".")[2].lower())
     if kind is None:
         remedy = f"name shards with braces, such as shards/{BRACES}, or say what it is with --dataset-type"
-        raise UserError(f"{flag} {path!r} does not end in .tar, .csv, .tsv or .json: {remedy}.")
+        raise UserError(f"{flag} {path!r} does not end in .tar, .csv, .tsv, .json or .arrow: {remedy}.")
     return kind
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
 from ..options.config_file import SOURCE_SEPARATOR
 from .batches import TrainData, ValData, some
+from .false_pairs import FalsePairs
 from .lists import ListRows, ReadItem, read_pair
 from .samples import DataReport, Encoding
 from .sets.labelled import LabelledImages
@@ -90,6 +92,8 @@ def _pairs(options: Any) -> Pairs:
 
 
 def _train_shards(options: Any, encoding: Encoding, rank: int, world_size: int, read: Read) -> TrainData:
+    if isinstance(encoding, FalsePairs) and (encoding.texts or options.batch_size == 1):
+        raise UserError("Shards have no false captions, and no false image for a batch of one pair: give lists.")
     sets = expand_shards(options.train_data, "--train-data")
     if options.train_data_upsampling_factors is not None:
         factors = map(float, options.train_data_upsampling_factors.split("::"))
@@ -170,6 +174,8 @@ def _train_rows(
         f"{rows.name}: {rows.contents}",
         f"{left_out:,} of them, others in each epoch, are left out by rounding down",
     ]
+    if isinstance(encoding, FalsePairs):
+        encoding = replace(encoding, rows=rows)
     identity = {"dataset_type": kind, "sources": [rows.name], **identity}
     source = RowSource(rows, options.seed, options.batch_size)
     return TrainData(source, encoding, options, rank, world_size, num_batches, identity, lines)

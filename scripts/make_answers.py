@@ -3,9 +3,8 @@
     python scripts/make_answers.py --out answers.json v2_mscoco_train2014_annotations.json \\
         v2_mscoco_val2014_annotations.json
 
-In the list are the normalised most frequent answers to a question (`multiple_choice_answer`) that all the files together
-have nine times or more, in order of appearance: 3,129 of train and val. Of a question, an answer that people gave as it is
-in the list is a label (docs/data.md).
+In the list are the most frequent answers to each question (`multiple_choice_answer`), normalised, if the files together
+have them nine times or more, in order of appearance: 3,129 of train and val. docs/data.md says what is made of them.
 """
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ArrowFile:
         return self.table[column][row].as_py()
 
     def rows(self, *names: str) -> Iterator[list[list[Any]]]:
-        """What each row has in these columns, of lists that are equally long; instead of [] the others may have [[], ...].
+        """Of each row, what it has in these columns: lists that are equally long. All but the first may be empty.
 
         Raises: UserError for another form, and where a column is missing.
         """

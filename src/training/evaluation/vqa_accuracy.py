@@ -1,4 +1,4 @@
-"""Accuracy in visual question answering (Antol et al., "VQA", ICCV 2015), as its server computes it; answers to learn."""
+"""Visual question answering (Antol et al., "VQA", ICCV 2015): accuracy as its server computes it, answers to learn."""
 from __future__ import annotations
 
 import re
@@ -39,7 +39,7 @@ def vqa_accuracy(answer: str, people: Sequence[str] | Mapping[str, float]) -> fl
 
 
 def soft_scores(people: Iterable[str]) -> dict[str, float]:
-    """Answer -> its accuracy among ten people: given by one .3, two .6, three .9, four or more 1 (Anderson et al. 2018)."""
+    """Answer -> its accuracy among ten people: given by one .3, two .6, three .9, four or more 1."""
     return {answer: min(3 * count, 10) / 10 for answer, count in Counter(people).items()}
 
 
@@ -64,4 +64,4 @@ def _punctuation(answer: str) -> str:
     for mark in _MARKS:
         beside_space = f"{mark} " in answer or f" {mark}" in answer
         found = found.replace(mark, "" if beside_space or comma_in_number else " ")
-    return re.sub(r"(?<!\d)\.(?!\d)", "", found)
+    return re.sub(r"\.(?!\d)", "", found)

@@ -55,7 +55,8 @@ def folder(tmp_path_factory):
     sentences = [[["premise", "no"], ["premise", "maybe"]], [["premise", "yes"]]]
     write_arrow(folder / "sentences.arrow", image=PICTURES[:2], sentences=sentences, labels=[[0, 1], [2]])
     told = ((0, "no", "contradiction"), (0, "maybe", "neutral"), (1, "yes", "entailment"))
-    write_json(folder / "sentences.json", [{"image": str(n), "sentence": text, "label": label} for n, text, label in told])
+    items = [{"image": str(n), "sentence": text, "label": label} for n, text, label in told]
+    write_json(folder / "sentences.json", items)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Pictures and captions that do not belong to a pair: from which samples they are, and that a resume draws them again."""
+"""Pictures and captions that do not belong to a pair: which they are, and that a resume draws the same."""
 from collections import Counter
 
 import numpy
@@ -84,8 +84,8 @@ def test_a_resume_draws_the_same(kind, workers, folder):
     if kind == "list.arrow":
         write_captions(folder / kind, [[f"caption {n}"] for n in range(COUNT)])
     texts = 0 if kind.endswith("tar") else 2
-    whole = list(data(folder / kind, texts=texts, workers=workers).epoch(1))
-    begun, resumed = data(folder / kind, texts=texts, workers=workers), data(folder / kind, texts=texts, workers=workers)
+    uninterrupted, begun, resumed = (data(folder / kind, texts=texts, workers=workers) for _ in range(3))
+    whole = list(uninterrupted.epoch(1))
     batches = begun.epoch(1)
     next(batches)
     resumed.load_state_dict(begun.state_dict())
@@ -106,5 +106,5 @@ def test_ranks_draw_differently(folder):
 
 def test_what_shards_do_not_have_is_refused(folder):
     for flags in ({"texts": 2}, {"batch_size": 1}):
-        with pytest.raises(UserError, match="Shards have no false captions, and no false image for a batch of one pair"):
+        with pytest.raises(UserError, match="Shards have no false captions, and no false image for a batch of one"):
             data(f"{folder}/{{00000..00001}}.tar", **flags)

@@ -39,4 +39,4 @@ class ListOptions(Section, title="data: lists"):
         None, "List to evaluate on after each epoch; it chooses the best checkpoint.", metavar="FILE", path=True)
     test_data: str | None = option(None, "List to evaluate on after each epoch too.", metavar="FILE", path=True)
     image_root: str | None = option(
-        None, "Folder that the paths in JSON lists count from. Without it: that of each list.", metavar="DIR", path=True)
+        None, "Folder that paths in JSON lists count from. Without it: that of each list.", metavar="DIR", path=True)

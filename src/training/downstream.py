@@ -61,7 +61,7 @@ def _of_checkpoint(options: DownstreamOptions, words: list[str]) -> DownstreamOp
     given = {name: config[name] for name in _OF_MODEL if name in config}
     options = parse(DownstreamOptions, words, given=given | {"token_reduction": reduction_of(config)})
     if answers is not None:
-        _check_answers(answers, read_answers(options.answers), resume)
+        _check_answers(answers, read_answers(options.answers, blank=True), resume)
     return replace(options, resume=resume)
 
 
@@ -96,7 +96,7 @@ def _build(options: DownstreamOptions, ranks: Ranks) -> Built:
         reduction = options.token_reduction
     answers = None
     if (own.family, options.task) == ("meter", "vqa"):
-        answers = read_answers(options.answers)
+        answers = read_answers(options.answers, blank=True)
     options_of = replace(options, token_reduction=reduction)
     built = build_model(options_of, ranks.device, filled=False, task=options.task, answers=answers)
     if options.vision_guided_reduction:

@@ -17,8 +17,9 @@ from torch import nn
 from open_clip_elip import identity as identities
 
 from .command import run_command
-from .data import TrainData, ValData, build_train_data, build_val_data
-from .data.samples import MatchingEncoding, PairEncoding
+from .data import ValData, build_train_data, build_val_data
+from .data.false_pairs import FalsePairs
+from .data.samples import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
 from .errors import UserError, reason
@@ -51,11 +52,14 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        pairs = MatchingEncoding if identity.family == "meter" else PairEncoding
-        train_data = build_train_data(options, pairs(train_transform, tokenizer), **place)
-        val_data = build_val_data(options, pairs(transform, tokenizer), **place)
+        pairs, val_pairs = (PairEncoding(one, tokenizer) for one in (train_transform, transform))
         if identity.family == "meter":
-            task = matching_task(options, ranks, model, tokenizer, train_data, val_data)
+            pairs = FalsePairs(pairs, same_file=True, own=options.own_images)
+            val_pairs = FalsePairs(val_pairs, same_file=True, validates=True)
+        train_data = build_train_data(options, pairs, **place)
+        val_data = build_val_data(options, val_pairs, **place)
+        if identity.family == "meter":
+            task = matching_task(options, ranks, model, tokenizer, val_data)
             return Parts(identity, model, task, train_data)
         suite = Suite(options, ranks, tokenizer, transform, val_data, load_zero_shot_data(options))
         if fuses:
@@ -82,9 +86,9 @@ def fusion_task(family: str, options: PretrainingOptions, ranks: Ranks, model: n
 
 
 def matching_task(
-    options: PretrainingOptions, ranks: Ranks, model: nn.Module, tokenizer: Callable, *data: TrainData | ValData | None
+    options: PretrainingOptions, ranks: Ranks, model: nn.Module, tokenizer: Callable, val_data: ValData | None
 ) -> Task:
-    """The pre-training of a METER model, on training data and validation data."""
+    """The pre-training of a METER model."""
     from .tasks.meter import MeterPretraining
 
     lone = "A batch of one pair has no negative to match with: raise --batch-size."
@@ -92,14 +96,9 @@ def matching_task(
     forbid(options.fsdp, NO_FSDP)
     forbid(options.trains and options.batch_size == 1, lone)
     forbid(contrast, "A METER model has no space of contrast: leave out --val-rerank, --zeroshot-data, --imagenet-val.")
-    for one in data:
-        if one is not None:
-            encoding = one.encoding
-            encoding.rows, encoding.validates = getattr(one.source, "rows", None), one is data[1]
-            encoding.own = options.own_images or encoding.validates
     task = MeterPretraining(model, tokenizer, whole_words=options.whole_words)
-    if data[1] is not None:
-        task.suite = task.suite_on(data[1], options.val_frequency if options.trains else 1, ranks, options.precision)
+    if val_data is not None:
+        task.suite = task.suite_on(val_data, options.val_frequency if options.trains else 1, ranks, options.precision)
     return task
 
 

@@ -61,7 +61,7 @@ def test_a_run_and_its_evaluation_by_its_file_alone(task, start, data, answered,
     folder = tmp_path / "run"
     assert len(losses(folder)) == 6 and BEST.get(task, "val-accuracy") in (last := evaluations(folder)[-1])
     if task == "vqa":
-        assert "(1 more are left out)" in (folder / "out.log").read_text()
+        assert "(1 x question without an answer of the list left out)" in (folder / "out.log").read_text()
         said = json.loads((tmp_path / "said.json").read_text())
         assert [one["question_id"] for one in said] == [*range(100, 100 + VAL)]
     seen = []

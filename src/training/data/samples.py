@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .images import ImageLike
 from .pixels import picture_to_tensor, stack
 
@@ -72,35 +71,6 @@ class PairEncoding:
     def collate(self, encoded: list[tuple[Tensor, Any]]) -> dict[str, Any]:
         images, values = zip(*encoded, strict=True)
         return {"image": stack(images, self.transform), self.name: self.tokenizer(list(values))}
-
-
-class MatchingEncoding(PairEncoding):
-    """As `PairEncoding`, with "false_image": a picture of any sample of the same data set. It is missing where samples
-    cannot be drawn, as from shards. In validation it is the same each time.
-
-    rows: what there is to draw from. validates: for validation. own: it may by chance be the own picture.
-    """
-
-    rows: Sequence[Sample] | None = None
-    validates, own = False, True
-
-    def encode(self, sample: Sample) -> tuple[Tensor, Any, Tensor | None]:
-        draw = random.Random(sample.index) if self.validates else random
-        false = None if self.rows is None else self.drawn(sample, draw).images[0]
-        return *super().encode(sample), false if false is None else picture_to_tensor(false, self.transform)
-
-    def drawn(self, sample: Sample, draw: Any) -> Sample:
-        """Any of the rows out of the same file. UserError: there is none."""
-        for _ in range(1000 * len(self.rows)):
-            other = self.rows[draw.randrange(len(self.rows))]
-            if other.origin == sample.origin and (self.own or other.key != sample.key):
-                return other
-        raise UserError(f"{sample.origin} has one picture, so none is false: add others, or leave out --no-own-images.")
-
-    def collate(self, encoded: list[tuple[Tensor, Any, Tensor | None]]) -> dict[str, Any]:
-        *_, false = zip(*encoded, strict=True)
-        batch = super().collate([one[:2] for one in encoded])
-        return batch if false[0] is None else batch | {"false_image": stack(false, self.transform)}
 
 
 class LabelEncoding(PairEncoding):

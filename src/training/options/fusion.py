@@ -48,11 +48,11 @@ class QueueOptions(Section, title="fusion models: contrast", needs="fusion_model
 
 
 @dataclass
-class ListOptions(Section, title="data: JSON lists"):
-    train_data: list[str] | None = option(None, "Lists to train on.", metavar="FILE.json", path=True, nargs="+")
+class ListOptions(Section, title="data: lists"):
+    train_data: list[str] | None = option(
+        None, "Lists to train on, JSON or METER's Arrow files.", metavar="FILE", path=True, nargs="+")
     val_data: str | None = option(
-        None, "List to evaluate on after each epoch; it chooses the best checkpoint.", metavar="FILE.json", path=True)
-    test_data: str | None = option(
-        None, "List to evaluate on after each epoch too.", metavar="FILE.json", path=True)
+        None, "List to evaluate on after each epoch; it chooses the best checkpoint.", metavar="FILE", path=True)
+    test_data: str | None = option(None, "List to evaluate on after each epoch too.", metavar="FILE", path=True)
     image_root: str | None = option(
-        None, "Folder that the pictures' paths count from. Without it: that of each list.", metavar="DIR", path=True)
+        None, "Folder that paths in JSON lists count from. Without it: that of each list.", metavar="DIR", path=True)

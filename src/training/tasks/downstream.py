@@ -13,7 +13,7 @@ from open_clip_elip.identity import family_of
 
 from ..data import TrainData, ValData
 from ..data.build import build_list_data
-from ..data.fusion_augment import MAGNITUDE, FusionTransform
+from ..data.fusion_augment import MAGNITUDE, ClipRandAugment, FusionTransform
 from ..data.lists import ListRows, ReadItem, read_list
 from ..data.samples import Encoding
 from ..data.sources import RowSource
@@ -127,13 +127,14 @@ class DownstreamOptions(
             forbid(wrong, sentence)
 
 
-def read_answers(file: str | None) -> list[str]:
-    """The answers to choose from, of `--answers`; UserError unless they are texts, each of them once."""
+def read_answers(file: str | None, blank: bool = False) -> list[str]:
+    """The answers to choose from, of `--answers`; UserError unless they are texts. blank: these may be empty, as
+    normalised ones are."""
     if file is None:
         raise UserError("--answers is missing: give the list to choose from.")
     answers = read_list(file, "--answers")
     for number, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer.strip():
+        if not isinstance(answer, str) or not (blank or answer.strip()):
             raise UserError(f"Answer {number} of {file} is {answer!r}, not a text: correct the list.")
     return answers
 
@@ -181,7 +182,8 @@ class Setting:
         family = self.built.identity.family
         if train and family in MAGNITUDE:
             return FusionTransform(self.built.identity.preprocess, scale, MAGNITUDE[family])
-        return with_decoding(self.built.transform, self.options.image_decode)
+        plain = with_decoding(self.built.transform, self.options.image_decode)
+        return ClipRandAugment(plain) if train else plain
 
     def twin(self) -> dict[str, Any]:
         """Arguments of a `DistilledTask`."""

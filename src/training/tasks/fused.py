@@ -49,13 +49,9 @@ class FusedEncoding:
         pictures, fields = zip(*encoded, strict=True)
         batch = {
             "image": stack([one for place in zip(*pictures, strict=True) for one in place], self.transform),
-            "text": trimmed(self.tokenizer(self.texts(fields)), self.tokenizer.pad),
+            "text": trimmed(self.tokenizer([one[self.text] for one in fields]), self.tokenizer.pad),
         }
         return batch | {name: torch.tensor([one[name] for one in fields]) for name in self.numbers}
-
-    def texts(self, fields: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Of the samples' fields."""
-        return [one[self.text] for one in fields]
 
 
 def trimmed(text: Tensor, pad: int) -> Tensor:

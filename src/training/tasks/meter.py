@@ -43,7 +43,7 @@ class MeterPretraining(DistilledTask):
         """Masks words, and deals out images: half of the texts, rounded down, get their own. Where the data draw no
         others, those of the batch serve."""
         batch, text = dict(batch), batch["text"]
-        false, found = batch.pop("false_image", None), self.masked(text, torch.rand(3, *text.shape))
+        false, found = batch.pop("false_images", None), self.masked(text, torch.rand(3, *text.shape))
         return batch | found | deal(batch["image"], false, draw_matches(len(text)))
 
     def masked(self, text: Tensor, draws: Tensor) -> Batch:
@@ -81,7 +81,7 @@ class MeterPretraining(DistilledTask):
         draws = torch.stack([torch.rand(3, batch["text"].shape[1], generator=one) for one in seeded], dim=1)
         found = self.masked(batch["text"].cpu(), draws)
         matches = torch.tensor([place % 2 for place in places])
-        false = batch.get("false_image")
+        false = batch.get("false_images")
         if false is None and len(places) == 1:  # there is no other
             matches[:] = 1
         found |= deal(Images(batch["image"]), None if false is None else Images(false), matches)

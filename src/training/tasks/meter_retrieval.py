@@ -1,50 +1,23 @@
 """METER's fine-tuning for retrieval: the true caption before false ones; evaluation of every pair."""
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from typing import Any
-
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_elip.fusion.meter import MeterRetriever
 from open_clip_elip.fusion.steps import ranking_losses
 
+from ..data.false_pairs import FalsePairs
 from ..data.lists import read_pair
-from ..data.pixels import picture_to_tensor, stack
-from ..data.samples import Sample
 from .base import Batch, Progress
 from .downstream import Prepared, Setting
-from .fused import FusedEncoding
+from .fused import FusedEncoding, trimmed
 from .meter import deal, draw_matches
 from .momentum import DistilledTask
 from .retrieval import evaluation_of
 
 FALSE = 15  # captions for an image
-
-
-class RankingEncoding(FusedEncoding):
-    """Batches with "text" (B * 16, L): of each image its caption, then false ones, of samples that are drawn; and with
-    "false_image", of another. By chance a drawn one is the own one.
-
-    rows: what there is to draw from.
-    """
-
-    rows: Sequence[Sample]
-
-    def encode(self, sample: Sample) -> tuple[list[Tensor], dict[str, Any]]:
-        drawn = [self.rows[random.randrange(len(self.rows))] for _ in range(1 + FALSE)]
-        pictures, fields = super().encode(sample)
-        captions = [random.choice(other.fields[self.text]) for other in drawn[1:]]
-        pictures.append(picture_to_tensor(drawn[0].images[0], self.transform))
-        return pictures, fields | {self.text: [fields[self.text], *captions]}
-
-    def collate(self, encoded: list[tuple[list[Tensor], dict[str, Any]]]) -> dict[str, Any]:
-        false = stack([pictures[1] for pictures, _ in encoded], self.transform)
-        return super().collate([(pictures[:1], fields) for pictures, fields in encoded]) | {"false_image": false}
-
-    def texts(self, fields: Sequence[Mapping[str, Any]]) -> list[str]:
-        return [text for one in fields for text in one[self.text]]
 
 
 class RankingTask(DistilledTask):
@@ -60,8 +33,11 @@ class RankingTask(DistilledTask):
 
     def prepare(self, batch: Batch) -> Batch:
         batch = dict(batch)
-        matches, false = draw_matches(len(batch["image"].pixels)), batch.pop("false_image")
-        return batch | {"tokens": self.model.tokens_in(batch["text"])} | deal(batch["image"], false, matches)
+        own, false, pad = batch["text"], batch.pop("false_texts"), self.model.pad
+        own = F.pad(own, (0, false.shape[2] - own.shape[1]), value=pad)
+        text = trimmed(torch.cat([own[:, None], false], dim=1).flatten(0, 1), pad)
+        dealt = deal(batch["image"], batch.pop("false_images"), draw_matches(len(own)))
+        return batch | {"text": text, "tokens": self.model.tokens_in(text)} | dealt
 
     def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         more = {name: batch[name] for name in ("seen", "matches", "tokens")}
@@ -76,7 +52,5 @@ def prepare(setting: Setting) -> Prepared:
     lists = setting.lists().items()
     task.suite = setting.suite({name: evaluation_of(setting, name, file) for name, file in lists}, "r_mean")
     words = setting.words(setting.rules.caption, setting.rules.longest_caption)
-    train = setting.train_data(read_pair, RankingEncoding(setting.transform(True), words, "caption"))
-    if train is not None:
-        train.encoding.rows = train.source.rows
-    return Prepared(task, train)
+    encoding = FalsePairs(FusedEncoding(setting.transform(True), words, "caption"), FALSE)
+    return Prepared(task, setting.train_data(read_pair, encoding))

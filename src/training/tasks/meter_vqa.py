@@ -1,7 +1,6 @@
 """METER's visual question answering: a class for each of a list of answers, with soft scores."""
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from open_clip_elip.fusion.meter import MeterClassifier
 
-from ..data.lists import Item
 from ..errors import UserError
 from . import vqa
 from .base import Batch, Progress
@@ -20,48 +18,30 @@ from .downstream import Prepared, Setting, read_answers
 from .fused import FusedEncoding
 from .momentum import DistilledTask
 
-SCORES = 0.0, 0.3, 0.6, 0.9, 1.0  # of an answer that so many people gave, or more
-
-
-def read_item(
-    item: Item, known: Mapping[str, int] | None = None
-) -> tuple[Sequence[str], dict[str, Any]] | str | None:
-    """As `vqa.read_item`, with soft scores of the "answers" that people gave. With `known` answers, a question to which
-    people gave none of them is left out."""
-    found = vqa.read_item(item)
-    if isinstance(found, str):
-        return found
-    pictures, fields = found
-    counts = Counter(one for one in fields["people"] if one.strip())
-    scores = {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in counts.items()}
-    if known is not None and known.keys().isdisjoint(scores):
-        return None
-    return pictures, fields | {"answers": scores}
-
 
 class ScoresEncoding(FusedEncoding):
     """Batches with "targets" (B, answers), see `soft_targets`.
 
     Args:
-        answers: each with its number.
+        answers: how many there are.
         others: see `FusedEncoding`.
     """
 
-    def __init__(self, *args: Any, answers: Mapping[str, int]):
+    def __init__(self, *args: Any, answers: int):
         super().__init__(*args, text="text")
         self.answers = answers
 
     def collate(self, encoded: list[tuple[list[Tensor], dict[str, Any]]]) -> dict[str, Any]:
-        given = [fields["answers"] for _, fields in encoded]
-        return super().collate(encoded) | {"targets": soft_targets(given, self.answers)}
+        labels = [fields["labels"] for _, fields in encoded]
+        return super().collate(encoded) | {"targets": soft_targets(labels, self.answers)}
 
 
-def soft_targets(given: Sequence[Mapping[str, float]], answers: Mapping[str, int]) -> Tensor:
-    """(B, answers): how right each of the answers is, of those that people gave to B questions, with their scores."""
-    targets = torch.zeros(len(given), len(answers))
-    for row, scores in enumerate(given):
-        for answer in scores.keys() & answers.keys():
-            targets[row, answers[answer]] = scores[answer]
+def soft_targets(labels: Sequence[Mapping[int, float]], answers: int) -> Tensor:
+    """(B, answers): how right each answer is to B questions, whose `labels` have its number if it is at all."""
+    targets = torch.zeros(len(labels), answers)
+    for row, scores in enumerate(labels):
+        for number, score in scores.items():
+            targets[row, number] = score
     return targets
 
 
@@ -89,30 +69,27 @@ class AnswersTask(DistilledTask):
 class Choosing(vqa.Ranking):
     """Evaluation: the answer with the largest logit; how right it is is its soft score."""
 
-    def __init__(self, answers: Sequence[str], people: Sequence[Mapping[str, float]], reduce: bool):
+    def __init__(self, answers: Sequence[str], labels: Sequence[Mapping[int, float]], reduce: bool):
+        people = [{answers[number]: score for number, score in scores.items()} for scores in labels]
         super().__init__(answers, torch.empty(0), people, 0, reduce=reduce)
 
     def rows(self, model: MeterClassifier, batch: Mapping[str, Any]) -> Tensor:
         return model(batch["image"], batch["text"], reduce=self.reduce).argmax(dim=1, keepdim=True)
-
-    @staticmethod
-    def right(said: str, people: Mapping[str, float]) -> float:
-        return people.get(said, 0.0)
 
 
 def prepare(setting: Setting) -> Prepared:
     options, rules = setting.options, setting.rules
     if options.generate:
         raise UserError("--generate is for BLIP models: leave it out.")
-    answers = read_answers(options.answers)
+    answers = read_answers(options.answers, blank=True)
     numbers = {answer: number for number, answer in enumerate(answers)}
     if len(numbers) < len(answers):
         raise UserError(f"--answers {options.answers} has an answer twice: give each once.")
     task = AnswersTask(setting.built.model, options.vision_guided_reduction)
-    words = setting.words(rules.question, rules.longest_question)
+    words, read = setting.words(rules.question, rules.longest_question), partial(vqa.read_labels, numbers=numbers)
     test = FusedEncoding(setting.transform(False), words, "text")
     task.suite, finish = vqa.evaluated(
-        setting, read_item, test, lambda fields: Choosing(answers, [one["answers"] for one in fields], task.reduce)
+        setting, read, test, lambda fields: Choosing(answers, [one["labels"] for one in fields], task.reduce)
     )
-    train = ScoresEncoding(setting.transform(True), words, answers=numbers)
-    return Prepared(task, setting.train_data(partial(read_item, known=numbers), train), finish)
+    train = ScoresEncoding(setting.transform(True), words, answers=len(answers))
+    return Prepared(task, setting.train_data(partial(read, train=True), train), finish)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..data.arrow import ENDING
 from ..data.lists import Item, ReadItem, read_pair
 from ..data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
 from ..errors import UserError
@@ -61,7 +62,7 @@ def _own_rank(rows: Tensor) -> Tensor:
 
 def captions_of(setting: Setting, name: str, file: str) -> CaptionedImages:
     """A list to evaluate on: images with their captions."""
-    root = setting.options.image_root
+    root = None if file.endswith(ENDING) else setting.options.image_root
     try:
         return load_captions(file, CaptionOptions(images=None if root is None else Path(root)))
     except UserError as error:

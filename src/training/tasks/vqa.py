@@ -18,10 +18,11 @@ from open_clip_elip.fusion.blip import BlipAnswerer
 from open_clip_elip.fusion.generate import beam_search
 from open_clip_elip.fusion.steps import SMOOTHING
 
+from ..data.arrow import LeftOut
 from ..data.lists import Item, ReadItem, text_of
 from ..errors import UserError, reason
 from ..evaluation.results import check_folder
-from ..evaluation.vqa_accuracy import vqa_accuracy
+from ..evaluation.vqa_accuracy import soft_scores, vqa_accuracy
 from ..files import written_whole
 from .base import Batch, Progress
 from .downstream import Prepared, Setting, read_answers
@@ -29,6 +30,7 @@ from .fused import FusedEncoding, ListEvaluation, ListSuite, trimmed
 from .momentum import DistilledTask
 
 GENOME_WEIGHT = {"albef": 0.5, "blip": 0.2}  # of an answer of Visual Genome, which has one a question
+People = Sequence[str] | Mapping[str, float]
 LONGEST = 10  # tokens of an answer that is written
 
 
@@ -36,7 +38,8 @@ def read_item(
     item: Item, train: bool = False, genome: float = GENOME_WEIGHT["albef"]
 ) -> tuple[Sequence[str], dict[str, Any]] | str:
     """{"image", "question"}; to train on, "answer": a list of what people said (VQA), or a text (Visual Genome);
-    to evaluate, a "question_id", and people's answers if there are any. genome: weight of Visual Genome's."""
+    to evaluate, a "question_id", and people's answers, or "answer_scores" as METER's files have them, if there are any.
+    genome: weight of Visual Genome's."""
     image, question, answer = text_of(item, "image"), text_of(item, "question"), item.get("answer", [])
     if image is None or question is None:
         return f'it has no "{"image" if image is None else "question"}"'
@@ -45,9 +48,33 @@ def read_item(
         return 'its "answer" is neither a text nor a list of texts'
     share = genome if isinstance(answer, str) else 1 / max(1, len(people))
     weights = {one: count * share for one, count in Counter(people).items() if one.strip()}
+    scores = item.get("answer_scores", {})
+    if not isinstance(scores, dict):
+        return "it does not have a score for each answer"
     if train and not weights:
-        return 'it has no "answer" to learn from'
+        given = "it has scores and not what people answered" if scores else 'it has no "answer"'
+        return f"{given} to learn from"
+    people = people or scores
     return (image,), {"text": question, "answers": weights, "people": people, "question_id": item.get("question_id")}
+
+
+def read_labels(
+    item: Item, numbers: Mapping[str, int], train: bool = False
+) -> tuple[Sequence[str], dict[str, Any]] | str:
+    """As `read_item`, with "labels": {number of an answer that people gave: its `soft_scores`}, by `numbers` in a list.
+
+    Left out are questions to which people gave no answer of the list; with `train`, those without people's answers too.
+    """
+    found = read_item(item)
+    if isinstance(found, str):
+        return found
+    pictures, fields = found
+    people = fields["people"]
+    scores = people if isinstance(people, dict) else soft_scores(people)
+    labels = {numbers[answer]: score for answer, score in scores.items() if answer in numbers}
+    if not labels and (people or train):
+        return LeftOut("question without an answer of the list")
+    return pictures, fields | {"labels": labels}
 
 
 class AnswersEncoding(FusedEncoding):
@@ -157,12 +184,12 @@ class Ranking:
     Args:
         answers: what there is to choose from.
         tokens: (A, T) their token ids.
-        people: for each question of the list, what people answered; [] where that is not known.
+        people: for each question of the list, what `vqa_accuracy` takes; [] where that is not known.
         best, others: see `rank_answers`.
     """
 
     def __init__(
-        self, answers: Sequence[str], tokens: Tensor, people: Sequence[Sequence[str]], best: int,
+        self, answers: Sequence[str], tokens: Tensor, people: Sequence[People], best: int,
         count_first_twice: bool = True, reduce: bool = False, smoothing: float = 0.0,
     ):  # fmt: skip
         self.answers, self.tokens, self.people, self.best = answers, tokens, people, best
@@ -185,15 +212,10 @@ class Ranking:
         known = [(said, self.people[place]) for place, said in self.said.items() if self.people[place]]
         if not known:
             return {}
-        answers, found = set(self.answers), sum(self.right(said, people) for said, people in known)
+        answers, found = set(self.answers), sum(vqa_accuracy(said, people) for said, people in known)
         answerable = sum(not answers.isdisjoint(people) for _, people in known)
         more = {"answerable": answerable / len(known)} if answers else {}
         return {"accuracy": found / len(known), **more}
-
-    @staticmethod
-    def right(said: str, people: Sequence[str]) -> float:
-        """How right an answer is, from 0 to 1."""
-        return vqa_accuracy(said, people)
 
     def write(self, path: Path, question_ids: Sequence[Any]) -> None:
         """What VQA's server takes: [{"question_id", "answer"}], each question once."""
@@ -211,7 +233,7 @@ class Writing(Ranking):
         others: see `Ranking`; there are no answers to choose from.
     """
 
-    def __init__(self, pieces: Any, people: Sequence[Sequence[str]], reduce: bool):
+    def __init__(self, pieces: Any, people: Sequence[People], reduce: bool):
         super().__init__([], torch.empty(0), people, 0, reduce=reduce)
         self.pieces = pieces
 

@@ -12,7 +12,7 @@ from open_clip_elip.fusion.released import METER, read_released
 from open_clip_elip.fusion.start import start_task
 from open_clip_elip.fusion.steps import meter_losses, ranking_losses
 from training.optim import linear
-from training.tasks.meter_vqa import SCORES, soft_loss
+from training.tasks.meter_vqa import soft_loss
 from training.tasks.momentum import DistilledTask
 
 from ...training.tiny import run_options
@@ -261,9 +261,3 @@ def test_masking(encoder):
             none = expected["share_of_captions_without_mask"]
             assert (counts == 0).double().mean().item() == pytest.approx(none, abs=0.035)
         assert counts.max() <= 8
-
-
-def test_scores_of_answers():
-    found = torch.load(FOLDER / "vqa_answers.pt", weights_only=True)["score_of_count"]
-    pairs = found.items() if isinstance(found, dict) else enumerate(found)
-    assert all(SCORES[min(int(count), 4)] == pytest.approx(float(score)) for count, score in pairs)

@@ -120,7 +120,7 @@ def test_a_step_of_a_classifier(recipe, kind, head, args):
     if head == "vqa":
         pairs = zip(inputs["vqa_labels"], inputs["vqa_scores"], strict=True)
         answers = [dict(zip(*pair, strict=True)) for pair in pairs]
-        targets = soft_targets(answers, {number: number for number in range(args[0])})
+        targets = soft_targets(answers, args[0])
         loss = soft_loss(logits, targets)
         close(targets.gather(1, logits.argmax(dim=1, keepdim=True)).mean(), expected["score"])
     else:

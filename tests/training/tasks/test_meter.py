@@ -9,8 +9,9 @@ import torch
 
 from open_clip_elip.fusion.objectives import choose_words
 from open_clip_elip.identity import Identity, create
+from training.data.false_pairs import FalsePairs
 from training.data.pixels import Images
-from training.data.samples import MatchingEncoding, Sample
+from training.data.samples import Sample
 from training.optim import create_optimizer, create_schedule
 from training.tasks.base import Engine
 from training.tasks.meter import FIELDS, MeterPretraining, deal
@@ -74,8 +75,7 @@ def test_half_of_the_texts_get_their_own_image(words):
 
 def test_a_drawn_image_is_of_the_same_file_and_maybe_another():
     rows = [Sample(f"{n // 2}.png", (f"{n // 2}.png",), {"caption": "a"}, "x" if n < 6 else "y", n) for n in range(9)]
-    encoding = MatchingEncoding(None, None)
-    encoding.rows = rows
+    encoding = FalsePairs(None, rows=rows, same_file=True)
     drawn = [encoding.drawn(rows[0], random) for _ in range(60)]
     assert {one.key for one in drawn} == {"0.png", "1.png", "2.png"}
     encoding.own = False

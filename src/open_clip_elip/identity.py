@@ -25,7 +25,7 @@ from .clip import TEXT_FIRST, with_shortcuts
 from .reduction import resolve
 from .registry import model_folder, plain_name, registered
 
-FAMILIES = ("clip", "albef", "blip")
+FAMILIES = ("clip", "albef", "blip", "meter")
 
 
 class ModelError(ValueError):
@@ -227,7 +227,9 @@ def tokenizer(identity: Identity, cache_dir: str | None = None) -> Callable:
 
             text = identity.config["text_cfg"]
             room, more = text["bert"]["vocab_size"], {}
-            if identity.family == "blip":
+            if identity.family == "meter":
+                more = {"clean": str, "ends": True}
+            elif identity.family == "blip":
                 more = {"clean": blip_caption, "ends": True, "own": {room - 2: "[DEC]", room - 1: "[ENC]"}}
             found = WordPieces(text["hf_tokenizer_name"], text["context_length"], **more)
             if len(found.pieces) > room:

@@ -51,7 +51,10 @@ def _builder(plain: type):
     return build
 
 
-def _build_fusion(family: str, *, token_reduction: dict | None, task: str = "pretraining", **config: Any):
+def _build_fusion(
+    family: str, *, token_reduction: dict | None, task: str = "pretraining", answers: list[str] | None = None,
+    **config: Any,
+):  # fmt: skip
     """A model of `fusion/` from what open_clip calls a CLIP model with."""
     try:
         from .fusion import build
@@ -60,7 +63,8 @@ def _build_fusion(family: str, *, token_reduction: dict | None, task: str = "pre
             f"Models of the family {family} need {error.name}; pip install 'open_clip_elip[fusion]' brings it."
         ) from error
     parts = (config[name] for name in ("embed_dim", "vision_cfg", "text_cfg"))
-    return build(family, task, *parts, None if (token_reduction or {}).get("method") == "none" else token_reduction)
+    reduction = None if (token_reduction or {}).get("method") == "none" else token_reduction
+    return build(family, task, *parts, reduction, answers)
 
 
 @contextmanager

@@ -33,10 +33,16 @@ class ImageTower:
     def __init__(self, visual: nn.Module, reduction: TokenReduction | None = None):
         self.visual, self.reduction = visual, reduction
 
-    def tokens(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
-        """All tokens after the last layer, (B, L, D), `[CLS]` first, L the reduced length: in every mode, always."""
+    def tokens(
+        self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None, which: Tensor | None = None
+    ) -> Tensor:
+        """All tokens after the last layer, (B, L, D), `[CLS]` first, L the reduced length: in every mode, always.
+
+        which: (P,) of the images, for a result (P, L, D) of pairs with P guidances; layers that no text has a part in
+            run once an image. None: each image once.
+        """
         layers = _compiled() if self.compiles else ImageTower._layers
-        return self._run(image, lambda _, image: layers(self, image, guidance, reduce))
+        return self._run(image, lambda _, image: layers(self, image, guidance, reduce, which=which))
 
     def pooled(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
         """Before the projection, (B, width); the last layer may compute no more than is pooled."""
@@ -91,23 +97,29 @@ class ImageTower:
         cut = only_cls and unchanged and all(block is not last for block in before)
         return visual._pool(self._layers(image, guidance, reduce, last if cut else None))[0]
 
-    def _layers(self, image: Tensor, guidance: Tensor | None, reduce: bool | None, cut: nn.Module | None = None):
+    def _layers(
+        self, image: Tensor, guidance: Tensor | None, reduce: bool | None, cut: nn.Module | None = None,
+        which: Tensor | None = None,
+    ):  # fmt: skip
         """As `tokens`, (B, L, D); `cut`: the last block if it is to return `[CLS]` alone, (B, 1, D)."""
-        x, run = self.visual._embeds(image), functools.partial(self._layer, cut=cut)
+        x, run, more = self.visual._embeds(image), functools.partial(self._layer, cut=cut), {}
         if self._is_reduced(guidance, reduce):
             captioned = guidance is not None and self.reduction.uses_text
             if not (captioned or reduce or self.visual.training or self.reduction.works_alone):
                 raise ValueError(f"{type(self.reduction).__name__} reduces tokens in training only.")
+            if captioned and which is not None:
+                more, which = {"which": which}, None
 
             def reduced(transformer: nn.Module, x: Tensor) -> Tensor:
-                return self.reduction(transformer.resblocks, x, guidance, run=run, only_cls=cut is not None)
+                return self.reduction(transformer.resblocks, x, guidance, run=run, only_cls=cut is not None, **more)
 
-            return run_in_place(self.visual.transformer, x, function=reduced)
-        if not self._takes_shortcuts():
-            return self.visual.transformer(x)
-        for block in self.visual.transformer.resblocks:
-            x = run(block, x)
-        return x
+            x = run_in_place(self.visual.transformer, x, function=reduced)
+        elif not self._takes_shortcuts():
+            x = self.visual.transformer(x)
+        else:
+            for block in self.visual.transformer.resblocks:
+                x = run(block, x)
+        return x if which is None else x[which]
 
     def _layer(
         self, block: nn.Module, x: Tensor, *more: Tensor, function: Callable | None = None, cut: nn.Module | None = None

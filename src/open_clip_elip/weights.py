@@ -25,8 +25,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .identity import ModelError, creating
+from .lightning import read_state_dict
 from .registry import weights_in_folder
 
+_LIGHTNING = re.compile(r"GLOBAL (pytorch_)?lightning")
 _NUMPY = "big_vision"  # what stands for the content of its files, which open_clip reads by itself
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by torch's own wrappers
@@ -134,8 +136,15 @@ def _parse(file: Any, source: str) -> Any:
         return safetensors.load_file(file) if is_path else safetensors.load(file.read())
     if is_script:  # as OpenAI's are
         return torch.jit.load(file, map_location="cpu").state_dict()
-    with torch.serialization.safe_globals([*_PLAIN]):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path and is_zip)
+    try:
+        with torch.serialization.safe_globals([*_PLAIN]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path and is_zip)
+    except pickle.UnpicklingError as error:
+        if not _LIGHTNING.search(str(error)):
+            raise
+        if not is_path:
+            file.seek(0)
+        return read_state_dict(file)
 
 
 def load(

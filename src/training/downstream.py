@@ -26,7 +26,7 @@ from .models import Built, build_model, check_reduces, checkpoint_identity, told
 from .options import parse
 from .options.model import reduction_of
 from .run import Parts, run
-from .tasks.downstream import STARTS, TASKS, DownstreamOptions, Setting
+from .tasks.downstream import STARTS, TASKS, DownstreamOptions, Setting, read_answers
 
 if TYPE_CHECKING:  # transformers is imported only where such a model is used
     from open_clip_elip.fusion.start import Start
@@ -52,14 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _of_checkpoint(options: DownstreamOptions, words: list[str]) -> DownstreamOptions:
     """The options of `--evaluate --resume`; what the model is and is not given is as in the checkpoint."""
     resume = run_folder.to_evaluate(options)
-    config = checkpoint.load(resume).get("config", {})
+    state = checkpoint.load(resume)
+    config, answers = state.get("config", {}), state.get("model", {}).get("config", {}).get("answers")
     if config.get("task") is None:
         raise UserError(f"{resume} is not a checkpoint of training.downstream; give it in --pretrained.")
     if options.task not in (None, config["task"]):
         raise UserError(f"{resume} is of --task {config['task']}, not of {options.task}; leave out --task.")
     given = {name: config[name] for name in _OF_MODEL if name in config}
     options = parse(DownstreamOptions, words, given=given | {"token_reduction": reduction_of(config)})
+    if answers is not None:
+        _check_answers(answers, read_answers(options.answers, blank=True), resume)
     return replace(options, resume=resume)
+
+
+def _check_answers(trained: list[str], given: list[str], source: str) -> None:
+    if trained != given:
+        raise UserError(f"{source} was trained on other answers, or in another order: give their list in --answers.")
 
 
 def downstream(options: DownstreamOptions, ranks: Ranks, resume: str | None) -> Parts:
@@ -86,7 +94,11 @@ def _build(options: DownstreamOptions, ranks: Ranks) -> Built:
     reduction = {"method": "none"}  # no token is removed without the flag
     if options.vision_guided_reduction:
         reduction = options.token_reduction
-    built = build_model(replace(options, token_reduction=reduction), ranks.device, filled=False, task=options.task)
+    answers = None
+    if (own.family, options.task) == ("meter", "vqa"):
+        answers = read_answers(options.answers, blank=True)
+    options_of = replace(options, token_reduction=reduction)
+    built = build_model(options_of, ranks.device, filled=False, task=options.task, answers=answers)
     if options.vision_guided_reduction:
         check_reduces(built.model, options.model, alone=options.task == "retrieval")
     return built
@@ -112,6 +124,8 @@ def _start(built: Built, options: DownstreamOptions) -> Start:
             raise UserError(f"{source} was trained on the vocabulary {vocabularies[0]}; give it in --text-tokenizer.")
         if other := identities.differences(of, own):
             logging.warning(f"{source} was trained with {', '.join(other)}; give the flags that say so to keep it.")
+        if trained == task and "answers" in of.config:
+            _check_answers(of.config["answers"], own.config["answers"], source)
         start = start_task(built.model, content, source)
     if options.evaluate and start.new:
         raise UserError(f"{source} has no {start.new[0]}, so it was never trained for {task}; leave out --evaluate.")

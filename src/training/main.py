@@ -17,7 +17,8 @@ from torch import nn
 from open_clip_elip import identity as identities
 
 from .command import run_command
-from .data import build_train_data, build_val_data
+from .data import ValData, build_train_data, build_val_data
+from .data.false_pairs import FalsePairs
 from .data.samples import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
@@ -45,12 +46,21 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         identity, model, transform, tokenizer = build_model(options, ranks.device)
         fuses = identity.family != "clip"
         own = fuses and not options.aug_cfg
-        train_transform = fusion_augmentation(identity) if own else augmentation(identity, options.aug_cfg)
+        train_transform = augmentation(identity, options.aug_cfg)
+        if own:
+            train_transform = fusion_augmentation(identity) or transform
         train_transform, transform = (with_decoding(t, options.image_decode) for t in (train_transform, transform))
         seed_everything(options.seed + ranks.rank)
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        train_data = build_train_data(options, PairEncoding(train_transform, tokenizer), **place)
-        val_data = build_val_data(options, PairEncoding(transform, tokenizer), **place)
+        pairs, val_pairs = (PairEncoding(one, tokenizer) for one in (train_transform, transform))
+        if identity.family == "meter":
+            pairs = FalsePairs(pairs, same_file=True, own=options.own_images)
+            val_pairs = FalsePairs(val_pairs, same_file=True, validates=True)
+        train_data = build_train_data(options, pairs, **place)
+        val_data = build_val_data(options, val_pairs, **place)
+        if identity.family == "meter":
+            task = matching_task(options, ranks, model, tokenizer, val_data)
+            return Parts(identity, model, task, train_data)
         suite = Suite(options, ranks, tokenizer, transform, val_data, load_zero_shot_data(options))
         if fuses:
             task = fusion_task(identity.family, options, ranks, model, suite)
@@ -75,10 +85,29 @@ def fusion_task(family: str, options: PretrainingOptions, ranks: Ranks, model: n
     )  # fmt: skip
 
 
-def fusion_augmentation(identity: identities.Identity) -> Callable:
-    """As in the released programs; `--aug-cfg` replaces it."""
+def matching_task(
+    options: PretrainingOptions, ranks: Ranks, model: nn.Module, tokenizer: Callable, val_data: ValData | None
+) -> Task:
+    """The pre-training of a METER model."""
+    from .tasks.meter import MeterPretraining
+
+    lone = "A batch of one pair has no negative to match with: raise --batch-size."
+    contrast = any((options.val_rerank, options.zeroshot_data, options.imagenet_val, options.imagenet_v2))
+    forbid(options.fsdp, NO_FSDP)
+    forbid(options.trains and options.batch_size == 1, lone)
+    forbid(contrast, "A METER model has no space of contrast: leave out --val-rerank, --zeroshot-data, --imagenet-val.")
+    task = MeterPretraining(model, tokenizer, whole_words=options.whole_words)
+    if val_data is not None:
+        task.suite = task.suite_on(val_data, options.val_frequency if options.trains else 1, ranks, options.precision)
+    return task
+
+
+def fusion_augmentation(identity: identities.Identity) -> Callable | None:
+    """As in the released programs, of which METER's has none (None); `--aug-cfg` replaces it."""
     from .data.fusion_augment import MAGNITUDE, FusionTransform
 
+    if identity.family not in MAGNITUDE:
+        return None
     return FusionTransform(identity.preprocess, scale=(0.2, 1.0), magnitude=MAGNITUDE[identity.family])
 
 

@@ -40,21 +40,23 @@ def told(flags: str = "--") -> Iterator[None]:
 
 
 def build_model(
-    options: Any, device: torch.device, *, image_tower: bool = False, filled: bool = True, task: str | None = None
-) -> Built:
+    options: Any, device: torch.device, *, image_tower: bool = False, filled: bool = True, task: str | None = None,
+    answers: list[str] | None = None,
+) -> Built:  # fmt: skip
     """The model of a run with its weights, its transform for evaluation and its tokenizer, or a UserError.
 
     options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
     filled: False leaves the weights for a checkpoint to fill.
-    task: of a fusion model, what it is for instead of pre-training.
+    task: of a fusion model, what it is for instead of pre-training. answers: that a METER model tells apart.
     """
     if device.type == "cpu" and options.precision != "fp32":
         logging.warning(f"Most CPUs are slow at --precision {options.precision}; fp32 may be three times as fast.")
     with told():
         identity, cached = identity_of(vars(options)), {"cache_dir": options.cache_dir}
         if task is not None:
-            identity = replace(identity, config=identity.config | {"task": task})
+            more = {"task": task} | ({} if answers is None else {"answers": answers})
+            identity = replace(identity, config=identity.config | more)
         if filled:
             source, own = weights.find(options.model, options.pretrained, **cached), options.pretrained_image
             if own and source is None and "timm_model_name" not in identity.config["vision_cfg"]:

@@ -114,7 +114,9 @@ def create_schedule(
     if options.skip_scheduler:
         return None
     lengths = (optimizer, options.lr, warmup_steps, total_steps)
-    if options.lr_scheduler == "const-cooldown":
+    if options.lr_scheduler == "linear":
+        set_lr = partial(linear, peak=options.lr, warmup=warmup_steps, total=total_steps)
+    elif options.lr_scheduler == "const-cooldown":
         set_lr = const_lr_cooldown(*lengths, cooldown_steps, options.lr_cooldown_power, options.lr_cooldown_end)
     elif options.lr_scheduler.startswith("epoch-"):
         shared = {"peak": options.lr, "start": options.lr_start, "end": options.lr_end, "epoch": epoch_steps}
@@ -129,13 +131,18 @@ def create_schedule(
 
     def schedule(step: float) -> float:
         # OpenCLIP's warm-up gives --lr at warmup - 1 and would go beyond it at a fraction of a step later.
-        warms_up = step < warmup_steps and not options.lr_scheduler.startswith("epoch-")
+        warms_up = step < warmup_steps and not options.lr_scheduler.startswith(("epoch-", "linear"))
         lr = set_lr(min(step, warmup_steps - 1) if warms_up else min(step, total_steps))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = lr * scale
         return lr
 
     return schedule
+
+
+def linear(step: float, *, peak: float, warmup: float, total: float) -> float:
+    """METER's learning rate: from 0, which is that of the first step, to `peak` in the warm-up, then to 0 again."""
+    return peak * (step / warmup if step < warmup else max(0.0, (total - step) / max(1, total - warmup)))
 
 
 def epoch_cosine(

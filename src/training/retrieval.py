@@ -76,10 +76,11 @@ def work(options: RetrievalOptions, ranks: Ranks) -> str:
     with ranks.agree():
         sets = [load_captions(spec, reading) for spec in options.data]
         results = Results(options.results, ranks, options.redo)
-        loaded = load_model(options, ranks)
+        loaded = load_model(options, ranks, pairs=True)
         model, tokenizer = loaded.model, loaded.tokenizer
-        if options.rerank and not hasattr(model, "match"):
-            raise UserError(f"--rerank is for models with fusion layers, such as ALBEF-B-16; {options.model} has none.")
+        if options.rerank and not (hasattr(model, "match") and hasattr(model, "encode_image")):
+            what = "has none" if hasattr(model, "encode_image") else "compares every pair anyhow"
+            raise UserError(f"--rerank is for models with fusion layers, such as ALBEF-B-16; {options.model} {what}.")
         if hasattr(model, "caption_length"):
             tokenizer = partial(tokenizer, context_length=model.caption_length)
     rows = [["", "split", "images", "captions", *(f"{name}@{k}" for name in DIRECTIONS for k in RECALLS)]]

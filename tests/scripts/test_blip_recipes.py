@@ -46,5 +46,5 @@ def test_tasks(name, lr, batch, epochs, size, monkeypatch, caplog):
     assert (found.lr, found.lr_start, found.lr_end, found.warmup, found.wd) == (lr, lr, 0, 0, 0.05)
     assert (found.global_batch, found.epochs, found.force_image_size) == (batch, epochs, [size])
     assert epoch_cosine(0, peak=lr, start=lr, end=0, warmup=0, epoch=5, epochs=2) == lr
-    assert found.drop_path == (0.1 if name in ("vqa", "nlvr2") else 0) and not found.wd_exempt_biases
+    assert found.drop_path == (0.1 if name in ("vqa", "nlvr2") else 0) and found.decay_norms
     assert found.all_rank_negatives == (name == "retrieval_coco") and not caplog.messages

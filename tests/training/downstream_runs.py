@@ -19,12 +19,16 @@ QUEUE, VAL = 24, 5
 
 
 def write_pretrained(folder, seed=0, config=ALBEF, pretraining=AlbefPretraining, **changes):
-    """A model's name, and a checkpoint of its pre-training, whose twin and queues are other random numbers."""
+    """A model's name, and a checkpoint of its pre-training, whose twin and queues are other random numbers; without
+    `pretraining` it has none of these."""
     model = write_fusion(folder, config | changes)
     write_vocabulary(folder, WORDS)
     identity = identities.describe(model)
     torch.manual_seed(seed)
     bare, twin = (identities.create(identity) for _ in range(2))
+    if pretraining is None:
+        torch.save({"epoch": 1, "state_dict": bare.state_dict(), "model": identity.to_dict()}, folder / "pretrained.pt")
+        return model, folder / "pretrained.pt"
     task = pretraining(bare, queue_size=QUEUE)
     task.twin.load_state_dict(twin.state_dict(), strict=False)
     task.queues["image"].pointer.fill_(6)

@@ -1,4 +1,4 @@
-"""A tiny ALBEF and a tiny BLIP with a vocabulary of their own, for runs on files."""
+"""A tiny ALBEF, a tiny BLIP and a tiny METER with a vocabulary of their own, for runs on files."""
 from __future__ import annotations
 
 import json
@@ -22,6 +22,18 @@ ALBEF = {
     },
     "token_reduction": {"method": "elip"},
     "preprocess_cfg": {"resize_mode": "squash"},
+}  # fmt: skip
+METER = {
+    "family": "meter",
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 6, "width": 32, "head_width": 16},
+    "text_cfg": {
+        "context_length": 12, "hf_tokenizer_name": "here",
+        "bert": {k: v for k, v in ALBEF["text_cfg"]["bert"].items() if k != "num_hidden_layers"} | {
+            "num_hidden_layers": 2},
+        "fusion": {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
+    },
+    "token_reduction": {"method": "elip"},
 }  # fmt: skip
 BLIP = ALBEF | {"family": "blip", "text_cfg": {k: v for k, v in ALBEF["text_cfg"].items() if k != "fusion_layer"}}
 

@@ -7,15 +7,17 @@ from torch import nn
 
 from .albef import Albef, AlbefAnswerer, AlbefAssigner, AlbefClassifier
 from .blip import Blip, BlipAnswerer, BlipCaptioner, BlipPairClassifier
+from .meter import Meter, MeterClassifier, MeterRetriever
 
 PRETRAINING = "pretraining"
+VQA_ANSWERS = 3129  # of METER's vocabulary
 
 
 def build(
     family: str, task: str, embed_dim: int, vision_cfg: dict[str, Any], text_cfg: dict[str, Any],
-    token_reduction: dict[str, Any] | None,
+    token_reduction: dict[str, Any] | None, answers: list[str] | None = None,
 ) -> nn.Module:  # fmt: skip
-    """A model of a family, for pre-training or for what comes after it.
+    """A model of a family, for pre-training or for what comes after it; `answers`: of VQA, that a METER tells apart.
 
     Raises:
         ValueError: the family is not known, or has no such task.
@@ -33,6 +35,11 @@ def build(
         ("blip", "captioning"): lambda: BlipCaptioner(*parts),
         ("blip", "vqa"): lambda: BlipAnswerer(*parts),
         ("blip", "nlvr2"): lambda: BlipPairClassifier(2, *parts),
+        ("meter", PRETRAINING): lambda: Meter(embed_dim, *parts),
+        ("meter", "retrieval"): lambda: MeterRetriever(embed_dim, *parts),
+        ("meter", "vqa"): lambda: MeterClassifier(len(answers or ()) or VQA_ANSWERS, 50, embed_dim, *parts),
+        ("meter", "nlvr2"): lambda: MeterClassifier(2, 10, embed_dim, *parts, num_images=2),
+        ("meter", "entailment"): lambda: MeterClassifier(3, 10, embed_dim, *parts),
     }
     if (family, task) not in models:
         known = ", ".join(" ".join(one) for one in models)

@@ -21,7 +21,7 @@ class FusionModel(nn.Module):
     """A model with an image tower whose tokens are all used. A family adds text and fusion.
 
     Args:
-        vision_cfg: OpenCLIP's, of a ViT; its convolution gets a bias, and it has no projection of its own.
+        vision_cfg: OpenCLIP's, of a ViT; it has no projection of its own, and with `conv_bias` its convolution a bias.
         token_reduction: {"method": ..., options}, see `clip.make_reduction`; None: all tokens always.
 
     Raises:
@@ -32,7 +32,8 @@ class FusionModel(nn.Module):
     names: Names  # of weights in released files
     adds_cosine = False  # to the scores by which shortlists are ranked again
     taught = True  # training has a momentum twin
-    decays_all = False  # weight decay in training is meant for biases and norms too
+    quick_gelu, conv_bias = False, True  # of the image tower
+    rates: Mapping[str, float] = {}  # by how a weight's name begins, what multiplies its learning rate
     UNTAUGHT: tuple[str, ...] = ()  # parts that a momentum twin does without
     NEW: tuple[str, ...] = ()  # how the names of weights begin that pre-training has none for
     IDLE: tuple[str, ...] = ()  # and of those of pre-training that a model of a task may have no use for
@@ -40,11 +41,12 @@ class FusionModel(nn.Module):
     def __init__(self, vision_cfg: dict[str, Any], token_reduction: dict[str, Any] | None = None):
         super().__init__()
         width = vision_cfg["width"]
-        self.visual = _build_vision_tower(width, vision_cfg)
+        self.visual = _build_vision_tower(width, vision_cfg, self.quick_gelu)
         self.visual.proj, conv = None, self.visual.conv1
-        self.visual.conv1 = nn.Conv2d(3, width, conv.kernel_size, conv.stride)
+        if self.conv_bias:
+            self.visual.conv1 = nn.Conv2d(3, width, conv.kernel_size, conv.stride)
         std = 0.02 * (768 / width) ** 0.5  # BERT's, at the width that it is meant for
-        self.visual.apply(partial(_init, std=std))
+        self.visual.apply(partial(init, std=std))
         nn.init.trunc_normal_(self.visual.class_embedding, std=std)
         reduction = None if token_reduction is None else make_reduction(self.visual, token_reduction)
         self._tower = ImageTower(self.visual, reduction)
@@ -74,6 +76,11 @@ class FusionModel(nn.Module):
         """Weights of a released file, or of this model, by the names that they have here."""
         return read_released(state, self.names)
 
+    def from_image_tower(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of DeiT or of timm's ViT, but for their head, by the names that they have here."""
+        state = {f"visual_encoder.{name}": value for name, value in state.items() if not name.startswith("head")}
+        return self.own_names(state).model
+
     def from_bert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a `BertForMaskedLM` by the names that they have here."""
         return self.own_names({f"text_encoder.{name}": value for name, value in state.items()}).model
@@ -81,6 +88,11 @@ class FusionModel(nn.Module):
     def from_pretraining(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of pre-training's model, or of this one's, by the names that they have here."""
         return state
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay is meant for it: for all but biases, what normalises, and the temperature."""
+        # The class embedding of OpenCLIP's tower has lost its other dimensions.
+        return parameter.ndim > 1 or name.endswith("class_embedding")
 
     def mask(self, text: Tensor) -> Tensor:
         """(B, L), true where there is a token."""
@@ -91,9 +103,10 @@ class FusionModel(nn.Module):
         mask = self.mask(text)
         return Tokens.of(mask) if self.tower.shortcuts and not bool(mask.all()) else Tokens(mask)
 
-    def image_states(self, image: Tensor, guidance: Tensor | None = None, *, reduce: bool | None = None) -> Tensor:
-        """(B, 3, H, W) to (B, N, D), `[CLS]` first, N the reduced length; `guidance` (B, D): the text's first state."""
-        return self.visual.ln_post(self.tower.tokens(image, guidance, reduce=reduce))
+    def image_states(self, image: Tensor, guidance: Tensor | None = None, **more: Any) -> Tensor:
+        """(B, 3, H, W) to (B, N, D), `[CLS]` first, N the reduced length; `guidance` (B, D): the text's first state.
+        See `ImageTower.tokens`."""
+        return self.visual.ln_post(self.tower.tokens(image, guidance, **more))
 
     def text_states(self, text: Tensor, tokens: Tokens | None = None, *, only_first: bool = False) -> Tensor:
         """(B, L) token ids to (B, L, D); `tokens`: those that layers run on, `only_first`: see `bert.run`."""
@@ -170,7 +183,7 @@ class AligningModel(FusionModel):
         }
 
 
-def _init(module: nn.Module, std: float) -> None:
+def init(module: nn.Module, std: float) -> None:
     """As BERT's, where no weights are at hand."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 2:

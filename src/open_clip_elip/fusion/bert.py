@@ -40,11 +40,17 @@ class Memory(NamedTuple):
 class Tokens(NamedTuple):
     """Which of the L columns of B texts are tokens: a mask (B, L); and their places (n,), counted through all rows.
 
-    With `places`, layers run on the tokens alone; without, on all columns.
+    With `places`, layers run on the tokens alone; without, on all columns. `whole`: all columns are tokens.
     """
 
     mask: Tensor
     places: Tensor | None = None
+    whole: bool = False
+
+    @classmethod
+    def all_of(cls, states: Tensor) -> Tokens:
+        """Of states (B, L, D) without padding."""
+        return cls(states.new_ones(states.shape[:2], dtype=torch.bool), whole=True)
 
     @classmethod
     def of(cls, mask: Tensor) -> Tokens:
@@ -166,7 +172,7 @@ def _layer(
     rest: what the last pairs look at.
     """
     own, (count, length) = layer.attention.self, tokens.mask.shape
-    mask = tokens.mask[:, None, None].to(x.device)
+    mask = None if tokens.whole else tokens.mask[:, None, None].to(x.device)
     if causal:
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     grid = _Grid(count, length, tokens.places)

@@ -38,7 +38,7 @@ class MixedEncoderDecoder(FusionModel):
         ValueError: an option does not fit.
     """
 
-    names, decays_all = BLIP, True
+    names = BLIP
     IDLE = ("text.", "decoder.", "vision_proj.", "text_proj.", "itm_head.", "temp")
 
     def __init__(
@@ -59,6 +59,10 @@ class MixedEncoderDecoder(FusionModel):
             self.text = BlipTextModel(config, add_pooling_layer=False)
         if decoder:
             self.decoder = tied(BlipTextLMHeadModel(config))
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """All, as in BLIP's recipes."""
+        return True
 
     def read(self, image_states: Tensor, once: bool = True) -> list[Memory]:
         bert = self.text if hasattr(self, "text") else self.decoder.bert

@@ -65,11 +65,47 @@ def mask_tokens(text: Tensor, mask_id: int, vocab_size: int, fixed: Tensor) -> t
         was there.
     """
     chosen = (torch.rand(text.shape) < CHOSEN) & ~torch.isin(text, fixed)
-    kind, words = torch.rand(text.shape), torch.randint(vocab_size, text.shape)
+    return replaced(text, chosen, mask_id, torch.rand(text.shape), torch.randint(vocab_size, text.shape))
+
+
+def replaced(
+    text: Tensor, chosen: Tensor, mask_id: int, kind: Tensor, words: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `mask_tokens`, of the tokens that are `chosen` (B, L).
+
+    Args:
+        kind: (B, L) uniform in [0, 1): what becomes of each.
+        words: (B, L) what takes the place of some.
+    """
     masked = text.masked_fill(chosen & (kind < MASKED), mask_id)
     masked = words.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), masked)
     places = chosen.flatten().nonzero().squeeze(1)
     return masked, places, text.flatten()[places]
+
+
+def choose_words(text: Tensor, draws: Tensor, continues: Tensor, outside: Tensor) -> Tensor:
+    """(B, L) tokens that are masked as in METER's program: whole words in random order, as long as they fit into a
+    budget of 15 % of the columns, padding included; a word that does not fit is passed over.
+
+    Each token of padding counts as a word, and so does a special token that is not `outside`: they use up the budget.
+
+    Args:
+        text: (B, L) token ids, padded to what the model takes.
+        draws: (B, L) uniform at random, the order of words.
+        continues: (vocabulary,) which ids go on with the word before them.
+        outside: ids that are in no word.
+    """
+    inside, budget = ~torch.isin(text, outside), max(1, round(CHOSEN * text.shape[1]))
+    begins = inside & (~continues[text] | (inside.cumsum(dim=1) == 1))
+    word = (begins.cumsum(dim=1) - 1).clamp_min(0)
+    sizes = torch.zeros_like(text).scatter_add(1, word, inside.long())
+    used, taken = torch.zeros_like(text[:, :1]), torch.zeros_like(inside)
+    for number in draws.argsort(dim=1).split(1, dim=1):
+        size = sizes.gather(1, number)
+        fits = used + size <= budget
+        used = used + size * fits
+        taken.scatter_(1, number, fits)
+    return taken.gather(1, word) & inside
 
 
 def places_to_write(mask: Tensor, prompt: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names of the weights in the files that the authors of ALBEF and BLIP released, and ours; both ways.
+"""Names of the weights in the files that the authors of ALBEF, BLIP and METER released, and ours; both ways.
 
 Files of DeiT and of timm's ViT name the image tower's weights like the released ones, without their prefix.
 """
@@ -21,16 +21,27 @@ _IMAGE = (
 # Whatever has a momentum copy has it as NAME_m.
 _PARTS = (
     "visual_encoder", "text_encoder", "text_decoder", "vision_proj", "text_proj", "itm_head", "cls_head", "ta_head",
-    "temp",
+    "temp", "vit_model", "text_transformer", "token_type_embeddings", "mlm_score", "itm_score", "rank_output",
+    "vqa_classifier", "nlvr2_classifier", "snli_classifier",
+    *(f"cross_modal_{one}_{part}" for one in ("text", "image") for part in ("transform", "layers", "pooler")),
 )  # fmt: skip
-_NO_WEIGHT = re.compile(r"position_ids$|cls\.predictions\.decoder\.")  # the decoder's weights are others', tied
+# A decoder's weights are others', tied; of CLIP's text tower and BERT's pooler METER's files have remains without use.
+_NO_WEIGHT = re.compile(
+    r"position_ids$|cls\.predictions\.decoder\.|^vit_model\.(positional_embedding|ln_final\.)|^text_transformer\.pooler\."
+)
 _ALBEF = (
     (r"^text_encoder\.(bert\.)?embeddings\.", "text.embeddings."), (r"^text_encoder\.cls\.", "mlm_head."),
     (r"^text_decoder\.bert\.embeddings\.", "embeddings."), (r"^text_decoder\.bert\.encoder\.layer\.", "decoder."),
     (r"^text_decoder\.cls\.", "lm_head."), (r"^(cls|ta)_head\.", "head."),
 )  # fmt: skip
+_TOWERS = ("visual_encoder.", "text_encoder.", "text_decoder.", "vit_model.", "text_transformer.")
 _LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
 _BLIP = (("text_encoder.", "text."), ("text_decoder.", "decoder."), ("cls_head.", "head."))
+_METER = (
+    ("vit_model.visual.", "visual."), ("text_transformer.", "text."), ("mlm_score.transform.", "mlm_head.0."),
+    ("mlm_score.decoder.", "mlm_head.1."), ("mlm_score.bias", "mlm_head.1.bias"), ("itm_score.fc.", "itm_head."),
+    ("vqa_classifier.", "head."), ("nlvr2_classifier.", "head."), ("snli_classifier.", "head."),
+)  # fmt: skip
 
 
 class Names(NamedTuple):
@@ -72,23 +83,25 @@ def albef(fusion_layer: int) -> Names:
     return Names(ours, released, (("mlm_head.", "text."), ("lm_head.", "")))
 
 
-def _blip(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     for one, other in pairs:
         if name.startswith(one):
             return other + name.removeprefix(one)
     return name
 
 
-BLIP = Names(
-    lambda name: _blip(name, _BLIP), lambda name: _blip(name, tuple(pair[::-1] for pair in _BLIP)),
-    (("decoder.cls.", "decoder.bert."),),
-)  # fmt: skip
+def _table(pairs: tuple[tuple[str, str], ...], heads: tuple[tuple[str, str], ...] = ()) -> Names:
+    back = tuple(pair[::-1] for pair in sorted(pairs, key=lambda pair: -len(pair[1])))
+    return Names(lambda name: _renamed(name, pairs), lambda name: _renamed(name, back), heads)
+
+
+BLIP, METER = _table(_BLIP, (("decoder.cls.", "decoder.bert."),)), _table(_METER)
 
 
 def read_released(state: Mapping[str, Tensor], names: Names) -> Released:
     """The weights of a released file, of pre-training or of a task; those by our names are taken as they are."""
     found = Released({}, {}, {})
-    if not any(name.startswith(("visual_encoder.", "text_encoder.", "text_decoder.")) for name in state):
+    if not any(name.startswith(_TOWERS) for name in state):
         return Released(dict(state), {}, {})
     for name, value in state.items():
         part, dot, rest = name.partition(".")
@@ -129,7 +142,7 @@ def write_released(model: Mapping[str, Tensor], twin: Mapping[str, Tensor], name
 
 def _released(name: str, value: Tensor, names: Names) -> tuple[str, Tensor]:
     part, _, rest = name.partition(".")
-    if part != "visual":
+    if part != "visual" or names is METER:  # whose image tower has OpenCLIP's names
         return names.released(name), value
     value = {"class_embedding": value.view(1, 1, -1), "positional_embedding": value[None]}.get(rest, value)
     for released, ours in reversed(_IMAGE):

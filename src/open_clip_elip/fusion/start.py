@@ -1,4 +1,4 @@
-"""Weights to start from: pre-training's an image tower of DeiT or timm, and BERT; a task's those of pre-training."""
+"""Weights to start from: pre-training's an image tower of DeiT, timm or CLIP, and BERT; a task's those of it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,18 +12,25 @@ from .. import weights
 from ..identity import ModelError
 from .base import FusionModel
 
-_PARTS = ("visual.", "text.", "fusion.", "head.", "decoder.", "embeddings.", "lm_head.")  # of some model or other
+# Of some model or other.
+_PARTS = ("visual.", "text.", "fusion.", "head.", "decoder.", "embeddings.", "lm_head.", "cross_modal")
 Left = list[str]  # names of the model's weights that a start does not have
 
 
 def start_image(model: nn.Module, source: str) -> Left:
-    """Fills the image tower from timm's weights, by name (deit_base_patch16_224) or file; their head is left out.
+    """Fills the image tower from weights of a file, or by name: of timm's (deit_base_patch16_224), or, for a METER, of
+    CLIP's, with their tag (ViT-B-32-quickgelu:openai).
 
     Raises:
         ModelError: there are no such weights, or they are of another shape.
     """
     if weights.is_file(source):
         state = weights.tensors(weights.read(source), source)
+    elif model.quick_gelu:
+        name, _, tag = source.rpartition(":")
+        if not name:
+            raise _unavailable(source, ValueError("a CLIP model has weights by tag, as in ViT-B-32-quickgelu:openai"))
+        state = weights.tensors(weights.read(weights.find(name, tag)), source)
     else:
         import timm
 
@@ -31,22 +38,23 @@ def start_image(model: nn.Module, source: str) -> Left:
             state = timm.create_model(source, pretrained=True).state_dict()
         except Exception as error:  # from the network, or no such model
             raise _unavailable(source, error) from error
-    state = {f"visual_encoder.{name}": value for name, value in state.items() if not name.startswith("head")}
-    state = model.own_names(state).model
+    state = model.from_image_tower(state)
+    if not state:
+        raise ModelError(f"{source} has no image tower of CLIP's, whose names begin with visual.: name another.")
     resize_pos_embed(state, model, antialias=False)
     return _fill(model, state, source, "visual.")
 
 
 def start_text(model: nn.Module, source: str) -> Left:
-    """Fills text encoder, fusion layers and language head from BERT, by its name on Hugging Face or a folder.
+    """Fills text encoder, fusion layers and language head from BERT (RoBERTa), by its name on Hugging Face or a folder.
 
     Raises:
         ModelError: there is no such BERT, or it is of another shape.
     """
-    from transformers import BertForMaskedLM
+    from transformers import AutoModelForMaskedLM
 
     try:
-        bert = BertForMaskedLM.from_pretrained(str(Path(source).expanduser()) if Path(source).exists() else source)
+        bert = AutoModelForMaskedLM.from_pretrained(str(Path(source).expanduser()) if Path(source).exists() else source)
     except Exception as error:
         raise _unavailable(source, error) from error
     state = model.from_bert(bert.state_dict())
@@ -97,6 +105,9 @@ def start_task(model: FusionModel, content: Mapping[str, Any], source: str) -> S
     key = "visual.positional_embedding"
     before, after = len(state.get(key, ())), len(own[key])
     resized = [f"{key} ({before} to {after})"] if before not in (0, after) else []
+    types = "token_type_embeddings.weight"  # METER's, of texts and of one or two images
+    counts = [len(one.get(types, ())) for one in (found.model, state)]
+    resized += [f"{types} ({counts[0]} to {counts[1]})"] if counts[0] != counts[1] else []
     for one in (state, twin):
         if key in one and one[key].shape[1:] == own[key].shape[1:]:
             resize_pos_embed(one, model, antialias=False)

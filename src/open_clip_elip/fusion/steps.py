@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from .albef import Albef
 from .base import AligningModel
 from .bert import Memory, Tokens
 from .blip import Blip
+from .meter import Meter, MeterRetriever
 from .momentum import Queue
 from .objectives import FLOOR, distilled, draw, mixed_targets, negative_weights, similarities
 
@@ -169,6 +170,73 @@ def blip_losses(
     tokens = tokens or Tokens(model.mask(text))
     losses, memory = align(model, taught, queues, image, text, tokens=tokens, reduce=model.tower.reduces, **more)
     return losses | {"lm": written(model.next_words(text, chosen, memory, tokens=tokens), text, chosen)}
+
+
+def meter_losses(
+    model: Meter, image: Tensor, text: Tensor, *, labels: Tensor, matches: Tensor, **more: Any
+) -> dict[str, Tensor]:
+    """MLM + ITM (METER, Sec. 3.3).
+
+    Args:
+        labels: (n,) what was at the places `chosen`.
+        matches: (B,) 1 where the image `seen` is the text's own, 0 where not.
+        others: see `meter_logits`.
+    """
+    words, judged = meter_logits(model, image, text, **more)
+    return {"mlm": distilled(words, labels, None, 0), "itm": F.cross_entropy(judged, matches)}
+
+
+def meter_logits(
+    model: Meter, image: Tensor, text: Tensor, *, masked: Tensor, chosen: Tensor, seen: Tensor,
+    tokens: Tokens | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Logits (n, vocabulary) of masked words, (B, 2) of matching. If the model reduces the tokens of images, it does so
+    by masked captions for the words, and for matching by captions that may be another image's.
+
+    Args:
+        image: (M, 3, H, W), first those of the B pairs, then maybe others.
+        text: (B, L) token ids.
+        masked, chosen: see `objectives.mask_tokens`.
+        seen: (B,) the image that each text is to match.
+        tokens: of the text; None: layers run on all columns.
+    """
+    tokens, count, own = tokens or Tokens(model.mask(text)), len(text), torch.arange(len(text), device=text.device)
+    states = torch.cat([model.text_states(one, tokens) for one in (masked, text)])
+    images = stream_of(model, image, states, torch.cat([own, seen]), reduce=model.tower.reduces)
+    words = model.words(states[:count], tokens, images[:count], chosen)
+    return words, model.judge(model.pooled(states[count:], tokens, images[count:]))
+
+
+def ranking_losses(
+    model: MeterRetriever, image: Tensor, text: Tensor, *, seen: Tensor, matches: Tensor, tokens: Tokens | None = None,
+    reduce: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The true caption of each image ranked before false ones, and ITM, whose head learns nothing (METER's fine-tuning
+    for retrieval).
+
+    Args:
+        text: (B * C, L) token ids: for each image its own caption, then C - 1 false ones.
+        reduce: remove tokens of an image, by each caption.
+        others: see `meter_losses`; of the own captions.
+    """
+    tokens, count = tokens or Tokens(model.mask(text)), len(seen)
+    each, own = len(text) // count, torch.arange(0, len(text), len(text) // count, device=text.device)
+    states = model.text_states(text, tokens)
+    which = torch.cat([torch.arange(count, device=text.device).repeat_interleave(each), seen])
+    images = stream_of(model, image, torch.cat([states, states[own]]), which, reduce=reduce)
+    scores = model.judge(model.pooled(states, tokens, images[: len(text)]))[:, 1].view(count, each)
+    matching = model.pooled(states[own], Tokens(tokens.mask[own]), images[len(text) :])
+    rank = F.cross_entropy(scores, torch.zeros_like(seen))
+    return {"rank": rank, "itm": F.cross_entropy(model.itm_head(matching), matches)}
+
+
+def stream_of(model: Meter, image: Tensor, states: Tensor, which: Tensor, *, reduce: bool) -> Tensor:
+    """(P, N, H) what the streams begin with, of texts' `states` (P, L, D), each with the image `which` (P,)."""
+    if not model.tower.shortcuts:  # as the release: an image is read for each text anew
+        image, which = image[which], torch.arange(len(which), device=which.device)
+    if not reduce:
+        return model.image_stream(model.image_states(image, reduce=False))[which]
+    return model.image_stream(model.image_states(image, states[:, 0].contiguous(), reduce=True, which=which))
 
 
 def written(logits: Tensor, text: Tensor, chosen: Tensor) -> Tensor:

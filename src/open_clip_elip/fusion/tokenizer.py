@@ -45,11 +45,13 @@ class Rules(NamedTuple):
     question: Callable[..., str]
     longest_caption: int | None
     longest_question: int | None
+    longest_sentence: int | None = None
 
 
 RULES = {
     "albef": Rules(albef_caption, albef_question, None, None),
     "blip": Rules(blip_caption, blip_question, 35, 35),
+    "meter": Rules(str, str, 40, 50, 50),
 }
 
 
@@ -89,6 +91,11 @@ class WordPieces:
             single=f"{start} $A {end}" if ends else f"{start} $A",
             special_tokens=[(start, self.pieces.cls_token_id), (end, self.pieces.sep_token_id)],
         )
+
+    @property
+    def pad(self) -> int:
+        """The id of padding."""
+        return self.pieces.pad_token_id
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """(n, context length) ids of n texts, padded."""

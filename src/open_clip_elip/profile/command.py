@@ -96,7 +96,7 @@ def measure(models: Sequence[Candidate], figures: Sequence[Figures], args: argpa
     for one, found in zip(models, figures, strict=True):
         model = one.build(args.device, args.precision)
         batch = _batch(model, one, args, args.batch_size, args.device)
-        steps[one.label] = step = (fusion().FusionStep if one.fuses else TrainStep)(model, *batch, args.precision)
+        steps[one.label] = step = (fusion().make_step if one.fuses else TrainStep)(model, *batch, args.precision)
         with _running(one, args):
             found |= _memory(step, one, args)
         step.optimizer.zero_grad(set_to_none=True)
@@ -140,7 +140,7 @@ def _batch(
     """Images, and token ids, cut as the model takes them in training (those of a fusion model on the CPU)."""
     image = torch.randn(pairs, 3, *to_2tuple(model.visual.image_size), device=device)
     if one.fuses:
-        return image, fusion().words(_lengths(model, one, args, pairs))
+        return image, fusion().words(_lengths(model, one, args, pairs), model)
     ids = caption_ids(model, _lengths(model, one, args, pairs))
     return image, cut_text(ids, model, *([COMPILED_PARTS, COMPILED_MULTIPLE] if args.compile else [])).to(device)
 

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..fusion.albef import Albef
+from ..fusion.base import FusionModel
 from ..fusion.bert import Tokens
 from ..fusion.blip import Blip
+from ..fusion.meter import Meter
 from ..fusion.momentum import Queue, follow, twin_of
 from ..fusion.objectives import CHOSEN, places_to_write
-from ..fusion.steps import albef_losses, blip_losses, teach
+from ..fusion.steps import albef_losses, blip_losses, meter_losses, stream_of, teach
 from .flops import Flops, count
 from .measure import TrainStep
 
@@ -32,19 +35,22 @@ class FusionStep(TrainStep):
         """Of the tokens, as many are chosen as masking chooses on average; all, where captions are written. A batch of
         shapes alone gets negatives, each text and each image once: they cannot be drawn."""
         mask, device, writes = self.model.mask(text), image.device, isinstance(self.model, Blip)
-        chosen = places_to_write(mask)
-        if not writes:
-            chosen = chosen[torch.arange(0, len(chosen), 1 / CHOSEN).long()] + 1
+        chosen = places_to_write(mask) if writes else some_places(mask)
         tokens = self.model.tokens_in(text)
         negatives, labels = None, text.flatten()[chosen].to(device)
         if device.type == "meta":
             negatives = [torch.arange(len(text)).roll(1)] * 2
         else:
-            tokens, chosen = Tokens(*(None if one is None else one.to(device) for one in tokens)), chosen.to(device)
+            tokens, chosen = on(device, tokens), chosen.to(device)
         super().set_batch(image, text.to(device))
         self.words = {"tokens": tokens} if writes else {"tokens": tokens, "masked": self.batch[1], "chosen": chosen}
         self.targets = {"chosen": chosen, "negatives": negatives, "alpha": ALPHA}
         self.targets |= {} if writes else {"labels": labels}
+
+    def pictures(self) -> Tensor:
+        """What the image tower makes of the images."""
+        guidance = self.batch[0].new_empty(len(self.batch[0]), self.model.visual.output_dim)
+        return self.model.image_states(self.batch[0], guidance, reduce=self.model.tower.reduces)
 
     def compile(self) -> None:
         self.model.tower.compiles = self.twin.tower.compiles = True
@@ -64,12 +70,59 @@ class FusionStep(TrainStep):
         """Nothing is held in bounds: the temperature hardly moves."""
 
 
-def count_fusion(model: Albef | Blip, image: Tensor, text: Tensor) -> Flops:
+class MeterStep(TrainStep):
+    """As `TrainStep`, on texts (B, L), token ids on the CPU. Half of the texts are to match with another image, which
+    is drawn: so images of the batch come again."""
+
+    def set_batch(self, image: Tensor, text: Tensor) -> None:
+        """Of the tokens, as many are masked as masking chooses on average."""
+        count, device, mask = len(text), image.device, self.model.mask(text)
+        seen, half = torch.arange(count), count // 2
+        seen[half:] += count - half
+        super().set_batch(torch.cat([image, image[half:]]), text.to(device))
+        tokens, chosen = self.model.tokens_in(text), some_places(mask)
+        labels, matches = text.flatten()[chosen].to(device), (torch.arange(count) < half).long().to(device)
+        if device.type != "meta":
+            tokens, chosen = on(device, tokens), chosen.to(device)
+        seen, self.seen = seen.to(device), torch.cat([torch.arange(count), seen]).to(device)
+        self.more = {"masked": self.batch[1], "chosen": chosen, "labels": labels, "seen": seen, "matches": matches}
+        self.more["tokens"] = tokens
+
+    def pictures(self) -> Tensor:
+        states = self.batch[0].new_empty(len(self.seen), 1, self.model.width)
+        return stream_of(self.model, self.batch[0], states, self.seen, reduce=self.model.tower.reduces)
+
+    def compile(self) -> None:
+        self.model.tower.compiles = True
+
+    def losses(self) -> dict[str, Tensor]:
+        return meter_losses(self.model, *self.batch, **self.more)
+
+    def end(self) -> None:
+        """Nothing is held in bounds."""
+
+
+def make_step(model: FusionModel, *args: Any) -> FusionStep | MeterStep:
+    """Of any family; see the steps for what else is given."""
+    return (MeterStep if isinstance(model, Meter) else FusionStep)(model, *args)
+
+
+def some_places(mask: Tensor) -> Tensor:
+    """(n,) places of masked tokens, counted through all rows of (B, L)."""
+    places = places_to_write(mask)
+    return places[torch.arange(0, len(places), 1 / CHOSEN).long()] + 1
+
+
+def on(device: torch.device, tokens: Tokens) -> Tokens:
+    mask, places, whole = tokens
+    return Tokens(mask.to(device), None if places is None else places.to(device), whole)
+
+
+def count_fusion(model: FusionModel, image: Tensor, text: Tensor) -> Flops:
     """As `flops.count_flops`; what is not the image tower's is counted as text, and other work without gradient than
     its scoring pass as the twin's."""
-    step = FusionStep(model, image, text)
-    guidance = image.new_empty(len(image), model.visual.output_dim)
-    pictures = count(model, lambda: model.image_states(image, guidance, reduce=model.tower.reduces))
+    step = make_step(model, image, text)
+    pictures = count(model, step.pictures)
     whole = count(model, step.losses)
     return Flops(
         whole.forward, whole.backward, pictures.scoring, whole.forward - pictures.forward,
@@ -77,7 +130,11 @@ def count_fusion(model: Albef | Blip, image: Tensor, text: Tensor) -> Flops:
     )  # fmt: skip
 
 
-def words(lengths: Sequence[int]) -> Tensor:
-    """(B, L) token ids on the CPU of texts of these lengths, L the longest: 1, then 2, then padding."""
-    place = torch.arange(max(lengths))
-    return (place < torch.tensor(lengths)[:, None]) * (1 + (place > 0))
+def words(lengths: Sequence[int], model: FusionModel | None = None) -> Tensor:
+    """(B, L) token ids on the CPU of texts of these lengths, L the longest: a start, then others, then padding. For a
+    METER that runs as released L is all that it takes."""
+    columns, pad = max(lengths), 0 if model is None else model.pad
+    if isinstance(model, Meter) and not model.tower.shortcuts:
+        columns = model.context_length
+    place = torch.arange(columns)
+    return torch.where(place < torch.tensor(lengths)[:, None], 1 + pad + (place > 0).long(), pad)

@@ -96,7 +96,7 @@ class TokenReduction(nn.Module):
 
     def forward(
         self, blocks: Sequence[nn.Module], x: Tensor, guidance: Tensor | None = None, *,
-        run: Callable = run_plainly, only_cls: bool = False,
+        run: Callable = run_plainly, only_cls: bool = False, which: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, L, D) after the last layer, `[CLS]` first.
 
@@ -107,6 +107,8 @@ class TokenReduction(nn.Module):
             run: calls a block, `run(block, *tensors)`, or `run(block, *tensors, function=f)` for `f(block, *tensors)`
                 in its place; a tower that is checkpointed or sharded does to the function what it does to the block.
             only_cls: nothing but `[CLS]` of the last layer is used, so the last layer may return it alone.
+            which: (P,) the image in `x` of each guidance, of which there are P, as is the result; given to a method
+                that `uses_text` alone. None: guidance and image of a pair have the same number.
         """
         raise NotImplementedError
 

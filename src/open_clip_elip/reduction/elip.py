@@ -97,7 +97,7 @@ class Elip(TokenReduction):
         super().__init__(config, num_layers)
         self.stages = config.stages(num_layers)
 
-    def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False):
+    def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False, which=None):
         """As `TokenReduction.forward`, (B, 1+K+1, D); `run` calls a block without gradients in the scoring pass, and no
         guidance scores by vision alone (lam = 1)."""
         num_patches = x.shape[1] - 1
@@ -105,10 +105,11 @@ class Elip(TokenReduction):
             layers = [blocks[i] for i in range(stage.first, stage.first + stage.depth)]
             keep = stage.keep(num_patches)
             if x.shape[1] - 1 > keep:
+                x, which = x if which is None else x[which], None  # up to here text has had no part
                 x, _ = keep_and_merge(x, self.score(layers, x, guidance, run), keep, self.config.merge)
             for block in layers:
                 x = run(block, x)
-        return x
+        return x if which is None else x[which]
 
     @torch.no_grad()
     def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: Callable) -> Tensor:

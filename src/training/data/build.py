@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
 from ..options.config_file import SOURCE_SEPARATOR
 from .batches import TrainData, ValData, some
+from .false_pairs import FalsePairs
 from .lists import ListRows, ReadItem, read_pair
 from .samples import DataReport, Encoding
 from .sets.labelled import LabelledImages
@@ -45,7 +47,7 @@ def build_labelled_data(
 def build_list_data(
     options: Any, read: ReadItem, encoding: Encoding, *, rank: int, world_size: int
 ) -> TrainData:
-    """Training data of the JSON lists `train_data`, a list of files. Raises: UserError."""
+    """Training data of the lists `train_data`, JSON or Arrow files. Raises: UserError."""
     rows = ListRows(options.train_data, options.image_root, read, "--train-data")
     return _train_rows("json", rows, {"rows": len(rows)}, options, encoding, rank, world_size)
 
@@ -68,6 +70,8 @@ def build_val_data(
         count = options.val_num_samples or options.train_num_samples
         rows = _rows(kind, options, options.val_data, "--val-data", count)
         source, num_samples = RowSource(rows), len(rows)
+        if isinstance(encoding, FalsePairs):
+            encoding = replace(encoding, rows=rows)
     return ValData(source, encoding, options, rank, world_size, num_samples)
 
 
@@ -76,11 +80,11 @@ def _dataset_type(path: str | None, dataset_type: str, flag: str) -> str:
         return dataset_type
     if os.path.isdir(path.rpartition("::")[2]):
         return "webdataset"
-    kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset", "json": "json"}
+    kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset", "json": "json", "arrow": "json"}
     kind = kinds.get(path.strip(": ").rpartition(".")[2].lower())
     if kind is None:
         remedy = f"name shards with braces, such as shards/{BRACES}, or say what it is with --dataset-type"
-        raise UserError(f"{flag} {path!r} does not end in .tar, .csv, .tsv or .json: {remedy}.")
+        raise UserError(f"{flag} {path!r} does not end in .tar, .csv, .tsv, .json or .arrow: {remedy}.")
     return kind
 
 
@@ -90,6 +94,8 @@ def _pairs(options: Any) -> Pairs:
 
 
 def _train_shards(options: Any, encoding: Encoding, rank: int, world_size: int, read: Read) -> TrainData:
+    if isinstance(encoding, FalsePairs) and (encoding.texts or options.batch_size == 1):
+        raise UserError("Shards have no false captions, and no false image for a batch of one pair: give lists.")
     sets = expand_shards(options.train_data, "--train-data")
     if options.train_data_upsampling_factors is not None:
         factors = map(float, options.train_data_upsampling_factors.split("::"))
@@ -170,6 +176,8 @@ def _train_rows(
         f"{rows.name}: {rows.contents}",
         f"{left_out:,} of them, others in each epoch, are left out by rounding down",
     ]
+    if isinstance(encoding, FalsePairs):
+        encoding = replace(encoding, rows=rows)
     identity = {"dataset_type": kind, "sources": [rows.name], **identity}
     source = RowSource(rows, options.seed, options.batch_size)
     return TrainData(source, encoding, options, rank, world_size, num_batches, identity, lines)

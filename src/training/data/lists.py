@@ -1,21 +1,27 @@
-"""JSON lists of samples, as ALBEF and BLIP have their data: pictures by path, and what goes with them."""
+"""Lists of samples: JSON, as ALBEF and BLIP have their data, with pictures by path, and METER's Arrow files."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, reason
+from .arrow import ENDING, LeftOut, read_arrow
+from .images import ImageLike
 from .samples import Sample
+
+log = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 # From an item to the paths of its pictures and its fields; a string says what is wrong with it.
-ReadItem = Callable[[Item], "tuple[Sequence[str], dict[str, Any]] | str"]
+ReadItem = Callable[[Item], "tuple[Sequence[str], dict[str, Any]] | LeftOut | str"]
 
 
 class ListRows:
-    """The items of JSON lists, as rows for `RowSource`.
+    """The items of lists, as rows for `RowSource`.
 
     Args:
         files: of lists, one after the other.
@@ -29,22 +35,29 @@ class ListRows:
 
     def __init__(self, files: Sequence[str], root: str | None, read: ReadItem, flag: str):
         self.name = "::".join(files)
-        self.rows: list[tuple[str, tuple[str, ...], dict[str, Any], int]] = []
+        self.rows: list[tuple[str, tuple[ImageLike, ...], dict[str, Any]]] = []
+        left_out: Counter[str] = Counter()
         for file in files:
             folder = Path(root or Path(file).parent)
-            for number, item in enumerate(read_list(file, flag)):
-                found = read(item) if isinstance(item, dict) else "it is not an object"
+            for number, (item, stored) in enumerate(read_items(file, flag)):
+                found = read(item) if isinstance(item, dict) else item
+                if isinstance(found, LeftOut):
+                    left_out[found] += 1
+                    continue
                 if isinstance(found, str):
                     raise UserError(f"Item {number} of {file} cannot be used: {found}.")
                 pictures, fields = found
-                self.rows.append((file, tuple(str(folder / picture) for picture in pictures), fields, number))
+                self.rows.append((file, stored or tuple(str(folder / picture) for picture in pictures), fields))
         self.contents = f"{len(self.rows):,} samples"
+        if left_out:
+            self.contents += f" ({', '.join(f'{count:,} x {why}' for why, count in left_out.items())} left out)"
+            log.info("%s: %s.", self.name, self.contents)
         self.check_pictures(flag)
 
     def check_pictures(self, flag: str) -> None:
-        """UserError if not one of the first pictures is there."""
-        some = [picture for _, pictures, _, _ in self.rows[:100] for picture in pictures]
-        if not any(Path(picture).is_file() for picture in some):
+        """UserError if not one of the first pictures that are files is there."""
+        some = [picture for _, pictures, _ in self.rows[:100] for picture in pictures if isinstance(picture, str)]
+        if some and not any(Path(picture).is_file() for picture in some):
             raise UserError(
                 f"None of the pictures that {flag} names is there, {some[0]} for one: say in --image-root what their "
                 "paths count from."
@@ -54,8 +67,15 @@ class ListRows:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Sample:
-        file, pictures, fields, number = self.rows[int(row)]
-        return Sample(pictures[0], pictures, fields, file, number)
+        file, pictures, fields = self.rows[int(row)]
+        return Sample(str(pictures[0]), pictures, fields, file, int(row))
+
+
+def read_items(file: str, flag: str) -> Iterable[tuple[Item | str, tuple[ImageLike, ...]]]:
+    """The items of a file, each with its pictures if these are in there; a string says what is wrong with one."""
+    if file.endswith(ENDING):
+        return read_arrow(file, flag)
+    return ((item if isinstance(item, dict) else "it is not an object", ()) for item in read_list(file, flag))
 
 
 def read_list(file: str, flag: str) -> list[Any]:

@@ -34,7 +34,9 @@ class LoadedModel(NamedTuple):
     described: dict[str, Any]
 
 
-def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False, task: str | None = None) -> LoadedModel:
+def load_model(
+    options: Any, ranks: Ranks, *, image_tower: bool = False, task: str | None = None, pairs: bool = False
+) -> LoadedModel:
     """The model of an evaluation's `--model` and `--pretrained`; for the block of a `ranks.agree()`.
 
     A checkpoint of this trainer tells its model, and an `options.model` of None is filled in. With the name of another
@@ -44,6 +46,8 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False, task: s
     the projection into CLIP's space.
 
     task: of what comes after pre-training; the model is that of the task, and the weights its own or pre-training's.
+
+    pairs: a model will do that judges pairs alone, without features of images and of texts.
 
     Raises UserError: no such model, or weights that cannot be had, do not fit or are not finite.
     """
@@ -93,6 +97,8 @@ def load_model(options: Any, ranks: Ranks, *, image_tower: bool = False, task: s
             if "visual.proj" in report.new:
                 model.visual.proj = None
         tokenizer, preprocess = identities.tokenizer(identity), identities.transform(identity)
+    if not (task or pairs or hasattr(model, "encode_image")):
+        raise UserError(f"{options.model} has no features of images by themselves: take training.retrieval.")
     if options.vision_guided_reduction:
         check_reduces(model, options.model)
         model.tower.vision_guided = True

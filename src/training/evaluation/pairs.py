@@ -15,6 +15,7 @@ from ..data.pixels import to_device
 from ..data.sets.captioned import CaptionedImages
 from ..distributed import Ranks
 from ..errors import UserError
+from .every_pair import evaluate_every_pair
 from .metrics import contrastive_loss, retrieval_metrics
 from .passes import (
     EncodeSettings,
@@ -101,7 +102,7 @@ def evaluate_captions(
 ) -> tuple[dict[str, float], list[str]]:
     """Retrieval in both directions, the same on every process and for every number of processes; collective.
 
-    model: in eval mode, with `encode_image` and `encode_text`.
+    model: in eval mode, with `encode_image` and `encode_text`; without, see `evaluate_every_pair`.
     equal_captions_are_hits: a caption is right for every image that has one with the same text.
     compiled: compile the image tower.
     rerank_best: also what `rerank` makes of shortlists of so many. The pictures are then read and encoded twice, so
@@ -110,6 +111,9 @@ def evaluate_captions(
     Returns `retrieval_metrics`, `num_images` and `num_captions`, and the names of the images that cannot be read, which
     are left out with their captions. Raises as `collect` and `rerank`.
     """
+    if not hasattr(model, "encode_image"):
+        more = {"ranks": ranks, "settings": settings, "equal_captions_are_hits": equal_captions_are_hits}
+        return evaluate_every_pair(data, model, tokenizer, preprocess, **more)
     images, texts, again = (
         replace(settings, description=f"{settings.description} {x}") for x in ("images", "captions", "images again")
     )

@@ -36,7 +36,7 @@ def ranks_within(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def score_pairs(
-    model: nn.Module, tokens: Tensor, pairs: Tensor, states: Iterable[tuple[Tensor, Tensor]], *, ranks: Ranks,
+    model: nn.Module, tokens: Tensor, pairs: Tensor | None, states: Iterable[tuple[Tensor, Tensor]], *, ranks: Ranks,
     precision: str, name: Callable[[int], str],
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Numbers (b,) of pairs, and scores (b,): the logit that image and text match. Each image is read once.
@@ -44,7 +44,7 @@ def score_pairs(
     Args:
         model: with `text_states`, `read` and `match`, see `fusion.base`.
         tokens: (M, L), shorter texts first, so that those that are compared together are cut together.
-        pairs: (P,) image * M + text, ascending.
+        pairs: (P,) image * M + text, ascending; None: all, by these numbers.
         states: this process's images and their states (B, N, D).
         name: of a pair's number, as of `check_finite`.
     """
@@ -61,12 +61,13 @@ def score_pairs(
         text_states = torch.cat([encode(part) for part in tokens.split(TEXTS)])
     for images, batch in states:
         for image, one in zip(images.tolist(), batch, strict=True):
-            first, last = torch.searchsorted(pairs, torch.tensor([image, image + 1]) * len(tokens)).tolist()
+            span = torch.tensor([image, image + 1]) * len(tokens)
+            first, last = (span if pairs is None else torch.searchsorted(pairs, span)).tolist()
             with torch.inference_mode(), autocast():
                 memory = model.read(one[None].to(ranks.device))
-                texts = (pairs[first:last] % len(tokens)).to(ranks.device)
+                numbers = torch.arange(first, last)
+                texts = ((numbers if pairs is None else pairs[first:last]) % len(tokens)).to(ranks.device)
                 scores = torch.cat([match(part) for part in texts.split(TEXTS)]).cpu()
-            numbers = torch.arange(first, last)
             check_finite(scores, numbers, name)
             yield numbers, scores
 

@@ -18,7 +18,7 @@ IMAGE_DECODE = one_of("plain", "fast", "reduced")
 class PairOptions(Section, title="training data"):
     train_data: str | None = option(
         None, "Webdataset shards (shards/{000..999}.tar; several sources are joined with '::'), a CSV file, or JSON "
-        "lists (joined likewise). Without it nothing is trained: the model is evaluated.",
+        "lists or METER's Arrow files (joined likewise). Without it nothing is trained: the model is evaluated.",
         metavar="SHARDS|FILE", path=True, joined=SOURCE_SEPARATOR,
         needs="!dataset_type=synthetic")
     train_data_upsampling_factors: str | None = option(

@@ -49,8 +49,9 @@ class OptimizationOptions(Section, title="optimisation", needs="trains"):
     lr_scheduler: str = option(
         "cosine", "Learning rate after the warm-up: a cosine to 0, constant, or constant with a cooldown at the end. "
         "epoch-cosine is ALBEF's: the warm-up rises every 100 steps, the cosine falls from epoch to epoch. epoch-decay "
-        "is BLIP's: multiplied by --lr-decay from epoch to epoch.",
-        one_of("cosine", "const", "const-cooldown", "epoch-cosine", "epoch-decay"), needs="trains !skip_scheduler")
+        "is BLIP's: multiplied by --lr-decay from epoch to epoch. linear is METER's: a line from 0, and one to 0.",
+        one_of("cosine", "const", "const-cooldown", "epoch-cosine", "epoch-decay", "linear"),
+        needs="trains !skip_scheduler")
     lr_start: float = option(0.0, "Learning rate at which the warm-up begins.", NOT_NEGATIVE, needs=BY_EPOCH)
     lr_end: float = option(0.0, "Learning rate that it falls to, and not below.", NOT_NEGATIVE, needs=BY_EPOCH)
     lr_decay: float = option(0.9, "Factor of the learning rate after each epoch.", SHARE, needs=DECAY)

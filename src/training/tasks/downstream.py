@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from open_clip_elip.identity import family_of
+
 from ..data import TrainData, ValData
 from ..data.build import build_list_data
-from ..data.fusion_augment import MAGNITUDE, FusionTransform
-from ..data.lists import ListRows, ReadItem
+from ..data.fusion_augment import MAGNITUDE, ClipRandAugment, FusionTransform
+from ..data.lists import ListRows, ReadItem, read_list
 from ..data.samples import Encoding
 from ..data.sources import RowSource
 from ..data.transforms import with_decoding
@@ -46,6 +48,10 @@ TASKS = {
     ("blip", "captioning"): "captioning.prepare",
     ("blip", "vqa"): "vqa.prepare",
     ("blip", "nlvr2"): "nlvr2.prepare",
+    ("meter", "retrieval"): "meter_retrieval.prepare",
+    ("meter", "entailment"): "entailment.prepare",
+    ("meter", "vqa"): "meter_vqa.prepare",
+    ("meter", "nlvr2"): "nlvr2.prepare",
 }
 # What a task may start from, beside pre-training and itself.
 STARTS = {"nlvr2": "assignment"}
@@ -63,7 +69,7 @@ class TaskOptions(Section, title="task"):
     image_decode: str = option("fast", "How images are decoded, one of the ways of training.main.", IMAGE_DECODE)
     vision_guided_reduction: bool = option(
         False, "Reduce the image tokens here too, in training and evaluation: guided by the sentence or question; in "
-        "retrieval, where an image is encoded without its captions, by the image alone.")
+        "retrieval, where ALBEF and BLIP encode an image without its captions, by the image alone.")
     shortlist: int = option(
         128, "How many candidates by cosine are ranked again by the fusion layers.", POSITIVE_COUNT,
         needs="task=retrieval")
@@ -96,6 +102,14 @@ class DownstreamOptions(
     def trains(self) -> bool:
         return not self.evaluate
 
+    @property
+    def meter_models(self) -> bool:
+        return self.model is not None and family_of(self.model) == "meter"
+
+    @property
+    def momentum_twin(self) -> bool:
+        return not self.meter_models
+
     def check(self) -> None:
         lists, loads = bool(self.val_data or self.test_data), self.resume is not None and self.evaluate
         assigns, reduces = self.task == "assignment", self.vision_guided_reduction
@@ -115,6 +129,18 @@ class DownstreamOptions(
             (self.fsdp, NO_FSDP),
         ):
             forbid(wrong, sentence)
+
+
+def read_answers(file: str | None, blank: bool = False) -> list[str]:
+    """The answers to choose from, of `--answers`; UserError unless they are texts. blank: these may be empty, as
+    normalised ones are."""
+    if file is None:
+        raise UserError("--answers is missing: give the list to choose from.")
+    answers = read_list(file, "--answers")
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str) or not (blank or answer.strip()):
+            raise UserError(f"Answer {number} of {file} is {answer!r}, not a text: correct the list.")
+    return answers
 
 
 class Prepared(NamedTuple):
@@ -157,9 +183,11 @@ class Setting:
 
     def transform(self, train: bool, scale: tuple[float, float] = (0.5, 1.0)) -> Callable:
         """Pictures to tensors; see `FusionTransform`, which is that of training."""
-        if train:
-            return FusionTransform(self.built.identity.preprocess, scale, MAGNITUDE[self.built.identity.family])
-        return with_decoding(self.built.transform, self.options.image_decode)
+        family = self.built.identity.family
+        if train and family in MAGNITUDE:
+            return FusionTransform(self.built.identity.preprocess, scale, MAGNITUDE[family])
+        plain = with_decoding(self.built.transform, self.options.image_decode)
+        return ClipRandAugment(plain) if train else plain
 
     def twin(self) -> dict[str, Any]:
         """Arguments of a `DistilledTask`."""

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from open_clip_elip.fusion.objectives import distilled
 
+from ..data.arrow import LABELS
 from ..data.lists import Item, ReadItem, text_of
 from ..data.samples import Encoding
 from .base import Batch, Progress
 from .downstream import Prepared, Setting
 from .fused import FusedEncoding, accuracy
 from .momentum import DistilledTask
-
-LABELS = ("contradiction", "neutral", "entailment")
 
 
 def read_item(item: Item) -> tuple[Sequence[str], dict[str, Any]] | str:
@@ -65,7 +64,7 @@ def prepare(
     task = SentenceTask(
         setting.built.model, reduce=setting.options.vision_guided_reduction, ramp=ramp, **setting.twin()
     )
-    text = setting.words(clean or setting.rules.caption)
+    text = setting.words(clean or setting.rules.caption, setting.rules.longest_sentence)
     train, test = (FusedEncoding(setting.transform(train), text, "text", ("label",)) for train in (True, False))
     train = train if change is None else change(train)
     evaluations = {

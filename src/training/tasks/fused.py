@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from open_clip import get_input_dtype
@@ -19,6 +19,9 @@ from ..errors import UserError
 from ..evaluation.passes import evaluation_mode, gather_rows, run_pass
 from ..plan import is_due
 
+if TYPE_CHECKING:  # transformers is imported only where such a model is used
+    from open_clip_elip.fusion.tokenizer import WordPieces
+
 
 class FusedEncoding:
     """Batches {"image": `Images`, "text": (B, L) long, and one tensor for each of `numbers`} of pictures with a text.
@@ -27,13 +30,13 @@ class FusedEncoding:
 
     Args:
         transform: from an RGB picture to (3, H, W).
-        tokenizer: from a list of texts to (B, L).
+        tokenizer: of a list of texts.
         text: the field that holds the text, or texts of which one is drawn.
         numbers: fields that hold a number.
     """
 
     def __init__(
-        self, transform: Callable, tokenizer: Callable[[list[str]], Tensor], text: str, numbers: Sequence[str] = ()
+        self, transform: Callable, tokenizer: WordPieces, text: str, numbers: Sequence[str] = ()
     ):
         self.transform, self.tokenizer, self.text, self.numbers = transform, tokenizer, text, numbers
 
@@ -46,7 +49,7 @@ class FusedEncoding:
         pictures, fields = zip(*encoded, strict=True)
         batch = {
             "image": stack([one for place in zip(*pictures, strict=True) for one in place], self.transform),
-            "text": trimmed(self.tokenizer([one[self.text] for one in fields]), 0),
+            "text": trimmed(self.tokenizer([one[self.text] for one in fields]), self.tokenizer.pad),
         }
         return batch | {name: torch.tensor([one[name] for one in fields]) for name in self.numbers}
 
@@ -96,7 +99,8 @@ class ListEvaluation:
         for report in self.ranks.gather(self.data.report()):
             skipped.merge(report)
         if skipped.skipped and self.ranks.is_main:
-            logging.warning(f"Evaluated without some samples of {self.data.source.rows.name}: {skipped.summary()}.")
+            name = getattr(getattr(self.data.source, "rows", None), "name", "the shards")
+            logging.warning(f"Evaluated without some samples of {name}: {skipped.summary()}.")
         if rows is None:
             raise UserError("Not one sample of the list to evaluate on is readable; check its pictures.")
         return self.metrics(rows, places) | {"num_samples": float(len(rows))}

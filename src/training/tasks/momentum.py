@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip_elip.fusion.base import FusionModel
 from open_clip_elip.fusion.momentum import follow, twin_of
 
 from ..errors import UserError
@@ -70,19 +71,21 @@ class DistilledTask(Task):
         return None if self.suite is None else self.suite.score(metrics)
 
     def parameters(self, model: nn.Module, options: OptimizationOptions) -> list[dict]:
-        """All is decayed but biases, what normalises, and the temperature (which the released programs do decay);
-        of BLIP all, as in its recipes, without `--wd-exempt-biases`."""
+        """See `FusionModel.decays` and `rates`. (ALBEF's released program decays the temperature too.)"""
         if options.layer_decay is not None:
             raise UserError("--layer-decay is for image towers alone and CLIP models; leave it out.")
-        if self.model.decays_all and not options.wd_exempt_biases:
-            everything = [p for p in model.parameters() if p.requires_grad]
-            return [{"params": everything, "weight_decay": options.wd}]
-        kept, decayed = [], []
+        groups: dict[tuple[bool, float], list[Tensor]] = {}
         for name, p in model.named_parameters():
-            if p.requires_grad:  # the class embedding of OpenCLIP's tower has lost its other dimensions
-                free = p.ndim < 2 and not name.endswith("class_embedding")
-                (kept if free else decayed).append(p)
-        return [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": options.wd}]
+            if p.requires_grad:
+                rate = next((rate for start, rate in self.model.rates.items() if name.startswith(start)), 1.0)
+                decayed = self.model.decays(name, p)
+                if not options.decay_norms:
+                    decayed &= FusionModel.decays(self.model, name, p)
+                groups.setdefault((decayed, rate), []).append(p)
+        return [
+            {"params": params, "weight_decay": options.wd if decayed else 0.0, "lr_scale": rate}
+            for (decayed, rate), params in sorted(groups.items(), key=lambda group: group[0])
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.twin is None else {"twin": self.twin.state_dict()}

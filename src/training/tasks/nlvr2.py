@@ -41,7 +41,7 @@ def read_item(item: Item) -> tuple[Sequence[str], dict[str, Any]] | str:
 
 
 def prepare(setting: Setting) -> Prepared:
-    if setting.built.identity.family == "albef":
+    if setting.built.identity.family != "blip":
         return entailment.prepare(setting, read_item, ramp=1)
     return entailment.prepare(setting, read_item, clean=partial(blip_caption, words=40), change=Swapping)
 

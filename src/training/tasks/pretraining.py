@@ -9,7 +9,7 @@ from open_clip_elip.identity import family_of
 
 from ..options import TrainingOptions
 from ..options.data import PairOptions
-from ..options.fusion import QueueOptions, RegularizationOptions, StartOptions, TwinOptions
+from ..options.fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
 from ..options.parser import Section, forbid, option
@@ -74,7 +74,7 @@ class ValidationOptions(Section, title="evaluation"):
 @dataclass
 class PretrainingOptions(
     PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, ImageOptions,
-    ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, RegularizationOptions, TrainingOptions,
+    ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, RegularizationOptions, TrainingOptions,
     command="training.main",
 ):  # fmt: skip
     @property
@@ -85,6 +85,15 @@ class PretrainingOptions(
     def fusion_models(self) -> bool:
         """Whether the model is one."""
         return family_of(self.model) != "clip"
+
+    @property
+    def meter_models(self) -> bool:
+        return family_of(self.model) == "meter"
+
+    @property
+    def momentum_twin(self) -> bool:
+        """Whether the model learns from one, and from queues of its features."""
+        return not self.meter_models
 
     def check(self) -> None:
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..data.arrow import ENDING
 from ..data.lists import Item, ReadItem, read_pair
 from ..data.sets.captioned import CaptionedImages, CaptionOptions, load_captions
 from ..errors import UserError
@@ -35,7 +36,7 @@ def prepare(setting: Setting) -> Prepared:
     options, ranks, model = setting.options, setting.ranks, setting.built.model
     check_step(options, ranks.world_size)
     model.tower.vision_guided = options.vision_guided_reduction
-    evaluations = {name: _evaluation(setting, name, file) for name, file in setting.lists().items()}
+    evaluations = {name: evaluation_of(setting, name, file) for name, file in setting.lists().items()}
     task = AlignmentTask(
         model, queue_size=options.queue_size, gather=ranks.gather_tensor,
         everywhere=_everywhere(setting), suite=setting.suite(evaluations, "reranked_r_mean"), **setting.twin(),
@@ -61,14 +62,15 @@ def _own_rank(rows: Tensor) -> Tensor:
 
 def captions_of(setting: Setting, name: str, file: str) -> CaptionedImages:
     """A list to evaluate on: images with their captions."""
-    root = setting.options.image_root
+    root = None if file.endswith(ENDING) else setting.options.image_root
     try:
         return load_captions(file, CaptionOptions(images=None if root is None else Path(root)))
     except UserError as error:
         raise UserError(f"--{name}-data: {error}".replace("--images", "--image-root")) from error
 
 
-def _evaluation(setting: Setting, name: str, file: str) -> Callable[[nn.Module], dict[str, float]]:
+def evaluation_of(setting: Setting, name: str, file: str) -> Callable[[nn.Module], dict[str, float]]:
+    """See `evaluate_captions`."""
     options, data = setting.options, captions_of(setting, name, file)
     settings = EncodeSettings(options.batch_size, options.workers, options.precision, description=name)
 

@@ -16,15 +16,17 @@ from open_clip_elip.fusion.blip import BlipAnswerer
 from open_clip_elip.fusion.generate import beam_search
 from open_clip_elip.fusion.steps import SMOOTHING
 
-from ..data.lists import Item, read_list, text_of
+from ..data.arrow import LeftOut
+from ..data.lists import Item, ReadItem, text_of
 from ..errors import UserError
-from ..evaluation.vqa_accuracy import vqa_accuracy
+from ..evaluation.vqa_accuracy import soft_scores, vqa_accuracy
 from .base import Batch, Progress
-from .downstream import Prepared, Setting
-from .fused import FusedEncoding, trimmed
+from .downstream import Prepared, Setting, read_answers
+from .fused import FusedEncoding, ListSuite, trimmed
 from .momentum import DistilledTask
 
 GENOME_WEIGHT = {"albef": 0.5, "blip": 0.2}  # of an answer of Visual Genome, which has one a question
+People = Sequence[str] | Mapping[str, float]
 LONGEST = 10  # tokens of an answer that is written
 
 
@@ -32,7 +34,8 @@ def read_item(
     item: Item, train: bool = False, genome: float = GENOME_WEIGHT["albef"]
 ) -> tuple[Sequence[str], dict[str, Any]] | str:
     """{"image", "question"}; to train on, "answer": a list of what people said (VQA), or a text (Visual Genome);
-    to evaluate, a "question_id", and people's answers if there are any. genome: weight of Visual Genome's."""
+    to evaluate, a "question_id", and people's answers, or "answer_scores" as METER's files have them, if there are any.
+    genome: weight of Visual Genome's."""
     image, question, answer = text_of(item, "image"), text_of(item, "question"), item.get("answer", [])
     if image is None or question is None:
         return f'it has no "{"image" if image is None else "question"}"'
@@ -41,9 +44,33 @@ def read_item(
         return 'its "answer" is neither a text nor a list of texts'
     share = genome if isinstance(answer, str) else 1 / max(1, len(people))
     weights = {one: count * share for one, count in Counter(people).items() if one.strip()}
+    scores = item.get("answer_scores", {})
+    if not isinstance(scores, dict):
+        return "it does not have a score for each answer"
     if train and not weights:
-        return 'it has no "answer" to learn from'
+        given = "it has scores and not what people answered" if scores else 'it has no "answer"'
+        return f"{given} to learn from"
+    people = people or scores
     return (image,), {"text": question, "answers": weights, "people": people, "question_id": item.get("question_id")}
+
+
+def read_labels(
+    item: Item, numbers: Mapping[str, int], train: bool = False
+) -> tuple[Sequence[str], dict[str, Any]] | str:
+    """As `read_item`, with "labels": {number of an answer that people gave: its `soft_scores`}, by `numbers` in a list.
+
+    Left out are questions to which people gave no answer of the list; with `train`, those without people's answers too.
+    """
+    found = read_item(item)
+    if isinstance(found, str):
+        return found
+    pictures, fields = found
+    people = fields["people"]
+    scores = people if isinstance(people, dict) else soft_scores(people)
+    labels = {numbers[answer]: score for answer, score in scores.items() if answer in numbers}
+    if not labels and (people or train):
+        return LeftOut("question without an answer of the list")
+    return pictures, fields | {"labels": labels}
 
 
 class AnswersEncoding(FusedEncoding):
@@ -153,12 +180,12 @@ class Ranking:
     Args:
         answers: what there is to choose from.
         tokens: (A, T) their token ids.
-        people: for each question of the list, what people answered; [] where that is not known.
+        people: for each question of the list, what `vqa_accuracy` takes; [] where that is not known.
         best, others: see `rank_answers`.
     """
 
     def __init__(
-        self, answers: Sequence[str], tokens: Tensor, people: Sequence[Sequence[str]], best: int,
+        self, answers: Sequence[str], tokens: Tensor, people: Sequence[People], best: int,
         count_first_twice: bool = True, reduce: bool = False, smoothing: float = 0.0,
     ):  # fmt: skip
         self.answers, self.tokens, self.people, self.best = answers, tokens, people, best
@@ -200,7 +227,7 @@ class Writing(Ranking):
         others: see `Ranking`; there are no answers to choose from.
     """
 
-    def __init__(self, pieces: Any, people: Sequence[Sequence[str]], reduce: bool):
+    def __init__(self, pieces: Any, people: Sequence[People], reduce: bool):
         super().__init__([], torch.empty(0), people, 0, reduce=reduce)
         self.pieces = pieces
 
@@ -218,15 +245,6 @@ def ended(answer: str) -> str:
     return f"{answer}[SEP]"
 
 
-def read_answers(file: str) -> list[str]:
-    """UserError unless they are texts."""
-    answers = read_list(file, "--answers")
-    for number, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer.strip():
-            raise UserError(f"Answer {number} of {file} is {answer!r}, not a text: correct the list.")
-    return answers
-
-
 def prepare(setting: Setting) -> Prepared:
     options, reduce = setting.options, setting.options.vision_guided_reduction
     rules, family, tokenizer = setting.rules, setting.built.identity.family, setting.built.tokenizer
@@ -240,21 +258,32 @@ def prepare(setting: Setting) -> Prepared:
     words = setting.words(partial(rules.question, words=50), rules.longest_question)
     test = FusedEncoding(setting.transform(False), words, "text")
     answers = read_answers(options.answers) if setting.lists() and not options.generate else []
-    evaluations, finish = {}, None
-    for name in setting.lists():
-        rows = setting.rows(name, read_item)
-        fields = [sample.fields for sample in map(rows.__getitem__, range(len(rows)))]
+
+    def ranking_of(fields: Sequence[Mapping[str, Any]]) -> Ranking:
         people = [one["people"] for one in fields]
         if options.generate:
-            ranking = Writing(tokenizer.pieces, people, reduce)
-        else:
-            twice, tokens = not (options.count_first_once or blip), trimmed(answer_tokens(answers), 0)
-            ranking = Ranking(answers, tokens, people, options.vqa_best, twice, reduce, smoothing)
-        evaluations[name] = setting.evaluation(rows, test, ranking.rows, ranking.metrics)
+            return Writing(tokenizer.pieces, people, reduce)
+        twice, tokens = not (options.count_first_once or blip), trimmed(answer_tokens(answers), 0)
+        return Ranking(answers, tokens, people, options.vqa_best, twice, reduce, smoothing)
+
+    task.suite, finish = evaluated(setting, read_item, test, ranking_of)
+    read = partial(read_item, train=True, genome=GENOME_WEIGHT[family])
+    return Prepared(task, setting.train_data(read, train), finish)
+
+
+def evaluated(
+    setting: Setting, read: ReadItem, encoding: FusedEncoding, ranking_of: Callable[..., Ranking]
+) -> tuple[ListSuite, Callable | None]:
+    """The evaluations on lists, and what writes the answers at the end (None: nothing); `ranking_of` the fields of a
+    list's samples."""
+    options, evaluations, finish = setting.options, {}, None
+    for name in setting.lists():
+        rows = setting.rows(name, read)
+        fields = [sample.fields for sample in map(rows.__getitem__, range(len(rows)))]
+        ranking = ranking_of(fields)
+        evaluations[name] = setting.evaluation(rows, encoding, ranking.rows, ranking.metrics)
         if options.submission is not None:  # the last list's
             if None in (ids := [one["question_id"] for one in fields]):
                 raise UserError(f'Item {ids.index(None)} of {rows.name} has no "question_id" for --submission to name.')
             finish = setting.submission(evaluations[name], partial(ranking.submitted, ids))
-    task.suite = setting.suite(evaluations, "accuracy")
-    read = partial(read_item, train=True, genome=GENOME_WEIGHT[family])
-    return Prepared(task, setting.train_data(read, train), finish)
+    return setting.suite(evaluations, "accuracy"), finish

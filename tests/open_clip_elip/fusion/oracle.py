@@ -105,6 +105,8 @@ class Recipe:
             for n in range(self.found["config"]["text_layers"] if ".N." in name else 1):
                 state[name.replace(".N.", f".{n}.")] = state[other.replace(".N.", f".{n}.")]
         config = self.found["config"]
+        if "queue_ptr" not in self.found:
+            return state
         for name in ("image_queue", "text_queue"):
             queue = self.draw(name, (config["embed_dim"], config["queue_size"]))
             state[name] = queue / queue.norm(dim=0)

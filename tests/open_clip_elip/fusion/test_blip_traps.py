@@ -264,10 +264,10 @@ def test_alpha_rises_over_two_epochs_and_all_is_decayed():
     steps = ((0, 0), (0, 5), (1, 0), (1, 5), (2, 0))
     rises = [task.weight(Progress(epoch, step, 0, 0, plan)) for epoch, step in steps]
     assert rises == pytest.approx([0, 0.1, 0.2, 0.3, 0.4]) and task.floor == 1e-4
-    options = SimpleNamespace(layer_decay=None, wd=0.05, wd_exempt_biases=False)
+    options = SimpleNamespace(layer_decay=None, wd=0.05, decay_norms=True)
     (group,) = task.parameters(model, options)
     assert group["weight_decay"] == 0.05 and len(group["params"]) == len(list(model.parameters()))
-    options.wd_exempt_biases = True
+    options.decay_norms = False
     free, decayed = task.parameters(model, options)
     assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.05)
     assert len(free["params"]) + len(decayed["params"]) == len(group["params"])

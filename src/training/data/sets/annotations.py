@@ -1,4 +1,4 @@
-"""What says which captions belong to which picture: the files that come with COCO and Flickr, and webdataset shards."""
+"""What says which captions belong to which picture: files that come with COCO and Flickr, shards, and Arrow files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ...errors import UserError
+from ..arrow import ArrowFile
 from ..streams import Member
 from .folders import read_shards
-from .labelled import TarImages
+from .labelled import ArrowImages, TarImages
 
 TxtRule = Literal["lines", "whole"]
 
@@ -26,7 +27,7 @@ class Entry(NamedTuple):
     split: str | None = None  # None where the file is not divided
 
 
-# How the files are called. The first kind holds all splits of a set, the next ones one each; the last two count where
+# How the files are called. The first kind holds all splits of a set, the next ones one each; the last three count where
 # there is none of these.
 _NAMES = (
     r"dataset_(?P<name>\w+)\.json",  # Karpathy
@@ -36,6 +37,7 @@ _NAMES = (
     r"captions_(?P<split>\w+)\.json",  # COCO
     r"(?P<name>Flickr8k)\.token\.txt",
     r"captions\.(txt|jsonl?)|results\.csv",  # Kaggle's Flickr8k and Flickr30K
+    r"(?P<name>\w+?)_caption_karpathy_(?P<split>\w+)\.arrow",  # METER
 )
 _SHAPES = 'a Karpathy file, a list of {"image", "caption"}, COCO\'s annotations, or {image: captions}'
 
@@ -63,7 +65,7 @@ def find_annotations(folder: Path) -> list[AnnotationFile]:
     files = [described(path) for place in (folder, folder / "annotations") for path in sorted(place.glob("*"))]
     files = [file for file in files if file.kind is not None and (file.path.suffix != ".csv" or has_bars(file.path))]
     files = sorted(files, key=lambda file: file.kind)
-    return [file for file in files if file.kind < len(_NAMES) - 2] or files
+    return [file for file in files if file.kind < len(_NAMES) - 3] or files
 
 
 def has_bars(path: Path) -> bool:
@@ -215,3 +217,11 @@ def read_caption_shards(tars: Sequence[Path], txt: TxtRule | None = None) -> tup
     if damaged:
         logging.warning(f"{len(damaged)} samples have captions that are not UTF-8, the first of them {damaged[0]}.")
     return images, found
+
+
+def read_caption_rows(paths: Sequence[Path]) -> tuple[ArrowImages, list[list[str]]]:
+    """The pictures of Arrow files, and the captions of each, equal ones once. Raises: UserError."""
+    files = [ArrowFile(str(path), "--data") for path in paths]
+    texts = [list(file.captions()) for file in files]
+    places = [(number, row) for number, rows in enumerate(texts) for row in range(len(rows))]
+    return ArrowImages(files, places), [captions for rows in texts for captions in rows]

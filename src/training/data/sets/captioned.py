@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..arrow import ENDING
 from ..shards import check_present, expand_shards, listing
 from ..sources import CsvRows
 from . import annotations
@@ -94,10 +95,13 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
         raise UserError(f"There is no folder {options.images}; correct --images.")
     found = _in_folder(name, path) if path.is_dir() else _in_file(name, path, options)
     split, parts = _chosen(found, options)
-    if found.shards:
+    if found.stored:
         if options.images is not None:
-            raise UserError("--images is for captions beside pictures; shards hold their pictures, so leave it out.")
-        pictures, texts = annotations.read_caption_shards(parts, options.txt)
+            raise UserError(f"--images is for captions beside pictures; {path} holds its pictures, so leave it out.")
+        rows = parts[0].suffix == ENDING
+        pictures, texts = (
+            annotations.read_caption_rows(parts) if rows else annotations.read_caption_shards(parts, options.txt)
+        )
         entries = [Entry(str(number), captions) for number, captions in enumerate(texts)]
     else:
         read = [annotations.read_annotations(part) if isinstance(part, Path) else [part] for part in parts]
@@ -114,7 +118,7 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
     without = len(grouped) - len(kept)
     if empty or without:
         logging.warning(f"{found.source}: left out {empty} empty captions and {without} images without one.")
-    if found.shards:
+    if found.stored:
         images = pictures.subset(torch.tensor([int(number) for number in kept]))
     else:
         inside = [folder / images for folder in dict.fromkeys(found.near) for images in IMAGE_FOLDERS]
@@ -126,13 +130,13 @@ def load_captions(spec: str, options: CaptionOptions | None = None) -> Captioned
 
 
 class _Found(NamedTuple):
-    """What may be read: entries, files of captions, or shards."""
+    """What may be read: entries, files of captions, or shards and Arrow files, in which the pictures are `stored`."""
 
     name: str
     source: Path
     splits: dict[str | None, list[Entry] | list[Path]]  # None: not divided
     near: Sequence[Path] = ()  # folders that the pictures may be in, or in one of `IMAGE_FOLDERS` in them
-    shards: bool = False
+    stored: bool = False
 
 
 def _in_file(name: str, path: Path, options: CaptionOptions) -> _Found:
@@ -141,7 +145,9 @@ def _in_file(name: str, path: Path, options: CaptionOptions) -> _Found:
         for shards in sets:
             check_present(shards, "--data")
         tars = [Path(url) for shards in sets for url in shards.urls]
-        return _Found(name or path.parent.name, path, {None: tars}, shards=True)
+        return _Found(name or path.parent.name, path, {None: tars}, stored=True)
+    if path.suffix == ENDING:
+        return _Found(name or annotations.described(path).name, path, {None: [path]}, stored=True)
     near = [path.parent, path.parent.parent]
     bars = path.suffix == ".csv" and options.csv_separator is None and path.is_file() and annotations.has_bars(path)
     if path.suffix.lower() in (".csv", ".tsv") and not bars:
@@ -153,8 +159,9 @@ def _in_file(name: str, path: Path, options: CaptionOptions) -> _Found:
     elif bars or path.suffix.lower() in (".json", ".jsonl", ".txt", ".token"):
         entries = annotations.read_annotations(path)
     else:
-        there = "is no folder, JSON, CSV or tar file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {there}; give a data set's folder, its JSON file of captions, a CSV file, or shards.")
+        there = "is no folder, JSON, CSV, tar or Arrow file" if path.exists() else "does not exist"
+        kinds = "a data set's folder, its JSON file of captions, a CSV or Arrow file, or shards"
+        raise UserError(f"{path} {there}; give {kinds}.")
     return _Found(name or annotations.described(path).name, path, _by_split(entries), near)
 
 
@@ -170,7 +177,7 @@ def _in_folder(name: str, folder: Path) -> _Found:
                 f"{folder} holds no captions: there is neither a file like dataset_coco.json, coco_test.json or "
                 "captions_val2017.json, nor a .tar file; name the file itself if it is called otherwise."
             )
-        return _Found(name or folder.name, folder, splits, shards=True)
+        return _Found(name or folder.name, folder, splits, stored=True)
     names = sorted({file.name for file in files})
     if len(names) > 1:
         raise UserError(f"{folder} holds the captions of {' and '.join(names)}; say which with --data {names[0]}=...")
@@ -183,7 +190,8 @@ def _in_folder(name: str, folder: Path) -> _Found:
     if len(splits) > 1:
         splits.pop(None, None)
     near = [place for file in files for place in (file.path.parent, file.path.parent.parent)]
-    return _Found(name or names[0], files[0].path if None in splits else folder, splits, near)
+    stored = files[0].path.suffix == ENDING
+    return _Found(name or names[0], files[0].path if None in splits else folder, splits, near, stored)
 
 
 def _by_split(entries: Sequence[Entry]) -> dict[str | None, list[Entry]]:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import UserError
+from ..arrow import ArrowFile
 from ..images import load_rgb
 
 with contextlib.suppress(ImportError):  # optional: reads HEIC; here, since every worker process imports this module
@@ -130,6 +131,27 @@ class TarImages(Images):
     def fingerprint(self, times: bool = True) -> str:
         names = [*(tar.name for tar in self.tars), *self.names.tolist(), _sampled(self)]
         return _digest(names, self.places, sizes_and_times(self.tars, times))
+
+
+class ArrowImages(Images):
+    """Pictures of Arrow files. `places`: (N, 2) which of `files`, row."""
+
+    each = ("places",)
+
+    def __init__(self, files: Sequence[ArrowFile], places: Sequence[tuple[int, int]]):
+        self.files, self.places = list(files), np.asarray(places, dtype=np.int64).reshape(-1, 2)
+
+    def name(self, i: int) -> str:
+        file, row = self.places[i].tolist()
+        return f"{self.files[file].path}, row {row}"
+
+    def content(self, i: int) -> bytes:
+        file, row = self.places[i].tolist()
+        return self.files[file].picture(row)
+
+    def fingerprint(self, times: bool = True) -> str:
+        paths = [file.path for file in self.files]
+        return _digest([*map(os.path.basename, paths), _sampled(self)], self.places, sizes_and_times(paths, times))
 
 
 class ArrayImages(Images):

@@ -319,7 +319,7 @@ def test_nothing_there(tmp_path):
     refused(tmp_path / "nowhere.tar", "do not exist")
     refused(tmp_path / "nowhere.csv", "cannot be read (No such file")
     (tmp_path / "notes.md").write_text("")
-    refused(tmp_path / "notes.md", "is no folder, JSON, CSV or tar file")
+    refused(tmp_path / "notes.md", "is no folder, JSON, CSV, tar or Arrow file")
     refused(tmp_path, "holds no captions")
     (tmp_path / "set.json").write_bytes('["façade"]'.encode("latin-1"))
     refused(tmp_path / "set.json", "is not UTF-8")

@@ -190,7 +190,7 @@ TEACHER = "ViT-B-16 --distill-pretrained openai"
         ("--image-mean nan", "must be a number, not 'nan'."),
         ("--beta2 1", "must be a number from 0 to 1, below 1, not '1'."),
         ("--layer-decay 0", "must be a number from 0 to 1, above 0, not '0'."),
-        ("--lr-scheduler step", "must be one of cosine, const, const-cooldown, epoch-cosine, epoch-decay, not 'step'."),
+        ("--lr-scheduler step", "must be one of cosine, const, const-cooldown, epoch-cosine, epoch-decay, linear, not 'step'."),
         ("--report-to csv,mail", "must be wandb, tensorboard, csv (joined with commas) or all, not 'csv,mail'."),
         ("--opt sgd", "must be adamw, or timm/NAME for an optimizer of timm, not 'sgd'."),
         ("--aug-cfg scale", "must be given as key=value, not 'scale'."),

@@ -19,7 +19,6 @@ from ...training.fusion_runs import METER, write_fusion
     [
         ("METER-B-32", 224, False, 87.4),
         ("METER-B-32-ELIP", 224, True, 40.5),  # 0.46
-        ("METER-B-16-ELIP", 288, True, 191.9),  # 0.59 of 325.6
     ],
 )
 def test_operations(name, size, shortcuts, giga):

@@ -27,6 +27,7 @@ NEW_DEFAULTS |= {"nonfinite": "stop", "image_decode": "fast", "shard_img_key": N
 NEW_DEFAULTS |= {"queue_size": 65536, "twin_momentum": 0.995, "twin_weight": 0.4, "twin_dropout": True}
 NEW_DEFAULTS |= {"drop_path": 0.0, "decay_norms": True, "own_images": True, "whole_words": True}
 NEW_DEFAULTS |= {"lr_start": 0.0, "lr_end": 0.0, "lr_decay": 0.9}
+NEW_DEFAULTS |= {"whole_words": True, "own_images": True, "decay_norms": True}
 NEW = set(NEW_DEFAULTS)
 
 # Each OpenCLIP option that is carried over, with a value that is not its default.

@@ -36,9 +36,17 @@ def spawn(function: Callable[..., None], *args: Any, nprocs: int = 2, group: boo
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store" if group else None
-        environment = dict(os.environ)
-        context = (function, args, environment, nprocs, port, store)
+        context = function, args, dict(os.environ), nprocs, port, store
         mp.start_processes(_process, context, nprocs, start_method="forkserver")
+
+
+def run(main: Callable[[list[str]], int], argv: list[str], code: int = 0) -> None:
+    """Runs a command in two processes, each of which has to end with `code`."""
+    spawn(_run, main, argv, code, group=False)
+
+
+def _run(rank: int, main: Callable[[list[str]], int], argv: list[str], code: int) -> None:
+    assert main(argv) == code
 
 
 def _process(

@@ -1,6 +1,7 @@
 """Tests in several processes: how they start, and how they end so that only what they did counts."""
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -15,6 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from training.distributed import end, leave
+
+# What processes run is imported once, in one that they are forked from, which has no other thread.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "training.main", "training.downstream"])
 
 
 def spawn(function: Callable[..., None], *args: Any, nprocs: int = 2, group: bool = True) -> None:
@@ -32,12 +36,26 @@ def spawn(function: Callable[..., None], *args: Any, nprocs: int = 2, group: boo
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store" if group else None
-        mp.spawn(_process, (function, args, nprocs, port, store), nprocs=nprocs)
+        context = function, args, dict(os.environ), nprocs, port, store
+        mp.start_processes(_process, context, nprocs, start_method="forkserver")
 
 
-def _process(rank: int, function: Callable, args: tuple, world_size: int, port: int, store: str | None) -> None:
+def run(main: Callable[[list[str]], int], argv: list[str], code: int = 0) -> None:
+    """Runs a command in two processes, each of which has to end with `code`."""
+    spawn(_run, main, argv, code, group=False)
+
+
+def _run(rank: int, main: Callable[[list[str]], int], argv: list[str], code: int) -> None:
+    assert main(argv) == code
+
+
+def _process(
+    rank: int, function: Callable, args: tuple, environment: dict[str, str], world_size: int, port: int,
+    store: str | None,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if store is not None:
         patience = timedelta(minutes=2)

@@ -14,7 +14,7 @@ from training.downstream import downstream, main
 from training.options import parse
 from training.tasks.downstream import TASKS, DownstreamOptions
 
-from ..processes import torchrun
+from .. import processes
 from .downstream_runs import QUEUE, VAL, downstream_command, figures, settings, write_data, write_list, write_pretrained
 from .runs import assert_equal_weights, evaluations, interrupted, losses
 
@@ -126,8 +126,7 @@ def test_two_processes_evaluate_every_sample_once(start, data, tmp_path):
     """And answer every question once; what they find is what one process finds."""
     submission = ["--submission", str(tmp_path / "answers.json")]
     argv = downstream_command("vqa", data, tmp_path, *start, *submission, "--batch-size", "2", "--epochs", "1")
-    done = torchrun("-m", "training.downstream", "--", *argv)
-    assert done.returncode == 0, done.stderr
+    processes.run(main, argv)
     last = evaluations(tmp_path / "run")[-1]
     assert last["val-num_samples"] == VAL
     answers = json.loads((tmp_path / "answers.json").read_text())

@@ -18,7 +18,7 @@ from training.finetune import finetuning, main
 from training.options import parse
 from training.tasks.classification import FinetuningOptions
 
-from ..processes import torchrun
+from .. import processes
 from .colours import finetune_command, write_colours
 from .runs import assert_equal_weights, evaluations, interrupted, losses, records, rows, weights, write_model
 
@@ -204,8 +204,7 @@ def test_two_processes_train_alike_and_evaluate_the_same(run, data, pretrained, 
     plain = ["--crop-scale", "1", "1", "--crop-ratio", "1", "1", "--hflip", "0", "--head", "zero-shot", "--lr", "1e-4"]
     single = run(*plain, name="single", model=model)
     argv = finetune_command(data, tmp_path, pretrained, *plain, "--batch-size", "3", name="double", model=model)
-    done = torchrun("-m", "training.finetune", "--", *argv)
-    assert done.returncode == 0, done.stderr
+    processes.run(main, argv)
     for a, b in zip(rows(single), rows(tmp_path / "double"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
         assert float(a["accuracy"]) == pytest.approx(float(b["accuracy"]), abs=1e-6)

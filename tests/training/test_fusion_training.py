@@ -10,7 +10,7 @@ from training import checkpoint
 from training.control import EXIT_INTERRUPTED
 from training.main import main
 
-from ..processes import torchrun
+from .. import processes
 from .fusion_runs import ALBEF, BLIP, write_albef, write_fusion, write_vocabulary
 from .runs import assert_equal_weights, command, evaluations, interrupted, losses, picture, rows, weights, write_shards
 
@@ -66,14 +66,12 @@ def test_interrupted_equals_uninterrupted(name, shards, model, tmp_path):
 
 def test_two_processes_share_their_queues_in_the_order_of_ranks(shards, model, tmp_path):
     flags = ["--device", "cpu", "--workers", "1", "--batch-size", "4", "--save-every-n-steps", "1", "--epochs", "1"]
-    done = torchrun("-m", "training.main", "--", *albef(shards, tmp_path, model, *flags))
-    assert done.returncode == 0, done.stderr
+    processes.run(main, albef(shards, tmp_path, model, *flags))
     first = torch.load(tmp_path / "run" / "checkpoints" / "step_5.pt", weights_only=True)
     assert int(first["task"]["queues"]["image.pointer"]) == 5 * 8 % 24
     straight = losses(tmp_path / "run")
     more = [*albef(shards, tmp_path, model, *flags, name="resumed"), "--resume"]
-    done = torchrun("-m", "training.main", "--", *more, str(tmp_path / "run" / "checkpoints" / "step_4.pt"))
-    assert done.returncode == 0, done.stderr
+    processes.run(main, [*more, str(tmp_path / "run" / "checkpoints" / "step_4.pt")])
     ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in ("run", "resumed")]
     assert_equal_weights(*map(weights, ends))
     assert losses(tmp_path / "resumed") == straight[4:]

@@ -12,7 +12,7 @@ from training.control import EXIT_INTERRUPTED
 from training.main import main
 from training.trainer import Trainer
 
-from ..processes import torchrun
+from ..processes import spawn
 from .runs import assert_equal_weights, command, evaluations, interrupted, losses, rows, weights, write_shards
 
 pytestmark = pytest.mark.usefixtures("local_model")
@@ -188,29 +188,23 @@ def test_checkpoints_that_cannot_be_read_are_not_started_over(shards, tmp_path, 
 
 
 def test_two_processes_stop_together_and_resume_exactly(local_model, shards, tmp_path):
-    def run(name, stop_at=None):
+    def run(name, code=0):
         argv = command(shards, tmp_path, "--batch-size", "4", "--resume", "latest", name=name)
         argv[argv.index("--model") + 1] = f"local-dir:{local_model}"
-        entry = [str(tmp_path / "stop_one_rank.py"), str(stop_at or 0)]
-        return torchrun("--", *entry, *argv)
+        spawn(stop_one_rank, argv, code, group=False)
 
-    # Only rank 1 gets the signal; both must stop after the same step.
-    (tmp_path / "stop_one_rank.py").write_text(
-        "import os, sys\n"
-        "from tests.training.runs import interrupted\n"
-        "from training.distributed import end\n"
-        "from training.main import main\n"
-        "with interrupted(int(sys.argv[1]) if os.environ['RANK'] == '1' else 0):\n"
-        "    code = main(sys.argv[2:])\n"
-        "end(code)\n"
-    )
-    assert run("straight").returncode == 0
-    stopped = run("stopped", stop_at=5)
-    assert f"exitcode  : {EXIT_INTERRUPTED}" in stopped.stderr, stopped.stderr
+    run("straight")
+    run("stopped", EXIT_INTERRUPTED)
     state = checkpoint.load(checkpoint.newest(tmp_path / "stopped" / "checkpoints"))
     assert state["step"] == 5 and len(state["data"]) == 2
-    assert run("stopped").returncode == 0
+    run("stopped")
     a, b = (weights(tmp_path / name / "checkpoints" / "epoch_2.pt") for name in ("straight", "stopped"))
     assert_equal_weights(a, b)
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
     assert json.loads(json.dumps(state["plan"]))["world_size"] == 2
+
+
+def stop_one_rank(rank, argv, code):
+    """Only rank 1 gets the signal; both must stop after the same step."""
+    with interrupted(5 if code and rank == 1 else 0):
+        assert main(argv) == code

@@ -57,15 +57,14 @@ def count(model: nn.Module, step: Callable[[], Any]) -> Flops:
         step: the forward pass. What it returns (a tensor; or tensors in a dict, list or tuple) is propagated back from.
     """
     # What a step draws at random leaves the generators as they were.
-    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with _WithoutGradient(counter) as scoring:
-            leaves = tree_leaves(step())
-        forward = counter.get_total_flops()
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
+        leaves = tree_leaves(step())
+        forward, scoring = counter.total, counter.without_gradient
         sums = [leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if sums:  # else all that was called is locked
             torch.stack(sums).sum().backward()
     model.zero_grad(set_to_none=True)
-    return Flops(forward - scoring.flops, counter.get_total_flops() - forward, scoring.flops)
+    return Flops(forward - scoring, counter.total - forward, scoring)
 
 
 def count_flops(model: nn.Module, image: Tensor, text: Tensor | TextParts) -> Flops:
@@ -89,16 +88,52 @@ def on_meta(model: nn.Module) -> nn.Module:
     return twin
 
 
-class _WithoutGradient(TorchDispatchMode):
-    """Adds up what `counter`, entered before, counts while gradients are turned off."""
+class _Counter(TorchDispatchMode):
+    """Adds up operations by torch's formulas: all, and those made while gradients are turned off."""
 
-    def __init__(self, counter: FlopCounterMode):
+    formulas = FlopCounterMode(display=False).flop_registry
+
+    def __init__(self):
         super().__init__()
-        self.counter, self.flops = counter, 0
+        self.total = self.without_gradient = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = self.counter.get_total_flops()
-        out = func(*args, **(kwargs or {}))
-        if not torch.is_grad_enabled():
-            self.flops += self.counter.get_total_flops() - before
+        out = _call(func, args, kwargs or {})
+        if formula := self.formulas.get(func.overloadpacket):
+            operations = formula(*args, **kwargs or {}, out_val=out)
+            self.total += operations
+            self.without_gradient += 0 if torch.is_grad_enabled() else operations
         return out
+
+
+RESULTS: dict[Any, Any] = {}  # of operations on shapes, by what they depend on
+
+
+def _call(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operation; on shapes, what the same one has returned before, anew. Torch works most of them out in Python,
+    which is most of the time of a count."""
+    key = _dependence((func, torch.get_default_dtype(), args, tuple(kwargs.items())))
+    if key is None or func.is_view or func._schema.is_mutable:
+        return func(*args, **kwargs)
+    if key not in RESULTS:
+        result = func(*args, **kwargs)
+        if _dependence(result) is None:
+            return result
+        RESULTS[key] = result
+    return _anew(RESULTS[key])
+
+
+def _dependence(value: Any) -> Any:
+    """What the shapes of results depend on, where they depend on no numbers; else None."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else None
+    if isinstance(value, (list, tuple)):
+        parts = tuple(map(_dependence, value))
+        return None if None in parts else parts
+    return type(value), value
+
+
+def _anew(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    return type(result)(map(_anew, result)) if isinstance(result, (list, tuple)) else result

@@ -1,4 +1,5 @@
 """What every test starts from: the same random numbers and one thread. And what tests of several parts need."""
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -6,6 +7,11 @@ import torch
 
 from open_clip_elip.reduction import METHODS, Layer, ReductionConfig, TokenReduction, register
 from open_clip_elip.reduction.base import run_plainly
+
+
+def pytest_collection_finish():
+    if processes := sys.modules.get("tests.processes"):
+        processes.prepare()
 
 
 @pytest.fixture(autouse=True)

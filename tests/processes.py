@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ import torch.multiprocessing as mp
 
 from training.distributed import end, leave
 
-# What processes run is imported once, in one that they are forked from, which has no other thread.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "training.main", "training.downstream"])
+IMPORTED = ["pytest", "training.main", "training.downstream"]  # once, by the process that the others are forked from
+
+
+def prepare() -> None:
+    """Starts the process that the others are forked from, which has no other thread."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    forkserver.ensure_running()
 
 
 def spawn(function: Callable[..., None], *args: Any, nprocs: int = 2, group: bool = True) -> None:

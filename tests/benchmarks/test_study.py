@@ -1,10 +1,12 @@
 """The study: cells and runs, going on after an interruption, reports of known figures, and a real run of one cell."""
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import make_study_data
@@ -171,11 +173,6 @@ def test_methods_begin_alike_and_cost_what_was_planned(method, data, tmp_path):
     assert method == "none" or json.loads(row["tokens_per_layer"])[-1] < 65
 
 
-def study_command(*line) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "study.py"), *map(str, line)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, data):
     """A study of the study's model, two steps of eight pairs each, all run: of two cells, and one that is refused."""
@@ -183,23 +180,25 @@ def tiny(tmp_path_factory, data):
     own = {"elip": {}, "eval": {"evaluate": cells.REDUCED}, "bad": {"lr": -1}}
     table = {"title": "T", "reference": "elip", "cells": own}
     configs = write_configs(folder, {"steps": table}, data=str(data))
-    done = study_command("--configs", configs, "--out", folder / "out", "--results", folder / "results", "--jobs", 2)
-    return cells.load_study(configs, out=folder / "out"), done, (folder / "results" / "README.md").read_text()
+    line = ["--configs", configs, "--out", folder / "out", "--results", folder / "results", "--jobs", 2]
+    with redirect_stdout(io.StringIO()) as told:
+        assert script.main(list(map(str, line))) == 1
+    return cells.load_study(configs, out=folder / "out"), told.getvalue(), folder / "results" / "README.md"
 
 
 def test_runs_leave_their_rows_and_a_report(tiny):
     """And a run that fails is told, and the others go on."""
-    study, done, text = tiny
-    assert done.returncode == 1, done.stdout + done.stderr
+    study, told, report = tiny
     (row,) = (json.loads(file.read_text()) for file in study.out.glob("*.json"))
-    assert "[1/2] steps/elip = steps/eval seed 0" in done.stdout
-    assert "FAILED steps/bad" in done.stdout and "--lr" in done.stdout and "1 runs failed" in done.stdout
+    assert "[1/2] steps/elip = steps/eval seed 0" in told
+    assert "FAILED steps/bad" in told and "--lr" in told and "1 runs failed" in told
     assert row["samples"] == 16 and row["steps"] == 2 and row["rrt"] == pytest.approx(0.2820513, abs=1e-6)
     assert row["gflops"] > 0 and row["pflops"] == pytest.approx(row["gflops"] * 16 / 1e6)
     for key in ("seen_top1", "heldout_top5", "category_top1", "image_to_text_R@5", "reduced_seen_top1"):
         assert 0 <= row[key] <= 1
     assert math.isfinite(row["val_loss"]) and len(row["weights"]) == 16
     assert not list(study.out.glob("runs/*/checkpoints/*.pt"))
+    text = report.read_text()
     assert "| elip | 1 |" in text and "| eval | 1 |" in text and "bad" not in text
 
 
@@ -236,7 +235,10 @@ def test_misuse_gives_one_sentence(tmp_path, data, capsys):
     assert "steps/elip and compute/elip; say which" in refused(capsys, *here, "--cell", "elip")
     assert "make them with" in refused(capsys, "--data", tmp_path / "none")
     assert "less than one step" in refused(capsys, *here, "--budget", "0")
-    assert "--jobs must be at least 1" in refused(capsys, *here, "--jobs", "0")
+    jobs = refused(capsys, *here, "--jobs", "0")
+    assert "--jobs must be at least 1" in jobs
+    itself = [sys.executable, script.__file__, "--jobs", "0"]
+    assert subprocess.run(itself, capture_output=True, text=True, cwd=tmp_path).stderr == jobs
     assert "--seed must be one of 0, 1, 2" in refused(capsys, *here, "--cell", "steps/elip", "--seed", "9")
     assert "check --configs" in refused(capsys, *here, "--configs", tmp_path)
     assert "check --fashion-mnist" in refused(capsys, *here, "--fashion-mnist", tmp_path / "none")

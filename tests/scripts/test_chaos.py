@@ -1,20 +1,21 @@
 """The short form of the chaos run: killed with SIGKILL at random moments, it ends as if nobody had touched it."""
-import os
-import subprocess
-import sys
-from pathlib import Path
+import io
+from contextlib import redirect_stdout
 
-ROOT = Path(__file__).parents[2]
+from scripts import chaos
 
-
-def run(*flags):
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    argv = [sys.executable, str(ROOT / "scripts" / "chaos.py"), *flags]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=400)
+from ..processes import spawn
 
 
 def test_killed_and_resumed_equals_undisturbed():
-    result = run("--kills", "4", "--epochs", "2", "--seed", "3")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "kills: 4," in result.stdout and "survived 4, lost 0" in result.stdout
-    assert "bit-equal to the undisturbed run: yes" in result.stdout
+    """In a process without threads, for it forks."""
+    spawn(run, ["--kills", "4", "--epochs", "2", "--seed", "3"], nprocs=1, group=False)
+
+
+def run(rank, flags):
+    with redirect_stdout(io.StringIO()) as out:
+        code = chaos.main(flags)
+    told = out.getvalue()
+    assert code == 0, told
+    assert "kills: 4," in told and "survived 4, lost 0" in told
+    assert "bit-equal to the undisturbed run: yes" in told

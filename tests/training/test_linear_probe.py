@@ -16,7 +16,7 @@ from training.data.sets.registry import load_data
 from training.evaluation import features as features_module
 from training.evaluation import probe
 
-from ..processes import spawn
+from ..processes import run as run_in_two
 from .colours import write_colours
 from .runs import records
 
@@ -258,7 +258,8 @@ def test_two_processes(model, colours, tmp_path):
     """The command writes in two processes what it writes in one, features and probe to the last bit."""
     (colours / "train" / "red" / "002.png").write_bytes(b"no picture")
     one, two = (command(model, colours, tmp_path / name) for name in ("one", "two"))
-    spawn(rank_main, two, group=False)
+    run_in_two(linear_probe.main, two)
+    run_in_two(linear_probe.main, ["--data", "missing", *two[4:], "--model", two[1]], 2)
     assert linear_probe.main(one) == 0
     (first,), (second,) = (records(tmp_path / name) for name in ("one", "two"))
     assert {**first, "date": ""} == {**second, "date": ""}
@@ -271,8 +272,3 @@ def test_two_processes(model, colours, tmp_path):
             assert torch.equal(a["weight"], b["weight"]) and torch.equal(a["bias"], b["bias"])
         else:
             assert a.read_bytes() == b.read_bytes()
-
-
-def rank_main(rank, words):
-    assert linear_probe.main(words) == 0
-    assert linear_probe.main(["--data", "missing", *words[4:], "--model", words[1]]) == 2

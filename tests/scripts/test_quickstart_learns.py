@@ -20,7 +20,8 @@ def test_a_short_run_on_real_pictures_beats_chance_several_times(tmp_path):
     data = tmp_path / "openmoji"
     assert make_emoji_shards.main(["--out", str(data), "--size", "64"]) == 0
     torch.set_num_threads(2)
-    argv = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--epochs", "2", "--force-image-size", "32", "--no-progress"]
+    argv = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--no-progress"]
+    argv += ["--epochs", "2", "--force-image-size", "32"]
     for flag, name in (("--train-data", "train"), ("--val-data", "val")):
         shards = sorted((data / name).glob("*.tar"))
         argv += [flag, str(data / name / f"{{{shards[0].stem}..{shards[-1].stem}}}.tar")]

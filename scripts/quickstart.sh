@@ -6,11 +6,13 @@
 #   NPROC=2 bash scripts/quickstart.sh     # the same global batch, shared by two processes
 #   FAMILY=albef bash scripts/quickstart.sh   # a tiny ALBEF with ELIP, whose fusion layers rank shortlists again
 #   FAMILY=blip bash scripts/quickstart.sh    # a tiny BLIP with ELIP, which writes captions of the held-out pictures too
+#   FAMILY=meter bash scripts/quickstart.sh   # a tiny METER with ELIP, which compares each picture with each caption
+#   bash scripts/quickstart.sh --seed 1       # arguments go to training.main, for a run that is not finished
 #
 # What exists is used again: environment, shards, a finished run (an unfinished one is resumed). Variables:
 #   FRESH=1    delete the run and train anew
 #   NPROC      training processes (default 1)
-#   FAMILY     clip, albef or blip (default clip)
+#   FAMILY     clip, albef, blip or meter (default clip)
 #   EPOCHS     instead of those in configs/quickstart.yaml, quickstart_albef.yaml, ...
 #   RUN        name of the run's folder in logs/
 #   DATA       folder of the shards (default data/openmoji-64; of a fusion model data/openmoji-tones-64)
@@ -28,8 +30,8 @@ EPOCHS="${EPOCHS:-}"
 FAMILY="${FAMILY:-clip}"
 case "$FAMILY" in
     clip) CONFIG=quickstart PICTURES=openmoji-64 SKIN_TONES="" ;;
-    albef | blip) CONFIG="quickstart_$FAMILY" PICTURES=openmoji-tones-64 SKIN_TONES=--skin-tones ;;
-    *) fail "FAMILY must be clip, albef or blip, not '$FAMILY'." ;;
+    albef | blip | meter) CONFIG="quickstart_$FAMILY" PICTURES=openmoji-tones-64 SKIN_TONES=--skin-tones ;;
+    *) fail "FAMILY must be clip, albef, blip or meter, not '$FAMILY'." ;;
 esac
 RUN="${RUN:-$CONFIG$([ "$NPROC" = 1 ] || echo "-${NPROC}proc")${EPOCHS:+-${EPOCHS}epochs}}"
 DATA="${DATA:-}"
@@ -49,6 +51,9 @@ echo "quickstart: 1/3 pictures"
 
 # All shards of a folder, in the trainer's notation.
 shards() { printf '%s/{00000..%05d}.tar' "$1" $(($(find "$1" -name '*.tar' | wc -l) - 1)); }
+
+# The last checkpoint of a run.
+newest() { ls -t "$ROOT/logs/$1"/checkpoints/epoch_*.pt | head -n 1; }
 
 VOCABULARY=""
 if [ "$FAMILY" != clip ]; then # BERT's would have to be downloaded
@@ -76,13 +81,17 @@ else
         command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m training.main --)
     fi
     # --resume latest starts from the beginning where there is no checkpoint yet.
-    "${command[@]}" --config "configs/$CONFIG.yaml" \
-        --train-data "$(shards "$DATA/train")" \
-        --val-data "$(shards "$DATA/val")" \
-        --zeroshot-data "$DATA/val" \
-        ${VOCABULARY:+--text-tokenizer "$VOCABULARY"} \
-        ${EPOCHS:+--epochs "$EPOCHS"} \
-        --logs "$ROOT/logs" --name "$RUN" --resume latest
+    train() {
+        "${command[@]}" --config "configs/$1.yaml" --name "$2" "${@:3}" \
+            --train-data "$(shards "$DATA/train")" --val-data "$(shards "$DATA/val")" \
+            --logs "$ROOT/logs" --resume latest
+    }
+    own=(--zeroshot-data "$DATA/val")
+    if [ "$FAMILY" = meter ]; then # has no space of contrast, and begins with the image tower of a CLIP
+        train quickstart_meter_clip quickstart_meter_clip
+        own=(--start-image "$(newest quickstart_meter_clip)")
+    fi
+    train "$CONFIG" "$RUN" "${own[@]}" ${VOCABULARY:+--text-tokenizer "$VOCABULARY"} ${EPOCHS:+--epochs "$EPOCHS"} "$@"
 fi
 
 echo "quickstart: 3/3 result"
@@ -90,7 +99,10 @@ echo "quickstart: 3/3 result"
 if [ "$FAMILY" = blip ]; then
     score=""
     command -v java > /dev/null && "$PYTHON" -c "import pycocoevalcap" 2> /dev/null && score=--score
-    "$PYTHON" -m training.caption --pretrained "$(ls -t "$FOLDER"/checkpoints/epoch_*.pt | head -n 1)" \
-        --image "$(shards "$DATA/val")" --prompt "" --out "$FOLDER/captions.csv" --workers 1 $score
+    "$PYTHON" -m training.caption --pretrained "$(newest "$RUN")" --image "$(shards "$DATA/val")" --prompt "" \
+        --out "$FOLDER/captions.csv" --workers 1 $score
     "$PYTHON" scripts/show_captions.py "$FOLDER/captions.csv" "$(shards "$DATA/val")"
+elif [ "$FAMILY" = meter ]; then
+    "$PYTHON" -m training.retrieval --pretrained "$(newest "$RUN")" --data "$(shards "$DATA/val")" \
+        --workers 1 --results "$FOLDER/results"
 fi

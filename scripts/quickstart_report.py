@@ -67,7 +67,7 @@ class Run:
 def table(run: Run) -> list[tuple[str, str, str]]:
     """Rows (what, result, what guessing would give), as text."""
     results, rows = run.results, run.rows
-    # `samples` of the log counts over all processes: the first row tells the global batch. ALBEF has three losses.
+    # `samples` of the log counts over all processes: the first row tells the global batch. Fusion models add up losses.
     guessing = "" if "itm" in rows[0] else f"{math.log(rows[0]['samples'] / (rows[0]['step'] + 1)):.3f}"
     last_epoch = [row["loss"] for row in rows if row["epoch"] == rows[-1]["epoch"]]
     lines = [
@@ -87,6 +87,8 @@ def table(run: Run) -> list[tuple[str, str, str]]:
             chance = min(1.0, k / results[of])
             against = f"{chance:.1%} (x {results[key] / chance:.1f})"
             lines.append((f"{name}, {results[of]} {things}", f"{results[key]:.1%}", against))
+    judged = (("matching right", "val-itm_accuracy", "50.0%"), ("masked words right", "val-mlm_accuracy", ""))
+    lines += [(name, f"{results[key]:.1%}", chance) for name, key, chance in judged if key in results]
     lines.append(("removed tokens in training (RRT)", f"{rows[-1].get('rrt', 0):.1%}", ""))
     # The first row's rate has the start-up in it.
     rates = [row["samples_per_second"] for row in rows[1:] or rows]

@@ -65,6 +65,13 @@ def test_an_albef_has_both_rankings_and_no_loss_of_guessing(run):
     assert ("text to image R@5, best 64 re-ranked, 200 pairs", "50.0%", "2.5% (x 20.0)") in lines
 
 
+def test_a_meter_says_what_of_matching_and_of_masked_words_is_right(run):
+    found = {"epoch": 2, "val-itm_accuracy": 0.75, "val-mlm_accuracy": 0.5}
+    (run / "checkpoints" / "results.jsonl").write_text(json.dumps(found) + "\n")
+    lines = report.table(report.Run.read(run))
+    assert lines[2:4] == [("matching right", "75.0%", "50.0%"), ("masked words right", "50.0%", "")]
+
+
 def test_finished_needs_the_last_evaluation_and_the_last_checkpoint(run, capsys):
     assert report.main(["--is-finished", str(run)]) == 0
     (run / "checkpoints" / "epoch_2.pt").rename(run / "checkpoints" / "epoch_1.pt")

@@ -17,19 +17,21 @@ from ..data import ValData
 from ..data.pixels import Images, to_device
 from ..distributed import Ranks
 from .base import Batch, Progress
+from .counted import CountedTask
 from .fused import ListEvaluation, ListSuite, trimmed
-from .momentum import DistilledTask
 
 FIELDS = ("masked", "chosen", "labels", "seen", "matches", "tokens")  # of a batch, beside image and text
 
 
-class MeterPretraining(DistilledTask):
+class MeterPretraining(CountedTask):
     """MLM + ITM, see `steps.meter_losses`. There is no twin.
 
     Args:
         tokenizer: that makes the batches' texts.
         whole_words: see `objectives.choose_words`; False: each token by itself, with the probability 15 %.
     """
+
+    TERMS = 6
 
     def __init__(self, model: Meter, tokenizer: WordPieces, *, whole_words: bool = True):
         super().__init__(model, alpha=0)

@@ -26,8 +26,8 @@ class CountedTask(DistilledTask):
         text's length: exact for ALBEF and BLIP, but for the similarities within the batch.
 
         A METER leaves keys and values of an image out where few words ask (`CoAttention`), so that the quadratic
-        changes at some length. Measured at 6 to 50 tokens, the fit is off the count by at most 0.3 % for METER-B-32, 0.4 %
-        with ELIP, 0.1 % for METER-B-16-ELIP, and exact for METER-B-16.
+        changes at some length. Measured at 6 to 50 tokens, the fit is off the count by at most 0.3 % for METER-B-32,
+        0.4 % for METER-B-32-ELIP, 0.1 % for METER-B-16-ELIP, and exact for METER-B-16.
         """
         if self.coefficients is None:
             shapes, short = self.on_meta(), self.lengths[0]

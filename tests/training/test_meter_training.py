@@ -56,6 +56,7 @@ def test_a_run_interrupted_within_an_epoch_of_accumulation_is_the_uninterrupted_
     for part in ("state_dict", "ema"):
         assert_equal_weights(a[part], b[part])
     assert losses(straight) == losses(cut) and [float(row["lr"]) for row in rows(straight)][:3] == [0, 5e-4, 1e-3]
+    assert float(rows(straight)[0]["gflops_per_sample"]) > 0
     assert evaluations(straight) == evaluations(cut) and len(evaluations(cut)) == 2
     last = evaluations(cut)[-1]
     assert last["val-num_samples"] == 8 and 0 <= last["val-itm_accuracy"] <= 1

@@ -4,9 +4,7 @@ The task of fine-tuning for retrieval, and the part of pre-training that ALBEF a
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from open_clip_elip.fusion.bert import Tokens
 from open_clip_elip.fusion.momentum import Queue, twin_of
 from open_clip_elip.fusion.objectives import FLOOR
 from open_clip_elip.fusion.steps import Taught, align, teach
-from open_clip_elip.profile.flops import count, on_meta
+from open_clip_elip.profile.flops import on_meta
 
 from ..options.parser import forbid
-from .base import Batch, Cost, Progress
-from .momentum import DistilledTask
+from .base import Batch, Progress
+from .counted import CountedTask
 
 NO_IMAGE = -100  # the number of an image in a queue's random start
 
@@ -35,7 +33,7 @@ def check_step(options: Any, world_size: int) -> None:
     forbid(options.trains and step > options.queue_size, short)
 
 
-class AlignmentTask(DistilledTask):
+class AlignmentTask(CountedTask):
     """ITA + ITM.
 
     Args:
@@ -64,7 +62,6 @@ class AlignmentTask(DistilledTask):
         self.numbers = torch.full((queue_size,), NO_IMAGE)
         self.gather = gather or (lambda rows: rows)
         self.pending: list[tuple[Tensor, ...]] = []
-        self.coefficients: Tensor | None = None  # of `_terms`, see `cost`
 
     def begin(self) -> None:
         super().begin()
@@ -109,41 +106,17 @@ class AlignmentTask(DistilledTask):
     def log(self, model: nn.Module) -> dict[str, float]:
         return {"logit_scale": 1 / model.temp.item(), "rrt": model.tower.rrt()}
 
-    def cost(self, batch: Batch) -> Cost:
-        """Exact but for the similarities within the batch: operations are linear in tokens and masked words, and
-        attention makes them quadratic in the longest text's length."""
-        if self.coefficients is None:
-            shapes = self.on_meta()
-            sizes = [(4, 8, 1), (8, 16, 1), (16, 32, 1), (4, 7, 1), (4, 8, 2)]
-            counts = [shapes.count_two(*one) / 2 for one in sizes]
-            rows = torch.tensor([_terms(length, n / 2, chosen / 2) for length, n, chosen in sizes], dtype=torch.double)
-            self.coefficients = torch.linalg.solve(rows, torch.tensor(counts, dtype=torch.double))
-        pairs, length = batch["text"].shape
-        places = batch["tokens"].places
-        tokens = length if places is None else len(places) / pairs
-        terms = _terms(length, tokens, len(batch["chosen"]) / pairs if "chosen" in batch else 0)
-        operations = (self.coefficients * torch.tensor(terms, dtype=torch.double)).sum().item()
-        return Cost(operations, self.model.tower.num_patches() + tokens)
-
     def on_meta(self) -> AlignmentTask:
-        """With shapes only, for `count_two`."""
-        shapes = copy.copy(self)
-        shapes.model, shapes.twin, shapes.queues = (on_meta(one) for one in (self.model, self.twin, self.queues))
-        shapes.model.tower.compiles = shapes.twin.tower.compiles = False
+        shapes = super().on_meta()
+        shapes.twin, shapes.queues = on_meta(self.twin), on_meta(self.queues)
+        shapes.twin.tower.compiles = False
         shapes.pending, shapes.everywhere = [], None  # negatives from elsewhere cost little more
         return shapes
 
-    def count_two(self, length: int, tokens: int, chosen: int) -> int:
-        """Operations of a step on two pairs: so many columns, tokens and masked words; each text is a negative once."""
-        meta = partial(torch.zeros, dtype=torch.long, device="meta")
-        text, image = meta(2, length), torch.empty(2, 3, *self.model.visual.image_size, device="meta")
-        mask = (torch.arange(2 * length) < tokens).view(2, length)
-        fields = {
-            "numbers": meta(2), "tokens": Tokens.of(mask) if self.model.tower.shortcuts else Tokens(mask),
-            "masked": text, "chosen": torch.arange(chosen), "labels": meta(chosen),
-        }  # fmt: skip
-        more = {name: fields[name] for name in self.FIELDS} | {"alpha": 0.5, "negatives": [torch.tensor([1, 0])] * 2}
-        return count(self.model, lambda: self.step(self.model, image, text, **more)["loss"]).total
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Each text is a negative once."""
+        more = {name: batch[name] for name in self.FIELDS} | {"alpha": 0.5, "negatives": [torch.tensor([1, 0])] * 2}
+        return self.step(self.model, batch["image"], batch["text"], **more)["loss"]
 
     def take_over(self, twin: dict[str, Tensor], queues: dict[str, Tensor]) -> dict[str, str]:
         left, own = super().take_over(twin, queues), self.queues.state_dict()
@@ -162,8 +135,3 @@ class AlignmentTask(DistilledTask):
         super().load_state_dict(state)
         self.queues.load_state_dict(state["queues"])
         self.numbers.copy_(state["numbers"])
-
-
-def _terms(length: float, tokens: float, chosen: float) -> tuple[float, ...]:
-    """That a pair's operations are a sum of."""
-    return 1, length, length**2, tokens, chosen

@@ -17,13 +17,13 @@ from ..data import ValData
 from ..data.pixels import Images, to_device
 from ..distributed import Ranks
 from .base import Batch, Progress
+from .counted import CountedTask
 from .fused import ListEvaluation, ListSuite, trimmed
-from .momentum import DistilledTask
 
 FIELDS = ("masked", "chosen", "labels", "seen", "matches", "tokens")  # of a batch, beside image and text
 
 
-class MeterPretraining(DistilledTask):
+class MeterPretraining(CountedTask):
     """MLM + ITM, see `steps.meter_losses`. There is no twin.
 
     Args:
@@ -31,8 +31,11 @@ class MeterPretraining(DistilledTask):
         whole_words: see `objectives.choose_words`; False: each token by itself, with the probability 15 %.
     """
 
+    TERMS = 6  # images are drawn, too
+
     def __init__(self, model: Meter, tokenizer: WordPieces, *, whole_words: bool = True):
         super().__init__(model, alpha=0)
+        self.lengths = max(2, model.context_length // 8), model.context_length // 2, model.context_length
         pieces, self.whole_words = tokenizer.pieces, whole_words
         words = pieces.convert_ids_to_tokens(list(range(len(pieces))))
         self.continues = torch.tensor([word.startswith("##") for word in words])

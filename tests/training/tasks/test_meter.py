@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from open_clip_elip.fusion.objectives import choose_words
-from open_clip_elip.identity import Identity, create
+from open_clip_elip.identity import Identity, create, describe
+from open_clip_elip.profile.flops import count
 from training.data.false_pairs import FalsePairs
-from training.data.pixels import Images
+from training.data.pixels import Images, to_device
 from training.data.samples import Sample
 from training.optim import create_optimizer, create_schedule
 from training.tasks.base import Engine
@@ -164,3 +165,26 @@ def test_the_rate_rises_from_0_and_falls_to_0():
     assert [schedule(step) / 2 for step in (0, 1, 2, 3, 11, 20, 22)] == pytest.approx([0, 0.5, 1, 17 / 18, 0.5, 0, 0])
     schedule(1)
     assert optimizer.param_groups[0]["lr"] == 5
+
+
+# ---------------------------------------------------------------------- costs
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcuts", "error"),
+    [("METER-Nano-8-64", True, 1e-9), ("METER-Nano-8-64", False, 1e-9), ("METER-Nano-8-64-ELIP", True, 0.01)],
+)
+def test_the_log_tells_what_a_batch_costs(words, name, shortcuts, error):
+    model = create(describe(name), pretrained_text=False).train()
+    model.tower.shortcuts = shortcuts
+    task = MeterPretraining(model, words)
+    for lengths, drawn in (((9, 2, 14, 1, 7), True), ((19, 25, 4, 6), False)):
+        text, count_of = torch.where(torch.arange(25) < torch.tensor(lengths)[:, None], 7, 0), len(lengths)
+        images = Images(torch.randn(count_of, 3, 64, 64))
+        made = task.prepare({"text": text, "image": images} | ({"false_images": images} if drawn else {}))
+        made = to_device(made, torch.device("cpu"))
+        cost, counted = task.cost(made), count(model, lambda made=made: task.losses(model, made, None)["loss"])
+        assert cost.operations * count_of == pytest.approx(counted.total, rel=error)
+        tokens = sum(lengths) if shortcuts else 25 * count_of
+        assert cost.tokens * count_of == pytest.approx(64 * len(made["image"]) + tokens)
+        assert len(made["image"]) == count_of + (count_of + 1) // 2 * drawn

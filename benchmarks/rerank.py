@@ -1,8 +1,11 @@
-"""How many pairs of image and text ALBEF-B-16 compares in a second: an image's keys and values once, or pair by pair.
+"""How many pairs of image and text a fusion model compares in a second: what pairs share once, or pair by pair.
 
     python benchmarks/rerank.py --out benchmarks/results/rerank_cpu.md
+    python benchmarks/rerank.py --model METER-B-32 --image-size 224 --out benchmarks/results/every_pair_cpu.md
 
-Three ways, in turn, several times each; the median of each counts. The weights are random: they change no time.
+Three ways, in turn, several times each; the median of each counts. The weights are random: they change no time. ALBEF
+and BLIP rank shortlists of states that are there; of METER, whose release runs both towers for each pair, towers are
+timed too.
 """
 from __future__ import annotations
 
@@ -14,25 +17,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from open_clip_elip.fusion.albef import Albef
-from open_clip_elip.identity import describe
+from open_clip_elip.fusion.base import FusionModel
+from open_clip_elip.identity import create, describe
 from training.distributed import Ranks
 from training.evaluation.rerank import score_pairs
 
 
-def pair_by_pair(model: Albef, images: Tensor, tokens: Tensor, chunk: int) -> list[Tensor]:
-    """As the released program: the image's states once for each text, and from each of them keys and values."""
-    states = model.text_states(tokens)
-    return [
-        model.match(states[part], tokens[part], model.read(image.expand(len(part), -1, -1)))[:, 1]
-        for image in images
-        for part in torch.arange(len(tokens)).split(chunk)
-    ]
+def pair_by_pair(model: FusionModel, images: Tensor, tokens: Tensor, chunk: int) -> list[Tensor]:
+    """As the released programs: the image, pixels or states, once for each text."""
+    found = []
+    states = None if images.ndim == 4 else model.text_states(tokens)
+    for image in images:
+        for part in torch.arange(len(tokens)).split(chunk):
+            image_states = image.expand(len(part), *image.shape)
+            if states is None:
+                image_states, text_states = model.image_states(image_states), model.text_states(tokens[part])
+            else:
+                text_states = states[part]
+            found.append(model.match(text_states, tokens[part], model.read(image_states))[:, 1])
+    return found
 
 
-def once(model: Albef, images: Tensor, tokens: Tensor, precision: str) -> list[Tensor]:
-    """As `training.retrieval --rerank` does it."""
-    tokens = tokens[(tokens != 0).sum(dim=1).argsort()]
+def once(model: FusionModel, images: Tensor, tokens: Tensor, precision: str) -> list[Tensor]:
+    """As `training.retrieval` does it."""
+    tokens = tokens[(tokens != model.pad).sum(dim=1).argsort()]
+    images = model.to_match(images) if images.ndim == 4 else images
     pairs, batch = torch.arange(len(images) * len(tokens)), [(torch.arange(len(images)), images)]
     more = {"ranks": Ranks(images.device), "precision": precision, "name": str}
     return [scores for _, scores in score_pairs(model, tokens, pairs, batch, **more)]
@@ -50,18 +59,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a Markdown file")
     options = parser.parse_args(argv)
     identity = describe(options.model, force_image_size=options.image_size)
-    config, device = identity.config, torch.device(options.device)
+    device, towers = torch.device(options.device), identity.family == "meter"
     torch.manual_seed(0)
-    model = Albef(config["embed_dim"], config["vision_cfg"], config["text_cfg"], language_head=False).eval().to(device)
-    tokens = torch.randint(1000, 2000, (options.texts, 30), device=device)
+    model = create(identity, device=device, pretrained_text=False).eval()
+    columns = model.caption_length
+    tokens = torch.randint(1000, 2000, (options.texts, columns), device=device)
     lengths = torch.randint(9, 17, (options.texts, 1), device=device)  # COCO's captions: 12 tokens and some
-    tokens[torch.arange(30, device=device) >= lengths] = model.pad
-    images = model.image_states(torch.randn(options.images, 3, *identity.preprocess["size"], device=device))
+    tokens[torch.arange(columns, device=device) >= lengths] = model.pad
+    images = torch.randn(options.images, 3, *identity.preprocess["size"], device=device)
+    images = images if towers else model.image_states(images)
     short = tokens[:, : int(lengths.max())]
     ways = {
-        "pair by pair, 30 tokens (as released)": lambda: pair_by_pair(model, images, tokens, options.texts),
+        f"pair by pair, {columns} tokens (as released)": lambda: pair_by_pair(model, images, tokens, options.texts),
         "pair by pair, cut at the longest": lambda: pair_by_pair(model, images, short, options.texts),
-        "keys and values once, cut (as here)": lambda: once(model, images, tokens, "fp32"),
+        "what pairs share once, cut (as here)": lambda: once(model, images, tokens, "fp32"),
     }
     seconds = {way: [] for way in ways}
     for number in range(options.rounds + 1):
@@ -76,16 +87,17 @@ def main(argv: list[str] | None = None) -> None:
     first, *_ = rates.values()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
-        f"`{options.model}`, {options.image_size} px ({images.shape[1]} image tokens), {options.images} images x "
+        f"`{options.model}`, {options.image_size} px, {options.images} images x "
         f"{options.texts} texts of 9 to 16 tokens, float32; {where}, torch {torch.__version__}; median of "
-        f"{options.rounds} rounds, the three ways in turn. Image and text towers are not in it.", "",
+        f"{options.rounds} rounds, the three ways in turn. Both towers are {'' if towers else 'not '}in it.", "",
         "| | pairs/s | |", "|---|---|---|",
         *(f"| {way} | {rate:.1f} | x {rate / first:.1f} |" for way, rate in rates.items()),
     ]  # fmt: skip
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        options.out.write_text(f"# Re-ranking\n\n`python benchmarks/rerank.py`\n\n{text}")
+        command = f"python benchmarks/rerank.py --model {options.model} --image-size {options.image_size}"
+        options.out.write_text(f"# Pairs a second\n\n`{command}`\n\n{text}")
 
 
 if __name__ == "__main__":

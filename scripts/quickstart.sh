@@ -88,7 +88,8 @@ else
     }
     own=(--zeroshot-data "$DATA/val")
     if [ "$FAMILY" = meter ]; then # has no space of contrast, and begins with the image tower of a CLIP
-        train quickstart_meter_clip quickstart_meter_clip
+        "$PYTHON" scripts/quickstart_report.py --is-finished "$ROOT/logs/quickstart_meter_clip" ||
+            train quickstart_meter_clip quickstart_meter_clip
         own=(--start-image "$(newest quickstart_meter_clip)")
     fi
     train "$CONFIG" "$RUN" "${own[@]}" ${VOCABULARY:+--text-tokenizer "$VOCABULARY"} ${EPOCHS:+--epochs "$EPOCHS"} "$@"

@@ -261,7 +261,9 @@ class PairOutput(nn.Module):
 def text_config(text_cfg: dict[str, Any], looks_at: int) -> BlipTextConfig:
     """With cross-attention to states of the width `looks_at`."""
     own = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, **text_cfg["bert"]}
-    return BlipTextConfig(**own, is_decoder=True, encoder_hidden_size=looks_at)
+    config = BlipTextConfig(**own, is_decoder=True, encoder_hidden_size=looks_at)
+    config.bos_token_id = config.vocab_size - 2  # transformers' own number is none of a small vocabulary's
+    return config
 
 
 def tied(decoder: BlipTextLMHeadModel) -> BlipTextLMHeadModel:

@@ -132,7 +132,7 @@ def captions(spec: Candidate, model: torch.nn.Module, args: argparse.Namespace) 
     if not spec.fuses:
         return caption_ids(model, caption_lengths(args.caption_length, args.batch_size, context_length(model)))
     context = spec.identity.config["text_cfg"]["context_length"]
-    return fusion().words(caption_lengths(args.caption_length, args.batch_size, context))
+    return fusion().words(caption_lengths(args.caption_length, args.batch_size, context), model)
 
 
 def compare(
@@ -271,14 +271,22 @@ class OurSide:
         options.shortcuts = spec.takes_shortcuts
         parts = pretraining(options, ranks, None)
         self.model = parts.model.train()
+        self.batch = {"image": Images(image), "text": text, "key": [str(i) for i in range(args.batch_size)]}
         if spec.fuses:
-            self.resident = torch.nn.ModuleList([self.model, parts.task.twin, parts.task.queues])
-            self.model.tower.compiles = parts.task.twin.tower.compiles = False
+            models = [one for one in (self.model, parts.task.twin) if one is not None]
+            self.resident = torch.nn.ModuleList([*models, getattr(parts.task, "queues", torch.nn.ModuleDict())])
+            self.towers = [one.tower for one in models]
+            self.set_compiles(False)
+        if spec.identity.family == "meter":  # whose data draw as many
+            self.batch["false_images"] = Images(image.flip(0))
         self.optimizer = create_optimizer(self.model, options)
         self.trainer = Trainer(
             options, ranks, self.model, self.model, parts.task, parts.train_data, self.optimizer, None, {}
         )
-        self.batch = {"image": Images(image), "text": text, "key": [str(i) for i in range(args.batch_size)]}
+
+    def set_compiles(self, compiles: bool) -> None:
+        for tower in self.towers:
+            tower.compiles = compiles
 
     def text(self) -> Tensor | TextParts:
         """As the model gets it."""
@@ -286,8 +294,8 @@ class OurSide:
 
     def compile(self) -> bool:
         options = self.trainer.options
-        if hasattr(self, "resident"):
-            self.model.tower.compiles = self.trainer.task.twin.tower.compiles = options.torchcompile
+        if hasattr(self, "towers"):
+            self.set_compiles(options.torchcompile)
         elif options.torchcompile:
             self.trainer.engine.model = wrap(self.model, options, self.trainer.ranks)
         return options.torchcompile

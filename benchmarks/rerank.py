@@ -25,16 +25,14 @@ from training.evaluation.rerank import score_pairs
 
 def pair_by_pair(model: FusionModel, images: Tensor, tokens: Tensor, chunk: int) -> list[Tensor]:
     """As the released programs: the image, pixels or states, once for each text."""
-    found = []
-    states = None if images.ndim == 4 else model.text_states(tokens)
+    towers, found = images.ndim == 4, []
+    states = None if towers else model.text_states(tokens)
     for image in images:
         for part in torch.arange(len(tokens)).split(chunk):
-            image_states = image.expand(len(part), *image.shape)
-            if states is None:
-                image_states, text_states = model.image_states(image_states), model.text_states(tokens[part])
-            else:
-                text_states = states[part]
-            found.append(model.match(text_states, tokens[part], model.read(image_states))[:, 1])
+            copies = image.expand(len(part), *image.shape)
+            seen = model.image_states(copies) if towers else copies
+            read = model.text_states(tokens[part]) if towers else states[part]
+            found.append(model.match(read, tokens[part], model.read(seen))[:, 1])
     return found
 
 

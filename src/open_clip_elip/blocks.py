@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .reduction.attention import add_mlp, asked_once, attend, check_attention, is_lora, project, project_row, take_row
+from .reduction.attention import add_mlp, asked_once, attend, check_attention, is_lora, project, project_row
 
 
 class DropPath(timm.layers.DropPath):
@@ -133,18 +133,14 @@ def _within_hooks(module: nn.Module, x: Tensor, *more: Tensor, function: Callabl
     return (out, *rest) if rest else out
 
 
-def run_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
-    """The block's output (B, L, D) for `x` (B, L, D); `causal`: a token attends to itself and those before it."""
-    return add_mlp(block, attend(block, x, *project(block, x), is_causal=causal))
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """The block's output (B, L, D) for `x` (B, L, D)."""
+    return add_mlp(block, attend(block, x, *project(block, x)))
 
 
-def run_block_at(block: nn.Module, x: Tensor, row: Tensor | None = None) -> Tensor:
-    """One row of the output for `x` (B, L, D), (B, 1, D), at the price of two of six matrices for the other rows.
-
-    `row` (B,) is that of each sample, which attends to itself and those before it; None: the first (`[CLS]`), to all.
-    """
-    mask = None if row is None else torch.arange(x.shape[1], device=x.device) <= row[:, None, None, None]
-    return add_mlp(block, attend(block, take_row(x, row), *project_row(block, x, row), attn_mask=mask))
+def run_block_at_cls(block: nn.Module, x: Tensor) -> Tensor:
+    """The first row of the output for `x` (B, L, D), (B, 1, D), at the price of two of six matrices for the others."""
+    return add_mlp(block, attend(block, x[:, :1], *project_row(block, x)))
 
 
 def is_traced() -> bool:

@@ -4,7 +4,9 @@ Exact: no token sees a later one. Captions of 15 tokens then cost 15 tokens, not
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .blocks import is_sharded, is_untouched, run_block, run_block_at
-from .reduction.attention import asked_once, take_row
+from .blocks import is_sharded, is_untouched, run_in_place
+from .reduction.attention import add_attention, add_mlp, asked_once, attention, in_effect, project_some, split_heads
 
 MAX_PARTS = 4
 # Of compiled models: each shape of the captions is compiled once, so there must not be too many.
@@ -105,33 +107,55 @@ def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
 
 
 def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
-    """Text features (B, embed_dim), not normalized, in the batch's order, of a model for which `can_cut`."""
+    """Text features (B, embed_dim), not normalized, in the batch's order, of a model for which `can_cut`.
+
+    The captions of all parts are rows of one matrix (R, D), so that a layer is one product with each of its weights;
+    only in the attention is each part by itself.
+    """
     tower = text_tower(model)
+    transformer, shapes = tower.transformer, [part.shape for part in text.parts]
+    dtype, lengths = transformer.get_cast_dtype(), [part.numel() for part in text.parts]
     # Looked up together: each lookup has a gradient of the size of the vocabulary.
-    embedded = tower.token_embedding(torch.cat([part.flatten() for part in text.parts]))
-    rows = embedded.split([part.numel() for part in text.parts])
-    features = [_encode(tower, part, x.view(*part.shape, -1)) for part, x in zip(text.parts, rows, strict=True)]
-    return torch.cat(features).index_select(0, text.place)
-
-
-def _encode(tower: nn.Module, text: Tensor, embedded: Tensor) -> Tensor:
-    """Captions (b, T) and their tokens' embeddings (b, T, D) to (b, embed_dim), for T up to the context length."""
-    length, transformer = text.shape[1], tower.transformer
-    dtype = transformer.get_cast_dtype()
-    x = embedded.to(dtype) + tower.positional_embedding[:length].to(dtype)
-    end, mask = end_of_text(tower, text), tower.attn_mask[:length, :length]
-    checkpointing = transformer.grad_checkpointing and torch.is_grad_enabled()
-    for number, block in enumerate(transformer.resblocks, 1):
-        function, more = nn.Module.__call__, (None, None, mask)
-        if not hasattr(block, "unshard"):  # else `fully_shard` brings its weights when it is called
-            function, more = (run_block_at, (end,)) if number == len(transformer.resblocks) else (run_block, (True,))
-        x = checkpoint(function, block, x, *more, use_reentrant=False) if checkpointing else function(block, x, *more)
-    x = tower.ln_final(x)
-    x = (x if function is run_block_at else take_row(x, end))[:, 0]
-    projection = tower.text_projection
+    x = tower.token_embedding(torch.cat([part.flatten() for part in text.parts])).to(dtype)
+    places, ends = tower.positional_embedding.to(dtype), [end_of_text(tower, part) for part in text.parts]
+    parts = [rows.view(*shape, -1) + places[: shape[1]] for rows, shape in zip(x.split(lengths), shapes, strict=True)]
+    x = torch.cat([part.flatten(0, 1) for part in parts])
+    *before, last = transformer.resblocks
+    for block, function, more in (*((block, _run, ()) for block in before), (last, _run_at, (ends,))):
+        run = partial(run_in_place, function=function) if hasattr(block, "unshard") else function
+        if transformer.grad_checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
+        x = run(block, x, shapes, *more)
+    x, projection = tower.ln_final(x).index_select(0, text.place), tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _run(block: nn.Module, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """A block's output (R, D) for `x` (R, D), in which parts of (captions, tokens) follow each other; a token attends
+    to itself and those before it."""
+    qkv = F.linear(block.ln_1(x), *in_effect(block.attn)[:2])
+    parts = zip(qkv.split([b * t for b, t in shapes]), shapes, strict=True)
+    heads = [split_heads(rows.view(*shape, -1), 3, block.attn.num_heads) for rows, shape in parts]
+    attended = torch.cat([attention(*part, is_causal=True).flatten(0, 1) for part in heads])
+    return add_mlp(block, add_attention(block, x, attended))
+
+
+def _run_at(block: nn.Module, x: Tensor, shapes: Sequence[tuple[int, int]], ends: Sequence[Tensor]) -> Tensor:
+    """As `_run`, at the token `ends` (b,) of each caption of each part alone: (B, D), at the price of two of six
+    matrices for the others."""
+    starts, heads = itertools.accumulate((b * t for b, t in shapes), initial=0), block.attn.num_heads
+    firsts = [start + torch.arange(b, device=x.device) * t for start, (b, t) in zip(starts, shapes, strict=False)]
+    rows, h = torch.cat([first + end for first, end in zip(firsts, ends, strict=True)]), block.ln_1(x)
+    q, kv = project_some(block, h.index_select(0, rows), h)
+    attended = []
+    parts = q.split([b for b, _ in shapes]), kv.split([b * t for b, t in shapes])
+    for asking, asked, (b, t), end in zip(*parts, shapes, ends, strict=True):
+        mask = torch.arange(t, device=x.device) <= end[:, None, None, None]
+        heads_of = *split_heads(asking.view(b, 1, -1), 1, heads), *split_heads(asked.view(b, t, -1), 2, heads)
+        attended.append(attention(*heads_of, attn_mask=mask).flatten(0, 1))
+    return add_mlp(block, add_attention(block, x.index_select(0, rows), torch.cat(attended)))
 
 
 def _pool_type(tower: nn.Module) -> str:

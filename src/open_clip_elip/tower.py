@@ -9,7 +9,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import is_adapted, is_traced, is_untouched, run_block, run_block_at, run_in_place
+from .blocks import is_adapted, is_traced, is_untouched, run_block, run_block_at_cls, run_in_place
 from .reduction import TokenReduction
 
 
@@ -128,7 +128,7 @@ class ImageTower:
         if function is not None:
             function = functools.partial(run_in_place, function=function)
         elif self.shortcuts and not is_traced() and (is_untouched(block) or is_adapted(block)):
-            function = run_block_at if block is cut else run_block
+            function = run_block_at_cls if block is cut else run_block
         run, recomputed = function or block, self.visual.transformer.grad_checkpointing and torch.is_grad_enabled()
         if function is None:  # as OpenCLIP's transformer calls it
             return checkpoint(run, x, None, None, None, use_reentrant=False) if recomputed else run(x, attn_mask=None)

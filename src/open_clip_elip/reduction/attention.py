@@ -94,33 +94,43 @@ def _unlike(block: nn.Module) -> str | None:
 
 def project(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all tokens, (B, heads, L, head_dim) each, for `x` (B, L, D)."""
-    return _split_heads(F.linear(block.ln_1(x), *in_effect(block.attn)[:2]), 3, block.attn.num_heads)
+    return split_heads(F.linear(block.ln_1(x), *in_effect(block.attn)[:2]), 3, block.attn.num_heads)
 
 
-def project_row(block: nn.Module, x: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `project`, with the query (B, heads, 1, head_dim) of one token: `row` (B,) of each sample, or the first."""
-    heads, width, h = block.attn.num_heads, block.attn.embed_dim, block.ln_1(x)
+def project_row(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `project`, with the query (B, heads, 1, head_dim) of the first token alone."""
+    h = block.ln_1(x)
+    q, kv = project_some(block, h[:, :1], h)
+    return (*split_heads(q, 1, block.attn.num_heads), *split_heads(kv, 2, block.attn.num_heads))
+
+
+def project_some(block: nn.Module, asking: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (..., D) of some normed tokens (..., D); keys and values (..., 2D) of others, in one."""
     weight, bias = in_effect(block.attn)[:2]
+    width = block.attn.embed_dim
     w_q, w_kv = weight.split([width, 2 * width])
     b_q, b_kv = (None, None) if bias is None else bias.split([width, 2 * width])
-    (q,) = _split_heads(F.linear(take_row(h, row), w_q, b_q), 1, heads)
-    return (q, *_split_heads(F.linear(h, w_kv, b_kv), 2, heads))
+    return F.linear(asking, w_q, b_q), F.linear(asked, w_kv, b_kv)
 
 
-def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(B, L, parts * D) to so many of (B, heads, L, head_dim)."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def take_row(x: Tensor, row: Tensor | None = None) -> Tensor:
-    """(B, 1, D) of `x` (B, L, D): the token `row` (B,) of each sample, or the first."""
-    return x[:, :1] if row is None else x.gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
+def attention(q: Tensor, k: Tensor, v: Tensor, **masking) -> Tensor:
+    """(B, L, D) for the L queries, heads side by side."""
+    return F.scaled_dot_product_attention(q, k, v, **masking).transpose(1, 2).flatten(2)
 
 
 def attend(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor, **masking) -> Tensor:
     """The residual stream after the attention: `x` (B, L, D), whose queries `q` are, with it added."""
-    attended = F.scaled_dot_product_attention(q, k, v, **masking)
-    return x + block.ls_1(F.linear(attended.transpose(1, 2).flatten(2), *in_effect(block.attn)[2:]))
+    return add_attention(block, x, attention(q, k, v, **masking))
+
+
+def add_attention(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """The residual stream after the attention, for any leading shape."""
+    return x + block.ls_1(F.linear(attended, *in_effect(block.attn)[2:]))
 
 
 def add_mlp(block: nn.Module, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class _Grid(NamedTuple):
 
     def collect(self, x: Tensor) -> Tensor:
         """(B, length, D) to (n, D)."""
-        return x.flatten(0, 1) if self.places is None else x.flatten(0, 1)[self.places]
+        return x.flatten(0, 1) if self.places is None else _rows(x.flatten(0, 1), self.places)
 
 
 def text_encoder(config: dict[str, Any], layers: int) -> tuple[BertModel, nn.Module]:
@@ -137,7 +137,7 @@ def run(
     count, length = len(tokens.mask) if texts is None else len(texts), x.shape[1]
     if only_first:
         only = torch.arange(count, device=tokens.mask.device) * length
-    x = x.flatten(0, 1) if tokens.places is None else x.flatten(0, 1)[tokens.places]
+    x = _Grid(count, length, tokens.places).collect(x)
     for number, layer in enumerate(layers):
         seen, rest = None if memory is None else memory[number], None
         if which is not None:
@@ -152,7 +152,7 @@ def run(
         (tokens, _), texts = pairs or (tokens, None), None
     if only is None:
         return _Grid(count, length, tokens.places).spread(x)
-    x = x if shortcuts else x[tokens.find(only)]
+    x = x if shortcuts else _rows(x, tokens.find(only))
     return x[:, None] if only_first else x
 
 
@@ -178,7 +178,7 @@ def _layer(
     grid = _Grid(count, length, tokens.places)
     itself = Memory(*(_heads(own, grid.spread(one(x))) for one in (own.key, own.value)), mask)
     if only is not None:
-        x, grid = x[tokens.find(only)], _Grid(count, 1) if only_first else _Grid(count, length, only)
+        x, grid = _rows(x, tokens.find(only)), _Grid(count, 1) if only_first else _Grid(count, length, only)
     x = _attend(layer.attention, x, grid, itself)
     if seen is not None:
         again = None
@@ -257,6 +257,11 @@ def _look(own: nn.Module, query: Tensor, seen: Memory, dropout: float) -> Tensor
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     found = (weights.flatten(1, 2) @ states).unflatten(1, query.shape[1:3])
     return found @ of_values.transpose(1, 2) + weights.sum(dim=-1, keepdim=True) * value_bias
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """(m, D) of (n, D) at different places, for which the gradient need not be sorted; on `meta` they may be real."""
+    return x.index_select(0, places.to(x.device))
 
 
 def _heads(attention: nn.Module, x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class TwoViews(Task):
 
     def after_step(self, model, applied):
         seen, self.seen = self.ranks.gather(torch.cat(self.seen)), []
-        if applied:
+        if applied():
             self.queue = torch.cat([self.queue, *seen])[-16:]
 
     def state_dict(self):

@@ -5,12 +5,14 @@
 """
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,9 @@ class Trainer:
         self.figures = Figures(ranks, options.precision, self.plan.global_batch)
         self.epoch = self.steps = self.samples = 0  # in all: epochs completed, optimizer steps, samples seen
         self.epoch_steps = 0  # optimizer steps of the current epoch
-        self.nonfinite: dict[str, Any] | None = None  # this rank's last step, if it was not finite
+        self.runs_ahead = ranks.device.type != "cpu"  # a GPU makes a step while the next one is prepared
+        self.unsettled: Callable[[], list[dict[str, Any]]] = list  # asks what the last step adds to `nonfinite`
+        self.nonfinite: list[dict[str, Any]] = []  # this rank's steps that were not finite and are not recorded yet
         self.nonfinite_steps = 0
         self.notes: list[str] = []  # to be logged when the run begins
         warmup, total = self.plan.warmup_steps, self.plan.total_steps
@@ -130,6 +134,7 @@ class Trainer:
                     self.log_step(losses, lr)
                 if self.options.save_every_n_steps and self.steps % self.options.save_every_n_steps == 0:
                     self.save([f"step_{self.steps}.pt"], self.data.state_dict())
+        self.settle()
         self.act_on_wishes(self.data.state_dict())
         self.report_skipped()
 
@@ -142,25 +147,46 @@ class Trainer:
         progress = Progress(self.epoch, self.epoch_steps, self.steps, self.samples, self.plan)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.task.gradients(window, self.engine, progress)
+        self.settle()
         unscale(scaler, self.optimizer)
         norm = clip_grad_norm(self.parameters, self.options.grad_clip_norm)
-        applied = bool(torch.isfinite(norm))  # the same on all ranks, for gradients are averaged
-        if applied or scaler.is_enabled():  # which leaves a step that is not finite out by itself
+        finite = torch.isfinite(norm)  # the same on all ranks, for gradients are averaged
+        applied = cache(lambda: bool(finite))
+        if scaler.is_enabled():  # leaves a step that is not finite out by itself
             scaler.step(self.optimizer)
             scaler.update()
+        elif isinstance(self.optimizer, torch.optim.AdamW) and self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = (~finite).float()  # by which it leaves the step out, on the device
+            self.optimizer.step()
+        elif applied():
+            self.optimizer.step()
         self.task.after_step(self.model, applied)
-        if self.ema is not None and applied:
+        if self.ema is not None and applied():
             self.ema.update(self.model)
-        # An infinite gradient of a finite loss is the scaler's business.
-        if not applied and not (scaler.is_enabled() and bool(torch.isfinite(losses["loss"]))):
-            keys = [key for batch in window for key in batch["key"]]
-            where = {"step": self.steps, "rank": self.ranks.rank}
-            self.nonfinite = {**where, "loss": losses["loss"].item(), "gradient_norm": norm.item(), "keys": keys}
+        self.unsettled = partial(self.nonfinite_of, self.steps, applied, losses, norm, [b["key"] for b in window])
+        if not self.runs_ahead:
+            self.settle()
         self.steps, self.epoch_steps = self.steps + 1, self.epoch_steps + 1
         self.samples += self.plan.global_batch
         self.figures.steps += 1
         self.control.begun = True
         return losses, lr
+
+    def nonfinite_of(
+        self, step: int, applied: Callable[[], bool], losses: dict[str, Tensor], norm: Tensor, keys: list[list[str]]
+    ) -> list[dict[str, Any]]:
+        """A step that was not finite, in a list; waits for the device."""
+        # An infinite gradient of a finite loss is the scaler's business.
+        if applied() or self.engine.scaler.is_enabled() and bool(torch.isfinite(losses["loss"])):
+            return []
+        numbers = {"loss": losses["loss"].item(), "gradient_norm": norm.item()}
+        return [{"step": step, "rank": self.ranks.rank, **numbers, "keys": list(itertools.chain(*keys))}]
+
+    def settle(self) -> None:
+        """Finds out whether the last step was finite. On a GPU this comes when the gradients of the next step are on
+        their way, so that the device never waits for the program; or before what depends on it."""
+        self.nonfinite += self.unsettled()
+        self.unsettled = list
 
     def fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
         """The next window, or what is wrong with this rank's data."""
@@ -180,31 +206,35 @@ class Trainer:
         `position`: of the data, for the current weights. `error`: what went wrong with this rank's data.
         """
         try:
-            signal, save, nonfinite = self.control.agree(self.saver.due(), self.nonfinite is not None, error)
+            signal, save, nonfinite = self.control.agree(self.saver.due(), bool(self.nonfinite), error)
         except UserError:
             if self.steps:
                 self.save([f"step_{self.steps}.pt"], position)  # once the data are mended, the run goes on here
             raise
-        if nonfinite:
-            self.record_nonfinite()
+        if nonfinite or save or signal:
+            self.settle()
+            nonfinite = self.record_nonfinite()
         stop = nonfinite and self.options.nonfinite == "stop"
         if save or signal or stop:
             self.save([f"step_{self.steps}.pt"], position)
         if stop:
-            what = f"The loss or gradient of step {self.steps - 1} was not finite, so it was not applied"
+            what = f"The loss or gradient of step {min(nonfinite)} was not finite, so it was not applied"
             after = "--resume latest goes on after them (--nonfinite skip passes over such steps)"
             raise Stopped(f"{what}; the samples are in nonfinite.jsonl, and {after}.", EXIT_NONFINITE)
         if signal:
             where = f"Stopped by signal {signal} after step {self.steps}"
             raise Stopped(f"{where}; --resume latest goes on exactly here.", EXIT_INTERRUPTED)
 
-    def record_nonfinite(self) -> None:
-        self.nonfinite_steps += 1
-        records = [record for record in self.ranks.gather(self.nonfinite) if record is not None]
-        self.nonfinite = None
-        logging.error(f"Step {self.steps - 1} was not applied: its loss or gradient is not finite.")
-        if self.ranks.is_main and self.folder is not None:
+    def record_nonfinite(self) -> set[int]:
+        """Writes down steps that were not finite, and returns their numbers; a collective call."""
+        records = list(itertools.chain(*self.ranks.gather(self.nonfinite)))
+        self.nonfinite, steps = [], {record["step"] for record in records}
+        self.nonfinite_steps += len(steps)
+        for step in sorted(steps):
+            logging.error(f"Step {step} was not applied: its loss or gradient is not finite.")
+        if steps and self.ranks.is_main and self.folder is not None:
             append(self.folder / "nonfinite.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        return steps
 
     def log_step(self, losses: dict[str, Tensor], lr: float) -> None:
         values = self.ranks.mean(losses)  # waits for the device, so the clock is true

@@ -246,8 +246,10 @@ def nonfinite_run(tmp_path, **changes):
     return trainer, model, batches
 
 
-def test_a_non_finite_step_is_skipped_and_its_samples_recorded(tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_non_finite_step_is_skipped_and_its_samples_recorded(ahead, tmp_path):
     trainer, model, batches = nonfinite_run(tmp_path, nonfinite="skip")
+    trainer.runs_ahead = ahead
     trainer.fit(RunLog(None))
     expected = tiny_clip()
     reference = make_trainer(run_options(), expected, batches)
@@ -260,15 +262,22 @@ def test_a_non_finite_step_is_skipped_and_its_samples_recorded(tmp_path):
     assert (trainer.steps, trainer.nonfinite_steps) == (3, 1)
 
 
-def test_a_non_finite_step_stops_at_the_last_good_weights(tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_non_finite_step_stops_the_run_at_good_weights(ahead, tmp_path):
+    """On a GPU, which runs ahead, one step later."""
     trainer, model, batches = nonfinite_run(tmp_path, nonfinite="stop")
+    trainer.runs_ahead = ahead
     with pytest.raises(Stopped, match="step 1 was not finite") as stopped:
         trainer.fit(RunLog(None))
     assert stopped.value.code == EXIT_NONFINITE
     state = torch.load(checkpoint.newest(tmp_path / "checkpoints"), weights_only=True)
-    assert (state["step"], state["epoch_steps"]) == (2, 2)  # goes on after the bad batch
+    steps = 2 + ahead
+    assert (state["step"], state["epoch_steps"], state["nonfinite_steps"]) == (steps, steps, 1)
     expected = tiny_clip()
-    one_step(expected, batches[0])
+    reference = make_trainer(run_options(), expected, batches)
+    expected.train()
+    for batch in batches[:steps:2]:
+        reference.step([batch])
     assert all(torch.equal(v, state["state_dict"][k]) for k, v in expected.state_dict().items())
 
 

@@ -94,8 +94,8 @@ class AlignmentTask(CountedTask):
         return taught
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, applied: bool) -> None:
-        if not applied:
+    def after_step(self, model: nn.Module, applied: Callable[[], bool]) -> None:
+        if not applied():
             return
         images, texts, *numbers = (self.gather(torch.cat(rows)) for rows in zip(*self.pending, strict=True))
         if numbers:

@@ -1,7 +1,7 @@
 """What is learnt: a task turns batches into losses. The trainer knows this interface and nothing else of a task."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,9 +89,9 @@ class Task:
             return found[0]
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
-    def after_step(self, model: nn.Module, applied: bool) -> None:
-        """Constraints on parameters, momentum twins, queues. `applied`: False if the step was not finite and so changed
-        nothing; then nothing may change here either. It is the same on all processes."""
+    def after_step(self, model: nn.Module, applied: Callable[[], bool]) -> None:
+        """Constraints on parameters, momentum twins, queues. `applied()`: False if the step was not finite and so
+        changed nothing; then nothing may change here either. The same on all processes; it waits for the device."""
 
     def prepare(self, batch: Batch) -> Batch:
         """What can be decided from a batch on the CPU, before it goes to the device."""

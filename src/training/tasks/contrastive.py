@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -120,7 +121,7 @@ class ContrastiveTask(Task):
         return losses
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, applied: bool) -> None:
+    def after_step(self, model: nn.Module, applied: Callable[[], bool]) -> None:
         model.logit_scale.clamp_(0, math.log(100))  # as in the CLIP paper
 
     # ------------------------------------------------------------------ figures

@@ -113,7 +113,7 @@ def test_two_steps_of_pretraining(recipe, kind):
         check_twin(task.twin, expected["momentum_norm_by_module"])
         assert model.tower.token_counts() == expected["vision_tokens"]
         optimizer.step()
-        task.after_step(model, applied=True)
+        task.after_step(model, applied=lambda: True)
         for name, queue in task.queues.items():
             close(queue.columns.norm(dim=1), expected[f"{name}_queue_row_norms"], name)
         assert queue.pointer.item() == expected["queue_ptr"]
@@ -140,7 +140,7 @@ def test_a_step_of_retrieval(recipe, alpha):
         losses["loss"].backward()
         check_gradients(model, expected["grad_norm_by_module"])
         check_twin(task.twin, expected["momentum_norm_by_module"])
-        task.after_step(model, applied=True)
+        task.after_step(model, applied=lambda: True)
         assert task.numbers.tolist() == expected["idx_queue"]
         close(task.queues["image"].columns.norm(dim=1), expected["image_queue_row_norms"])
 

@@ -125,7 +125,7 @@ def test_pretraining(start, file):
         for name in ("ita", "itm", "lm"):
             close(losses[name], expected["losses"][name], name)
         check_gradients(model, expected["grad_norm"], expected["grad"])
-        task.after_step(model, applied=True)
+        task.after_step(model, applied=lambda: True)
         for p in model.parameters():
             p.data -= found["sgd_lr"] * p.grad
         if "after" in expected:
@@ -147,7 +147,7 @@ def test_a_queue_that_wraps_and_a_temperature_out_of_bounds(start):
     for name in ("ita", "itm", "lm"):  # the release adds 1e-6 to what merge weights are divided by
         assert losses[name].item() == pytest.approx(expected["losses"][name], rel=1e-4), name
     assert model.temp.grad.norm().item() == pytest.approx(expected["grad_norm"]["temp"], rel=1e-3)
-    task.after_step(model, applied=True)
+    task.after_step(model, applied=lambda: True)
     for name, queue in task.queues.items():
         close(queue.columns, expected["after"][f"{name}_queue"])
         assert queue.pointer == expected["after"]["queue_ptr"] == 2
@@ -185,7 +185,7 @@ def rank_main(rank: int) -> None:
                 torch.testing.assert_close(own.reshape(value.shape), value, rtol=1e-2, atol=1e-3 * value.abs().max())
         else:
             check_gradients(model, found["mean_grad_norm"], found["mean_grad"])
-        task.after_step(model, applied=True)
+        task.after_step(model, applied=lambda: True)
         for name, queue in task.queues.items():
             close(queue.columns, found["after"][f"{name}_queue"])
 
@@ -203,7 +203,7 @@ def test_retrieval(start):
         for name in ("ita", "itm"):
             close(losses[name], expected["losses"][name], name)
         check_gradients(model, expected["grad_norm"], expected["grad"])
-        task.after_step(model, applied=True)
+        task.after_step(model, applied=lambda: True)
         for p in model.parameters():
             p.data -= found["sgd_lr"] * p.grad
         for name, queue in task.queues.items():

@@ -100,7 +100,7 @@ def test_two_steps_of_pretraining(recipe, kind, shortcuts):
             close(found_twin[word.removesuffix("_m")], value, word)
         assert model.tower.token_counts() == expected["vision_tokens"]
         optimizer.step()
-        task.after_step(model, applied=True)
+        task.after_step(model, applied=lambda: True)
         for name, queue in task.queues.items():
             close(queue.columns.norm(dim=1), expected[f"{name}_queue_row_norms"], name)
         assert queue.pointer.item() == expected["queue_ptr"]
@@ -231,7 +231,7 @@ def test_a_step_of_retrieval(recipe):
     close(losses["itm"], expected["loss_itm"], "itm")
     losses["loss"].backward()
     check_gradients(model, expected["grad_norm_by_module"])
-    task.after_step(model, applied=True)
+    task.after_step(model, applied=lambda: True)
     assert task.numbers.tolist() == expected["idx_queue"]
     for name, queue in task.queues.items():
         close(queue.columns.norm(dim=1), expected[f"{name}_queue_row_norms"], name)

@@ -66,9 +66,9 @@ def _two_processes(rank):
     task = AlignmentTask(model, queue_size=6, gather=ranks.gather_tensor)
     task.queues.double()
     gradients_of(task, DistributedDataParallel(model), half(batch_of(4), rank))
-    task.after_step(model, applied=False)
+    task.after_step(model, applied=lambda: False)
     assert set(task.numbers.tolist()) == {-100}
-    task.after_step(model, applied=True)
+    task.after_step(model, applied=lambda: True)
     assert task.numbers.tolist() == [10, 11, 12, 13, -100, -100] and int(task.queues["text"].pointer) == 4
 
 

@@ -10,7 +10,9 @@ timed too.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        command = f"python benchmarks/rerank.py --model {options.model} --image-size {options.image_size}"
+        command = shlex.join(["python", "benchmarks/rerank.py", *(sys.argv[1:] if argv is None else argv)])
         options.out.write_text(f"# Pairs a second\n\n`{command}`\n\n{text}")
 
 

@@ -59,7 +59,7 @@ from training.options import parse
 from training.tasks.pretraining import PretrainingOptions
 from training.trainer import Trainer
 
-MODELS = ("ViT-S-16-ELIP", "ViT-S-16-ELIP:scoring_depth=1", "ViT-B-16-ELIP", "ViT-B-16-ELIP:scoring_depth=1")
+MODELS = [f"ViT-{size}-16{how}" for size in "SB" for how in ("-ELIP", "-ELIP:scoring_depth=1", ":shortcuts=true")]
 
 # Ratios to OpenCLIP that are to be reached or beaten: operations, step time, saved activations.
 TARGETS = {

@@ -333,8 +333,9 @@ def describe(setting: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [
         ["", "FLOPs", "step time", "quartiles", "saved activations", "peak memory", "s a step", "the other's",
-         "GFLOPs a pair", "the other's"],
+         "GFLOPs a pair", "the other's", "to plain with shortcuts: FLOPs / time / saved"],
     ]  # fmt: skip
+    plain = {found["against"]: found for found in results if found["model"].endswith(":shortcuts=true")}
     for found in results:
         targets, time_ratio = found["targets"] or {}, found["time_ratio"]
         sides = (found["ours"], found["open_clip"])
@@ -352,9 +353,19 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 f"{found['peak_ratio']:.3f}",
                 *(f"{side['step_seconds']['median']:.3g}" for side in sides),
                 *(f"{side['flops'] / found['pairs'] / 1e9:.2f}" for side in sides),
+                " / ".join(f"{ratio:.3f}" for ratio in _between(found, plain.get(found["against"]))) or "-",
             ]
         )
     return rows
+
+
+def _between(found: dict[str, Any], other: dict[str, Any] | None) -> list[float]:
+    """FLOPs, time and saved activations of one of our models to those of another; [] if there is none."""
+    if other is None:
+        return []
+    times = ratios(found["time_ratio_of_each_round"], other["time_ratio_of_each_round"])
+    flops, saved = (found[name] / other[name] for name in ("flops_ratio", "saved_ratio"))
+    return [flops, spread(times)["median"], saved]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,106 @@
+"""How many of the tokens that ELIP keeps a cheaper way to score them would keep too, on trained weights.
+
+    python scripts/compare_scoring.py logs/quickstart/checkpoints/epoch_6.pt 'data/openmoji-64/val/{00000..00003}.tar'
+
+Each stage scores the same tokens in each way, those that the exact scoring has left, and all ways keep as many. `by
+chance` is what as many tokens drawn at random have in common with them. CLIP, ALBEF and BLIP; on the CPU.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from open_clip_elip import Elip
+from open_clip_elip.profile.report import Rows, markdown_table
+from open_clip_elip.reduction.merge import best
+from training.data.sets.captioned import load_captions
+from training.distributed import Ranks
+from training.errors import UserError
+from training.evaluation.loaded import load_model
+from training.evaluation.options import EvaluationOptions
+
+BATCH = 32
+
+
+class Compared(Elip):
+    """ELIP that notes, by way and stage (its first layer, from 1 on), the share (B,) of tokens in common."""
+
+    def __init__(self, exact: Elip, num_layers: int):
+        super().__init__(exact.config, num_layers)
+        depths = sorted({stage.depth for stage in self.stages})
+        ways = {f"`scoring_depth` {depth}": {"scoring_depth": depth} for depth in range(1, depths[-1])}
+        ways["`lam` 1: by the image alone"] = {"lam": 1.0}
+        self.ways = {name: Elip(replace(exact.config, **changes), num_layers) for name, changes in ways.items()}
+        self.shares: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+
+    def forward(self, blocks: Sequence[nn.Module], x: Tensor, *args, **more) -> Tensor:
+        self.firsts = {blocks[stage.first]: stage for stage in self.stages}
+        self.patches = x.shape[1] - 1
+        return super().forward(blocks, x, *args, **more)
+
+    def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: Callable) -> Tensor:
+        stage = self.firsts[layers[0]]
+        keep, scores = stage.keep(self.patches), super().score(layers, x, guidance, run)
+        kept = torch.zeros_like(scores).scatter(1, best(scores, keep), 1.0)
+        for name, way in self.ways.items():
+            self.note(name, stage.first, kept, way.score(layers, x, guidance, run))
+        with torch.autocast("cpu", torch.bfloat16):
+            self.note("all in bfloat16", stage.first, kept, super().score(layers, x, guidance, run))
+        self.shares["by chance"][stage.first + 1].append(scores.new_full((len(x),), keep / scores.shape[1]))
+        return scores
+
+    def note(self, name: str, first: int, kept: Tensor, scores: Tensor) -> None:
+        also = kept.gather(1, best(scores, int(kept[0].sum())))
+        self.shares[name][first + 1].append(also.mean(dim=1))
+
+    def table(self) -> Rows:
+        stages = list(self.shares["by chance"])
+        rows: Rows = [("", *(f"stage of layer {number}" for number in stages))]
+        for name, shares in self.shares.items():
+            rows.append((name, *(f"{torch.cat(shares[number]).mean():.1%}" for number in stages)))
+        return rows
+
+
+@torch.no_grad()
+def compare(checkpoint: str, data: str) -> Rows:
+    """UserError: the checkpoint or the data cannot be used."""
+    options = EvaluationOptions(pretrained=checkpoint, data=[data], device="cpu", precision="fp32")
+    model, tokenizer, preprocess, *_ = load_model(options, Ranks(torch.device("cpu")))
+    exact = getattr(model.tower, "reduction", None)
+    if not isinstance(exact, Elip) or not hasattr(model, "encode_text"):
+        raise UserError(f"{checkpoint} is no CLIP, ALBEF or BLIP model with ELIP, so nothing is scored; take another.")
+    reduction = model.tower.reduction = Compared(exact, len(model.visual.transformer.resblocks))
+    pairs = load_captions(data)
+    first = dict(zip(reversed(pairs.image_of.tolist()), reversed(pairs.captions), strict=True))  # caption of an image
+    for rows in torch.arange(len(pairs)).split(BATCH):
+        image = torch.stack([preprocess(pairs.images.load(row)) for row in rows.tolist()])
+        text = tokenizer([first[row] for row in rows.tolist()])
+        if hasattr(model, "encode_text_and_guidance"):
+            guidance = model.encode_text_and_guidance(text)[1]
+        else:
+            guidance = model.guidance(model.text_states(text))
+        model.tower.tokens(image, guidance, reduce=True)
+    return reduction.table()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("checkpoint")
+    parser.add_argument("data", help="pairs, as training.retrieval takes them")
+    args = parser.parse_args(argv)
+    try:
+        print(markdown_table(compare(args.checkpoint, args.data)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

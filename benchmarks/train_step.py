@@ -1,4 +1,4 @@
-"""A training step of ours against OpenCLIP's own: operations, time, saved activations, peak memory.
+"""A training step of ours against OpenCLIP's own: operations, time and its parts, utilisation, activations, memory.
 
     python benchmarks/train_step.py                                    # a CPU; under 5 minutes on 2 cores
     python benchmarks/train_step.py --precision amp_bf16 --batch-size 512 --compile          # a GPU
@@ -9,7 +9,8 @@ Each model is compared with plain OpenCLIP of the same shape in the same process
 `train_one_epoch`, `ClipLoss`, and AdamW as its `main` makes it, captions at the full context length. Ours is the
 trainer's own step (`training.trainer.Trainer`), with the flags that the model's options stand for. Both get the same
 images and captions, in the same precision, from the CPU's memory; nothing is decoded. Steps are taken in turn; the
-ratio of times is the median over the rounds of ours / OpenCLIP's in the same round.
+ratio of times is the median over the rounds of ours / OpenCLIP's in the same round. Utilisation is the rate of the
+step's operations to that of a large matrix product, which has its turn in each round too.
 
 A fusion model, of which OpenCLIP has none, is compared with itself as the released program runs it: no token reduction,
 `--no-shortcuts`, in our trainer too.
@@ -20,11 +21,13 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import open_clip
 import torch
@@ -153,8 +156,9 @@ def compare(
         sides[label] = side = (OurSide if label or spec.fuses else OpenClipSide)(spec, image, text, args, device)
         flops = count(spec, args, side.text()).total
         figures[label] = memory(side, [image, text], device) | {"flops": flops}
+    product = MatrixProduct(args.precision, device)
     times = in_turn(
-        {label: partial(side, args.repeat) for label, side in sides.items()},
+        {"a product": product, **{label: partial(side, args.repeat) for label, side in sides.items()}},
         device=device,
         rounds=args.rounds,
         warmup=0 if device.type == "cpu" else 3,
@@ -162,6 +166,9 @@ def compare(
     )
     for label, found in figures.items():
         found["step_seconds"] = spread([t / args.repeat for t in times[label]])
+        found["seconds_apart"] = apart(sides[label], device)
+        rates = ratios(times["a product"], [t / args.repeat for t in times[label]])
+        found["utilisation"] = median(rates) * found["flops"] / product.flops
     base, results = figures[""], []
     for spec in ours:
         own, target = figures[spec.label], TARGETS.get(spec.label)
@@ -199,6 +206,48 @@ def memory(side: OpenClipSide | OurSide, inputs: Sequence[Tensor], device: torch
         peak = peak_bytes(side, inputs)
     side.optimizer.zero_grad(set_to_none=True)
     return {"saved_bytes": saved.bytes, "peak_bytes": peak}
+
+
+class MatrixProduct:
+    """A large one, in the number format of the step's own."""
+
+    def __init__(self, precision: str, device: torch.device):
+        dtype, cpu = torch.bfloat16, device.type == "cpu"
+        if precision == "fp32":
+            dtype = torch.float32
+        elif precision in ("fp16", "pure_fp16") or precision == "amp" and not cpu:
+            dtype = torch.float16
+        size = 2048 if cpu else 8192
+        self.flops = 2 * size**3
+        self.factors = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+
+    def __call__(self) -> None:
+        self.factors[0] @ self.factors[1]
+
+
+def apart(side: OpenClipSide | OurSide, device: torch.device, steps: int = 3) -> dict[str, float]:
+    """Median seconds of a step in its backward pass, in the optimizer, and forward, which is all else. Between them the
+    program waits for the device."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def run(*args: Any, **more: Any) -> Any:
+            wait()
+            begin = time.perf_counter()
+            out = function(*args, **more)
+            wait()
+            seconds[name].append(time.perf_counter() - begin)
+            return out
+
+        return run
+
+    backward, step = timed("backward", Tensor.backward), timed("optimizer", side.optimizer.step)
+    with mock.patch.object(Tensor, "backward", backward), mock.patch.object(side.optimizer, "step", step):
+        for number in range(steps):
+            timed("forward", side)()
+            seconds["forward"][number] -= seconds["backward"][number] + seconds["optimizer"][number]
+    return {name: median(found) for name, found in seconds.items()}
 
 
 class OpenClipSide:
@@ -333,7 +382,8 @@ def describe(setting: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [
         ["", "FLOPs", "step time", "quartiles", "saved activations", "peak memory", "s a step", "the other's",
-         "GFLOPs a pair", "the other's", "to plain with shortcuts: FLOPs / time / saved"],
+         "GFLOPs a pair", "the other's", "forward + backward + optimizer, s", "the other's", "utilisation",
+         "the other's", "to plain with shortcuts: FLOPs / time / saved"],
     ]  # fmt: skip
     plain = {found["against"]: found for found in results if found["model"].endswith(":shortcuts=true")}
     for found in results:
@@ -353,6 +403,8 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 f"{found['peak_ratio']:.3f}",
                 *(f"{side['step_seconds']['median']:.3g}" for side in sides),
                 *(f"{side['flops'] / found['pairs'] / 1e9:.2f}" for side in sides),
+                *(" + ".join(f"{part:.3g}" for part in side["seconds_apart"].values()) for side in sides),
+                *(f"{side['utilisation']:.2f}" for side in sides),
                 " / ".join(f"{ratio:.3f}" for ratio in _between(found, plain.get(found["against"]))) or "-",
             ]
         )

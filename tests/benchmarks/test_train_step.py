@@ -74,6 +74,9 @@ def test_results(tmp_path, capsys):
         assert result["saved_ratio"] == result["ours"]["saved_bytes"] / result["open_clip"]["saved_bytes"] < 0.9
         assert len(result["time_ratio_of_each_round"]) == result["time_ratio"]["count"] == 2
         assert result["ours"]["peak_bytes"] > result["ours"]["saved_bytes"]
+        for side in (result["ours"], result["open_clip"]):
+            assert list(side["seconds_apart"]) == ["forward", "backward", "optimizer"]
+            assert min(side["seconds_apart"].values()) > 0 and side["utilisation"] > 0
     exact, shallow = found["results"]
     assert shallow["flops_ratio"] < exact["flops_ratio"]
     assert names[1] in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from open_clip_elip.fusion.released import BLIP, METER, albef, write_released
 from training import checkpoint
-from training.errors import UserError
+from training.errors import UserError, reason
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         released = write_released(state["state_dict"], task["twin"], names)
         released |= {f"{name}_queue": task["queues"][f"{name}.columns"] for name in ("image", "text")}
         content = {"model": released | {"queue_ptr": task["queues"]["image.pointer"]}}
-    torch.save(content, args.out)
+    try:
+        torch.save(content, args.out)
+    except (OSError, RuntimeError) as error:
+        print(f"error: {args.out} cannot be written ({reason(error)}); name another file.", file=sys.stderr)
+        return 2
     print(f"{sum(map(len, content.values()))} tensors in {args.out}")
     return 0
 

@@ -66,6 +66,9 @@ if [ "$FRESH" = 1 ]; then
     rm -rf "$FOLDER"
 fi
 if "$PYTHON" scripts/quickstart_report.py --is-finished "$FOLDER"; then
+    model="$(sed -n 's/^model: *//p' "configs/$CONFIG.yaml")"
+    grep -qx "model: $model" "$FOLDER/config.yaml" && grep -qx "epochs: ${EPOCHS:-.*}" "$FOLDER/config.yaml" ||
+        fail "RUN=$RUN is a finished run of another FAMILY or EPOCHS: choose another RUN, or FRESH=1 to train anew."
     echo "quickstart: 2/3 training: reusing the finished run in $FOLDER (FRESH=1 trains anew)"
 else
     echo "quickstart: 2/3 training and evaluation on held-out pictures (a few minutes on 2 cores)"

@@ -28,7 +28,7 @@ from .evaluation.loaded import load_model
 from .evaluation.options import EvaluationOptions
 from .evaluation.passes import EncodeSettings
 from .files import written_whole
-from .options.kinds import FILE, FRACTION, POSITIVE, POSITIVE_COUNT
+from .options.kinds import FILE, FRACTION, POSITIVE, POSITIVE_COUNT, SEED
 from .options.parser import forbid, option
 
 
@@ -50,7 +50,7 @@ class CaptionCommandOptions(EvaluationOptions, title="captions", command="traini
     repetition_penalty: float = option(1.0, "Above 1 a word is less likely to come again.", POSITIVE)
     nucleus: float | None = option(
         None, "Draw each word from the likeliest ones that together have this probability; 0.9 is usual.", FRACTION)
-    seed: int = option(0, "Of the draws.", needs="nucleus")
+    seed: int = option(0, "Of the draws.", SEED, needs="nucleus")
     score: bool = option(False, "Compare with the captions that the images have: BLEU, METEOR, ROUGE-L, CIDEr.")
     spice: bool = option(False, "SPICE too, which fetches a large model the first time.", needs="score")
 
@@ -70,6 +70,8 @@ def pictures_of(spec: str, options: CaptionCommandOptions) -> tuple[Images, dict
     if path.is_dir() and not annotations.find_annotations(path):
         if found := folders.list_pictures(path)[0]:
             return ImageFiles(path, found), {}
+        if not any(path.rglob("*.tar")):
+            raise UserError(f"There is no picture in {path}; correct --image.")
     if (path.is_dir() or path.suffix == ".tar" or "{" in spec) and not options.score:
         shards = folders.list_shards(path) if path.is_dir() else _shards(spec)
         if shards:
@@ -98,6 +100,8 @@ def work(options: CaptionCommandOptions, ranks: Ranks) -> str:
         if options.out is not None:
             if not (folder := Path(options.out).parent).is_dir():
                 raise UserError(f"There is no folder {folder}; correct --out.")
+            if Path(options.out).is_dir():
+                raise UserError(f"{options.out} is a folder; name a file in --out.")
         sets = [pictures_of(spec, options) for spec in options.data]
         if options.score and not all(people for _, people in sets):
             raise UserError("--score compares with people's captions, and some of --image has none: leave it out.")
@@ -115,6 +119,9 @@ def work(options: CaptionCommandOptions, ranks: Ranks) -> str:
     prompt = len(writer.start(loaded.model.decode_id))
     if prompt >= options.longest:
         raise UserError(f"--longest {options.longest} leaves no room behind a prompt of {prompt} tokens: raise it.")
+    words = loaded.model.decoder.config.vocab_size
+    if 2 * how.get("beams", 0) > words:
+        raise UserError(f"--beams {options.beams} is more than half of the vocabulary's {words} words: lower it.")
 
     captions, written, people = [], {}, {}
     for images, truth in sets:

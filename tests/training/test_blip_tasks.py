@@ -178,7 +178,7 @@ def test_captions_of_files_folders_and_shards(captioner, data, tmp_path, capsys)
     captions(captioner, capsys, "--image", tmp_path / "shard.tar", one, "--out", table, "--beams", "1")
     rows = list(csv.reader(table.open()))
     assert rows[0] == ["image", "caption"] and len(rows) == 6
-    captions(captioner, capsys, "--image", one, "--nucleus", "0.9", "--longest", "12")
+    captions(captioner, capsys, "--image", one, "--nucleus", "0.9", "--longest", "12", "--seed", "1")
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "1.jpg").write_bytes(one.read_bytes())
     (tmp_path / "some" / "2.jpg").write_bytes(b"no picture")
@@ -204,10 +204,14 @@ def test_captions_are_scored_by_image(captioner, data, tmp_path, capsys, monkeyp
         (["--image", "IMAGE", "--score"], "some of --image has none: leave it out."),
         (["--image", "IMAGE", "--longest", "3"], "--longest 3 leaves no room behind a prompt of"),
         (["--image", "IMAGE", "--out", "nowhere/x.json"], "There is no folder nowhere; correct --out."),
+        (["--image", "IMAGE", "--out", "."], ". is a folder; name a file in --out."),
+        (["--image", "IMAGE", "--beams", "5000"], "--beams 5000 is more than half of the vocabulary's"),
+        (["--image", "EMPTY"], "There is no picture in "),
     ],
 )
-def test_captions_that_cannot_be_written(words, sentence, captioner, data, capsys):
-    words = [str(data / "images" / "000.jpg") if word == "IMAGE" else word for word in words]
+def test_captions_that_cannot_be_written(words, sentence, captioner, data, tmp_path, capsys):
+    places = {"IMAGE": data / "images" / "000.jpg", "EMPTY": tmp_path}
+    words = [places.get(word, word) for word in words]
     error = captions(captioner, capsys, *words, code=2).err.strip().splitlines()
     assert len(error) == 1 and sentence in error[0]
 

@@ -62,6 +62,7 @@ FLAGS = {
         (["--answers", "nowhere.json"], "--answers nowhere.json does not exist; correct the path."),
         (["--submission", "said.json", "--val-data", ""], "There is nothing to evaluate on: give --val-data."),
         (["--submission", f"{__file__}/said.json"], "is a file; name a folder."),
+        (["--submission", "."], "--submission . is a folder; name a file."),
     ],
     "assignment": [
         (["--val-data", "some.json"], "--task assignment is not evaluated: leave out --evaluate and lists."),
@@ -134,6 +135,9 @@ def test_bad_lists(refused, data, tmp_path):
     items = [{**one, "question_id": None} for one in json.loads((data / "vqa.json").read_text())]
     path = write_list(tmp_path / "val.json", items)
     sentence = f'Item 0 of {path} has no "question_id" for --submission to name.'
+    refused(sentence, "vqa", "--val-data", path, "--submission", tmp_path / "said.json")
+    path = write_list(tmp_path / "val.json", [{**one, "question_id": 7} for one in items])
+    sentence = f"{path} has {len(items)} questions of question_id 7: --submission names each once."
     refused(sentence, "vqa", "--val-data", path, "--submission", tmp_path / "said.json")
 
 

@@ -160,6 +160,7 @@ def test_only_what_is_two_dimensional_is_decayed_but_never_the_temperature():
 def test_a_checkpoint_in_the_released_form_is_the_same_model(shards, model, tmp_path, capsys):
     assert main(albef(shards, tmp_path, model, "--epochs", "1")) == 0
     own, released = tmp_path / "run" / "checkpoints" / "epoch_1.pt", tmp_path / "albef.pth"
+    assert export_released.main([str(own), str(tmp_path / "nowhere" / "albef.pth")]) == 2
     assert export_released.main([str(own), str(released)]) == 0
     names = torch.load(released, weights_only=True)["model"]
     layers = "encoder.layer" if "text_decoder.cls.predictions.bias" in names else "bert.encoder.layer"

@@ -261,9 +261,8 @@ class PairOutput(nn.Module):
 def text_config(text_cfg: dict[str, Any], looks_at: int) -> BlipTextConfig:
     """With cross-attention to states of the width `looks_at`."""
     own = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, **text_cfg["bert"]}
-    config = BlipTextConfig(**own, is_decoder=True, encoder_hidden_size=looks_at)
-    config.bos_token_id = config.vocab_size - 2  # transformers' own number is none of a small vocabulary's
-    return config
+    decode = own["vocab_size"] - 2  # transformers' own number is none of a small vocabulary's, of which it warns
+    return BlipTextConfig(**own, bos_token_id=decode, is_decoder=True, encoder_hidden_size=looks_at)
 
 
 def tied(decoder: BlipTextLMHeadModel) -> BlipTextLMHeadModel:

@@ -73,12 +73,15 @@ class WordPieces:
         self, vocabulary: str, context_length: int, clean: Callable[[str], str] = albef_caption, *,
         ends: bool = False, own: Mapping[int, str] | None = None,
     ):  # fmt: skip
-        if Path(vocabulary).is_file():
+        if Path(vocabulary).name == "vocab.txt":
             vocabulary = str(Path(vocabulary).parent)
+        # A folder with nothing else does not say that its words are WordPiece's.
+        kind = {"tokenizer_type": "bert"} if (Path(vocabulary) / "vocab.txt").is_file() else {}
         self.context_length, self.clean = context_length, clean
         try:
-            self.pieces = AutoTokenizer.from_pretrained(vocabulary)
-        except (OSError, ValueError) as error:
+            self.pieces = AutoTokenizer.from_pretrained(vocabulary, **kind)
+            self.pieces("\N{SNOWMAN}")  # an unknown word, which an empty vocabulary has no token for
+        except Exception as error:  # tokenizers raises no other
             raise ValueError(
                 f"There is no vocabulary {vocabulary}: give --text-tokenizer a folder with a vocab.txt, or a name on "
                 "Hugging Face that can be reached."

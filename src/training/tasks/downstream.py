@@ -72,22 +72,23 @@ class TaskOptions(Section, title="task"):
         "retrieval, where ALBEF and BLIP encode an image without its captions, by the image alone.")
     shortlist: int = option(
         128, "How many candidates by cosine are ranked again by the fusion layers.", POSITIVE_COUNT,
-        needs="task=retrieval")
+        needs="the_task=retrieval")
     all_rank_negatives: bool = option(
         False, "A BLIP model's negatives come from the batches of all processes (its recipe for COCO).",
-        needs="task=retrieval")
+        needs="the_task=retrieval")
     answers: str | None = option(
-        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True, needs="task=vqa")
+        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True, needs="the_task=vqa")
     vqa_best: int = option(
-        128, "Of how many answers, by their first word piece, the rest is looked at.", POSITIVE_COUNT, needs="task=vqa")
+        128, "Of how many answers, by their first word piece, the rest is looked at.", POSITIVE_COUNT,
+        needs="the_task=vqa")
     generate: bool = option(
-        False, "A BLIP model writes its answers instead of choosing them.", needs="task=vqa")
+        False, "A BLIP model writes its answers instead of choosing them.", needs="the_task=vqa")
     count_first_once: bool = option(
         False, "Rank an ALBEF model's answers by their own probability. Without it that of the first word piece counts "
-        "twice, as in its released program and numbers.", needs="task=vqa")
+        "twice, as in its released program and numbers.", needs="the_task=vqa")
     submission: str | None = option(
         None, "Where the final answers to --test-data (--val-data without it) go, as VQA's server takes them; or the "
-        "captions, as COCO's does.", metavar="FILE.json", path=True, needs="task=vqa|captioning")
+        "captions, as COCO's does.", metavar="FILE.json", path=True, needs="the_task=vqa|captioning")
 
 
 @dataclass
@@ -101,6 +102,11 @@ class DownstreamOptions(
     @property
     def trains(self) -> bool:
         return not self.evaluate
+
+    @property
+    def the_task(self) -> str:
+        """With --resume, not known before the checkpoint is read: any."""
+        return self.task or ",".join(task for _, task in TASKS)
 
     @property
     def meter_models(self) -> bool:
@@ -218,6 +224,8 @@ class Setting:
             return None
         path = Path(self.options.submission)
         check_folder(path.parent, "--submission")
+        if path.is_dir():
+            raise UserError(f"--submission {path} is a folder; name a file.")
 
         def submit(model: nn.Module, *found: Any) -> None:
             if not (content := submitted()):
@@ -226,6 +234,7 @@ class Setting:
             with self.ranks.agree():
                 if self.ranks.is_main:
                     try:
+                        path.parent.mkdir(parents=True, exist_ok=True)
                         with written_whole(path) as file:
                             file.write(json.dumps(content).encode() + b"\n")
                     except OSError as error:

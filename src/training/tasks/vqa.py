@@ -1,6 +1,7 @@
 """Visual question answering: a decoder learns the answers that people gave, and ranks a list of them."""
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -280,10 +281,21 @@ def evaluated(
     for name in setting.lists():
         rows = setting.rows(name, read)
         fields = [sample.fields for sample in map(rows.__getitem__, range(len(rows)))]
+        few = sum(0 < len(one["people"]) < 4 for one in fields if not isinstance(one["people"], dict))
+        if few:
+            logging.warning(
+                f"{rows.name}: {few} of {len(fields)} questions have fewer than four people's answers; by the rule of "
+                "VQA's server no answer to them is wholly right, and where there is one answer none is right at all."
+            )
         ranking = ranking_of(fields)
         evaluations[name] = setting.evaluation(rows, encoding, ranking.rows, ranking.metrics)
         if options.submission is not None:  # the last list's
             if None in (ids := [one["question_id"] for one in fields]):
                 raise UserError(f'Item {ids.index(None)} of {rows.name} has no "question_id" for --submission to name.')
+            number, count = Counter(ids).most_common(1)[0]
+            if count > 1:
+                raise UserError(
+                    f"{rows.name} has {count} questions of question_id {number}: --submission names each once."
+                )
             finish = setting.submission(evaluations[name], partial(ranking.submitted, ids))
     return setting.suite(evaluations, "accuracy"), finish

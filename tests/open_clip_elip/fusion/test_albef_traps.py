@@ -91,6 +91,7 @@ def test_a_start_of_another_width_is_one_sentence(tmp_path):
 
 def test_texts_begin_with_cls_and_end_without_sep(tmp_path):
     tokenizer = WordPieces(str(write_vocabulary(tmp_path / "v")), 6)
+    (tmp_path / "v" / "tokenizer_config.json").unlink()  # vocab.txt is enough
     assert tokenizer("A red, round THING!").tolist() == [[2, 5, 7, 13, 6, 0]]
     assert tokenizer(["a " * 9])[0].tolist() == [2, 5, 5, 5, 5, 5]  # `[CLS]` counts
     assert WordPieces(str(tmp_path / "v"), 6, lambda text: text)("red[SEP]").tolist() == [[2, 7, 3, 0, 0, 0]]

@@ -122,7 +122,7 @@ def test_interrupted_equals_uninterrupted(name, run):
         assert (a["task"]["numbers"] >= 0).sum() == min(QUEUE, a["samples"])
 
 
-def test_two_processes_evaluate_every_sample_once(start, data, tmp_path):
+def test_two_processes_evaluate_every_sample_once(start, data, tmp_path, capsys):
     """And answer every question once; what they find is what one process finds."""
     submission = ["--submission", str(tmp_path / "answers.json")]
     argv = downstream_command("vqa", data, tmp_path, *start, *submission, "--batch-size", "2", "--epochs", "1")
@@ -134,8 +134,9 @@ def test_two_processes_evaluate_every_sample_once(start, data, tmp_path):
     file = tmp_path / "run" / "checkpoints" / "epoch_1.pt"
     lists = ["--val-data", str(data / "vqa_val.json"), "--image-root", str(data / "images")]
     flags = ["--evaluate", "--resume", str(file), *lists, "--answers", str(data / "answers.json"), *settings(tmp_path)]
-    assert main([*flags, "--submission", str(tmp_path / "again.json")]) == 0
-    assert json.loads((tmp_path / "again.json").read_text()) == answers
+    assert main([*flags, "--submission", str(tmp_path / "new" / "again.json")]) == 0
+    assert "no effect" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "new" / "again.json").read_text()) == answers
 
 
 def test_the_chain_to_nlvr2(run, capsys):

@@ -202,7 +202,8 @@ def _tell_idle(options: Section, given: Collection[str]) -> None:
     for need, flags in idle.items():
         names, _, values = need.removeprefix("!").partition("=")
         words = [_flag(name) if name in options.declared else name.replace("_", " ") for name in names.split("|")]
-        there = f"{' or '.join(words)} {values.replace('|', ' or ')}".strip().replace("trains", "training")
+        values = values.removesuffix("|none").replace("|", " or ")
+        there = f"{' or '.join(words)} {values}".strip().replace("trains", "training")
         logging.warning(f"{', '.join(flags)}: no effect {'with' if need[0] == '!' else 'without'} {there}.")
 
 

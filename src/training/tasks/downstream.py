@@ -58,7 +58,7 @@ STARTS = {"nlvr2": "assignment"}
 
 
 @dataclass
-class TaskOptions(Section, title="task"):
+class TaskOptions(Section, title="task"):  # what needs a task may be given where the checkpoint says which it is
     task: str | None = option(
         None, "What is learnt: image-text retrieval, visual entailment (SNLI-VE), answers to questions (VQA), NLVR2, "
         "text assignment, a step between pre-training and NLVR2, or to write captions.",
@@ -72,22 +72,23 @@ class TaskOptions(Section, title="task"):
         "retrieval, where ALBEF and BLIP encode an image without its captions, by the image alone.")
     shortlist: int = option(
         128, "How many candidates by cosine are ranked again by the fusion layers.", POSITIVE_COUNT,
-        needs="task=retrieval")
+        needs="task=retrieval|none")
     all_rank_negatives: bool = option(
         False, "A BLIP model's negatives come from the batches of all processes (its recipe for COCO).",
-        needs="task=retrieval")
+        needs="task=retrieval|none")
     answers: str | None = option(
-        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True, needs="task=vqa")
+        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True, needs="task=vqa|none")
     vqa_best: int = option(
-        128, "Of how many answers, by their first word piece, the rest is looked at.", POSITIVE_COUNT, needs="task=vqa")
+        128, "Of how many answers, by their first word piece, the rest is looked at.", POSITIVE_COUNT,
+        needs="task=vqa|none")
     generate: bool = option(
-        False, "A BLIP model writes its answers instead of choosing them.", needs="task=vqa")
+        False, "A BLIP model writes its answers instead of choosing them.", needs="task=vqa|none")
     count_first_once: bool = option(
         False, "Rank an ALBEF model's answers by their own probability. Without it that of the first word piece counts "
-        "twice, as in its released program and numbers.", needs="task=vqa")
+        "twice, as in its released program and numbers.", needs="task=vqa|none")
     submission: str | None = option(
         None, "Where the final answers to --test-data (--val-data without it) go, as VQA's server takes them; or the "
-        "captions, as COCO's does.", metavar="FILE.json", path=True, needs="task=vqa|captioning")
+        "captions, as COCO's does.", metavar="FILE.json", path=True, needs="task=vqa|captioning|none")
 
 
 @dataclass
@@ -226,6 +227,7 @@ class Setting:
             with self.ranks.agree():
                 if self.ranks.is_main:
                     try:
+                        path.parent.mkdir(parents=True, exist_ok=True)
                         with written_whole(path) as file:
                             file.write(json.dumps(content).encode() + b"\n")
                     except OSError as error:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = Path(folder) / "one"
         one.mkdir()
         write_shards(one, args.samples, 1)
-        for count in args.shards:
+        for count in dict.fromkeys(args.shards):
             pattern = link_shards(one / "00000.tar", Path(folder) / str(count), count, args.samples)
             seconds, *parts = start(pattern, args.workers)
             name = f"{count:,} shards, {count * args.samples:,} samples"

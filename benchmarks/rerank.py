@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from telling import positive
 from torch import Tensor
 
 from open_clip_elip.fusion.base import FusionModel
-from open_clip_elip.identity import create, describe
+from open_clip_elip.identity import ModelError, create, describe
 from training.distributed import Ranks
 from training.evaluation.rerank import score_pairs
 
@@ -51,14 +52,19 @@ def once(model: FusionModel, images: Tensor, tokens: Tensor, precision: str) -> 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ALBEF-B-16")
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--texts", type=int, default=32, help="that each image is compared with")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--image-size", type=positive, default=384)
+    parser.add_argument("--images", type=positive, default=2)
+    parser.add_argument("--texts", type=positive, default=32, help="that each image is compared with")
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="a Markdown file")
     options = parser.parse_args(argv)
-    identity = describe(options.model, force_image_size=options.image_size)
+    try:
+        identity = describe(options.model, force_image_size=options.image_size)
+    except ModelError as error:
+        parser.error(str(error))
+    if identity.family == "clip":
+        parser.error(f"{options.model} has no fusion layers that compare pairs; name another --model")
     device, towers = torch.device(options.device), identity.family == "meter"
     torch.manual_seed(0)
     model = create(identity, device=device, pretrained_text=False).eval()
@@ -97,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if options.out:
         command = shlex.join(["python", "benchmarks/rerank.py", *(sys.argv[1:] if argv is None else argv)])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(f"# Pairs a second\n\n`{command}`\n\n{text}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from resume import write_shards
+from telling import positive
 
 from open_clip_elip.profile.report import Rows, machine, markdown_table, save, text_table
 
@@ -60,9 +61,9 @@ def start(pattern: str, workers: int) -> tuple[float, float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[10, 5000], metavar="N")
-    parser.add_argument("--samples", type=int, default=2400, metavar="N", help="in a shard; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--shards", type=positive, nargs="+", default=[10, 5000], metavar="N")
+    parser.add_argument("--samples", type=positive, default=2400, metavar="N", help="in a shard; default: %(default)s")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     rows: Rows = [("", "seconds to the first step", "MB, trainer", "MB, each worker")]
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = Path(folder) / "one"
         one.mkdir()
         write_shards(one, args.samples, 1)
-        for count in args.shards:
+        for count in dict.fromkeys(args.shards):
             pattern = link_shards(one / "00000.tar", Path(folder) / str(count), count, args.samples)
             seconds, *parts = start(pattern, args.workers)
             name = f"{count:,} shards, {count * args.samples:,} samples"

@@ -11,6 +11,13 @@ from open_clip_elip.profile.command import PRECISIONS
 from open_clip_elip.profile.report import Rows, markdown_table, save, text_table
 
 
+def positive(text: str) -> int:
+    """The type of an option: a number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
 def common_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -18,7 +25,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--precision", default="fp32", choices=PRECISIONS, help="default: %(default)s")
     add("--device", metavar="cpu|cuda[:N]", help="default: cuda if there is one")
-    add("--rounds", type=int, default=10, metavar="N", help="at most; default: %(default)s")
+    add("--rounds", type=positive, default=10, metavar="N", help="at most; default: %(default)s")
     add("--minutes", type=float, default=4.5, metavar="M", help="no more rounds after that; default: %(default)s")
     add("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="where results go")
     add("--name", help="added to the names of the files of results")

@@ -32,7 +32,7 @@ from unittest import mock
 import open_clip
 import torch
 from open_clip_train.train import train_one_epoch
-from telling import common_parser, count_rounds, tell
+from telling import common_parser, count_rounds, positive, tell
 from torch import Tensor
 
 from open_clip_elip import TextParts
@@ -424,12 +424,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=MODELS, metavar="MODEL", help="NAME or NAME:option=value,...")
-    add("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=positive, default=16, metavar="N", help="default: %(default)s")
     add("--compile", "--torchcompile", action="store_true", help="torch.compile both sides")
     add("--image-size", type=int, metavar="PIXELS", help="instead of the models' own")
     lengths = "a mean number of tokens (default: %(default)s), or a file with one a line"
     add("--caption-length", default=str(MEAN), metavar="MEAN|FILE", help=lengths)
-    add("--repeat", type=int, metavar="N", help="steps in a round; default: 1 on a CPU, 10 on a GPU")
+    add("--repeat", type=positive, metavar="N", help="steps in a round; default: 1 on a CPU, 10 on a GPU")
     return parser
 
 

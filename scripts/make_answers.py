@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("annotations", nargs="+", help="VQA's files of annotations, train first")
     parser.add_argument("--out", type=Path, required=True, help="JSON list of answers to write")
     args = parser.parse_args(argv)
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder; name a file")
     questions = {}
     for file in args.annotations:
         try:

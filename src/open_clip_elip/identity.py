@@ -231,7 +231,10 @@ def tokenizer(identity: Identity, cache_dir: str | None = None) -> Callable:
                 more = {"clean": str, "ends": True}
             elif identity.family == "blip":
                 more = {"clean": blip_caption, "ends": True, "own": {room - 2: "[DEC]", room - 1: "[ENC]"}}
-            found = WordPieces(text["hf_tokenizer_name"], text["context_length"], **more)
+            positions, tokens = text["bert"].get("max_position_embeddings", 512), text["context_length"]
+            if tokens > positions:
+                raise ValueError(f"Texts of {tokens} tokens are longer than the model's {positions} positions.")
+            found = WordPieces(text["hf_tokenizer_name"], tokens, **more)
             if len(found.pieces) > room:
                 raise ValueError(f"The vocabulary has {len(found.pieces)} tokens, more than the {room} of the model.")
             return found

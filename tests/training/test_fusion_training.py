@@ -111,6 +111,7 @@ REFUSED = {
     "--start-image nothing.pth": "The weights nothing.pth to start from cannot be had",
     "--text-tokenizer nowhere": "There is no vocabulary nowhere: give --text-tokenizer a folder with a vocab.txt, or",
     "--force-image-size 4": "smaller than one patch",
+    "--force-context-length 41": "Texts of 41 tokens are longer than the model's 40 positions.",
 }
 
 

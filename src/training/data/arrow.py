@@ -28,22 +28,27 @@ class ArrowFile:
         splits = self.table["split"].unique().to_pylist() if "split" in self.columns else []
         if len(splits) > 1:
             raise UserError(f"{flag} {path} holds the splits {', '.join(map(str, splits))}; write a file for each.")
+        self.pictures = ("image_0", "image_1") if "image_0" in self.columns else ("image",)  # NLVR2 has two
 
     def __reduce__(self) -> tuple:
         return ArrowFile, (self.path, self.flag)
 
     def picture(self, row: int, column: str = "image") -> bytes:
-        return self.table[column][row].as_py()
+        return self.table[column][row].as_py() or b""
 
     def rows(self, *names: str) -> Iterator[list[list[Any]]]:
         """Of each row, what it has in these columns: lists that are equally long. All but the first may be empty.
 
         Raises: UserError for another form, and where a column is missing.
         """
-        missing = [name for name in names if name not in self.columns]
+        missing = [name for name in (*self.pictures, *names) if name not in self.columns]
         if missing:
             there = ", ".join(self.columns)
             raise UserError(f"{self.flag} {self.path} has no column {missing[0]!r}, only {there}: see docs/data.md.")
+        for name in self.pictures:
+            if (kind := str(self.table[name].type)) not in ("binary", "large_binary"):
+                wrong = f"has {kind} in the column {name!r}, not encoded pictures"
+                raise UserError(f"{self.flag} {self.path} {wrong}: see docs/data.md.")
         for row, values in enumerate(zip(*(self.table[name].to_pylist() for name in names), strict=True)):
             lists = [[] if value is None else value for value in values]
             if not all(isinstance(one, list) for one in lists):
@@ -56,7 +61,10 @@ class ArrowFile:
 
     def captions(self) -> Iterator[list[str]]:
         """Of each row, in their order, equal ones once."""
-        return (list(dict.fromkeys(captions)) for (captions,) in self.rows("caption"))
+        for row, (captions,) in enumerate(self.rows("caption")):
+            if not all(isinstance(one, str | None) for one in captions):
+                raise UserError(f"Row {row} of {self.path} cannot be used: caption is not a list of texts.")
+            yield list(dict.fromkeys(one or "" for one in captions))
 
 
 class StoredPicture(NamedTuple):
@@ -76,10 +84,9 @@ class StoredPicture(NamedTuple):
 def read_arrow(path: str, flag: str) -> Iterator[tuple[dict[str, Any] | LeftOut, tuple[StoredPicture, ...]]]:
     """The items of a file, each as a JSON list has it, with its pictures. Raises: UserError."""
     file = ArrowFile(path, flag)
-    columns = [name for name in ("image", "image_0", "image_1") if name in file.columns]
     ids = file.table["image_id"].to_pylist() if "image_id" in file.columns else None
     for row, items in enumerate(_rows_of_items(file)):
-        pictures = tuple(StoredPicture(file, row, column) for column in columns)
+        pictures = tuple(StoredPicture(file, row, column) for column in file.pictures)
         names = [str(picture) for picture in pictures]
         common = {"image": names[0], "images": names, "image_id": names[0] if ids is None else ids[row]}
         for item in items:
@@ -105,11 +112,12 @@ def _rows_of_items(file: ArrowFile) -> Iterator[list[dict[str, Any] | LeftOut]]:
             ]
     else:
         for captions in file.captions():
-            yield [{"caption": one} if one and one.strip() else LeftOut("caption without text") for one in captions]
+            yield [{"caption": one} if one.strip() else LeftOut("caption without text") for one in captions]
 
 
 def _scored(answers: list[str], scores: list[float]) -> dict[str, float] | None:
-    return dict(zip(answers, scores, strict=True)) if len(answers) == len(scores) else None
+    fit = isinstance(answers, list) and isinstance(scores, list) and len(answers) == len(scores)
+    return dict(zip(answers, scores, strict=True)) if fit else None
 
 
 def _mapped(path: str, flag: str) -> Any:

@@ -52,6 +52,8 @@ class ListRows:
         if left_out:
             self.contents += f" ({', '.join(f'{count:,} x {why}' for why, count in left_out.items())} left out)"
             log.info("%s: %s.", self.name, self.contents)
+        if not self.rows:
+            raise UserError(f"{flag} {self.name} has nothing to use: {self.contents}.")
         self.check_pictures(flag)
 
     def check_pictures(self, flag: str) -> None:

@@ -46,8 +46,9 @@ def read_item(
     share = genome if isinstance(answer, str) else 1 / max(1, len(people))
     weights = {one: count * share for one, count in Counter(people).items() if one.strip()}
     scores = item.get("answer_scores", {})
-    if not isinstance(scores, dict):
-        return "it does not have a score for each answer"
+    given = scores.values() if isinstance(scores, dict) else [None]
+    if not all(isinstance(one, float | int) and 0 <= one <= 1 for one in given):
+        return "it does not have a score from 0 to 1 for each answer"
     if train and not weights:
         given = "it has scores and not what people answered" if scores else 'it has no "answer"'
         return f"{given} to learn from"

@@ -105,9 +105,8 @@ def test_questions_of_a_test_have_no_answers(tmp_path):
     read = partial(vqa.read_labels, numbers={"red": 0})
     found = rows(path, read)
     assert [found[n].fields["labels"] for n in range(2)] == [{}, {}]
-    assert rows(path, partial(read, train=True)).contents == (
-        "0 samples (2 x question without an answer of the list left out)"
-    )
+    with pytest.raises(UserError, match="0 samples \\(2 x question without an answer of the list left out\\)"):
+        rows(path, partial(read, train=True))
 
 
 def test_captions_that_cannot_be_used_are_left_out_and_counted(tmp_path, caplog):
@@ -153,7 +152,7 @@ def test_captions_to_evaluate_on(folder, tmp_path):
     assert ours.captions == theirs.captions and ours.image_of.tolist() == theirs.image_of.tolist()
     assert [ours.images.content(n) for n in range(6)] == PICTURES and ours.images.name(1).endswith("pairs.arrow, row 1")
     assert len(ours.fingerprint()) == 16
-    for split, captions in (("train", [["a"], []]), ("restval", [["b", "c", "b"]]), ("test", [["d"]])):
+    for split, captions in (("train", [["a", None], []]), ("restval", [["b", "c", "b"]]), ("test", [["d"]])):
         write_captions(tmp_path / f"coco_caption_karpathy_{split}.arrow", captions)
     found = load_captions(str(tmp_path), CaptionOptions(split="train+restval"))
     assert found.captions == ["a", "b", "c"] and found.image_of.tolist() == [0, 1, 1]
@@ -187,6 +186,14 @@ BROKEN = {
         path, [["a"], ["b"]], split=["train", "val"]
     ),
     "has no column 'caption', only image, width: see": lambda path: write_arrow(path, image=PICTURES, width=[1] * 6),
+    "has no column 'image', only caption: see": lambda path: write_arrow(path, caption=[["a"]]),
+    "has no column 'image_1', only image_0, questions": lambda path: write_arrow(
+        path, image_0=PICTURES[:1], questions=[["a"]], answers=[["True"]]
+    ),
+    "has string in the column 'image', not encoded pictures": lambda path: write_arrow(
+        path, image=["a.jpg"], caption=[["a"]]
+    ),
+    "has nothing to use: 0 samples (1 x caption without text left out).": lambda path: write_captions(path, [[" "]]),
     "has no column 'labels', only image, sentences: see": lambda path: write_arrow(
         path, image=PICTURES[:1], sentences=[[["a", "b"]]]
     ),
@@ -204,11 +211,18 @@ def test_refused_before_any_work(problem, tmp_path):
 
 ROWS = {
     "caption is not a list": {"caption": ["a"]},
+    "caption is not a list of texts": {"caption": [[1]]},
     "it has 1 sentences, 2 labels": {"sentences": [[["a", "b"]]], "labels": [[0, 1]]},
     'its "label" is None, not one of contradiction': {"sentences": [[["a", "b"]]], "labels": [[3]]},
     'it has no "sentence"': {"sentences": [["ab"]], "labels": [[0]]},
-    "it does not have a score for each answer": {
+    "it does not have a score from 0 to 1 for each answer": {
         "questions": [["a?"]], "question_id": [[1]], "answers": [[["a", "b"]]], "answer_scores": [[[0.3]]],
+    },
+    "have a score from 0 to 1": {
+        "questions": [["a?"]], "question_id": [[1]], "answers": [["a"]], "answer_scores": [[0.3]],
+    },
+    "a score from 0 to 1 for each": {
+        "questions": [["a?"]], "question_id": [[1]], "answers": [[["a"]]], "answer_scores": [[[3.0]]],
     },
 }  # fmt: skip
 

@@ -172,6 +172,8 @@ def differences(one: Identity, other: Identity) -> list[str]:
     keys = [key for key in one.preprocess if key != "size"]  # weights are resized, which is told
     pairs = [(key, one.preprocess[key], other.preprocess.get(key)) for key in keys]
     pairs += [("quick_gelu", *(bool(of.config.get("quick_gelu")) for of in (one, other)))]
+    words = [of.config["text_cfg"].get("words") for of in (one, other)]
+    pairs += [("the vocabulary", *words)] * (None not in words)
     return [f"{key} {a} (not {b})" for key, a, b in pairs if a != b]
 
 
@@ -237,6 +239,9 @@ def tokenizer(identity: Identity, cache_dir: str | None = None) -> Callable:
             found = WordPieces(text["hf_tokenizer_name"], tokens, **more)
             if len(found.pieces) > room:
                 raise ValueError(f"The vocabulary has {len(found.pieces)} tokens, more than the {room} of the model.")
+            if text.get("words", found.digest) != found.digest:
+                what = f"{text['hf_tokenizer_name']} has other words than the vocabulary that the model was trained on"
+                raise ValueError(f"{what}: give that in --text-tokenizer.")
             return found
         return open_clip.get_tokenizer(name, cache_dir=cache_dir)
 

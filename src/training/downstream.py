@@ -22,7 +22,7 @@ from . import checkpoint, run_folder
 from .command import run_command
 from .distributed import Ranks, end, seed_everything
 from .errors import UserError
-from .models import Built, build_model, check_reduces, checkpoint_identity, told
+from .models import Built, build_model, check_reduces, check_words, checkpoint_identity, told
 from .options import parse
 from .options.model import reduction_of
 from .run import Parts, run
@@ -122,6 +122,7 @@ def _start(built: Built, options: DownstreamOptions) -> Start:
         vocabularies = [one.config["text_cfg"]["hf_tokenizer_name"] for one in (of, own)]
         if options.text_tokenizer is None and vocabularies[0] != vocabularies[1]:
             raise UserError(f"{source} was trained on the vocabulary {vocabularies[0]}; give it in --text-tokenizer.")
+        check_words(of.config, own.config, source)
         if other := identities.differences(of, own):
             logging.warning(f"{source} was trained with {', '.join(other)}; give the flags that say so to keep it.")
         if trained == task and "answers" in of.config:

@@ -57,6 +57,10 @@ def build_model(
         if task is not None:
             more = {"task": task} | ({} if answers is None else {"answers": answers})
             identity = replace(identity, config=identity.config | more)
+        tokenizer = identities.tokenizer(identity, options.cache_dir)
+        if identity.family != "clip":
+            text = identity.config["text_cfg"] | {"words": tokenizer.digest}
+            identity = replace(identity, config=identity.config | {"text_cfg": text})
         if filled:
             source, own = weights.find(options.model, options.pretrained, **cached), options.pretrained_image
             if own and source is None and "timm_model_name" not in identity.config["vision_cfg"]:
@@ -67,7 +71,6 @@ def build_model(
             more = {"precision": options.precision, "device": device, **cached}
             model = identities.create(identity, pretrained_text=False, **more)
         transform = identities.transform(identity)
-        tokenizer = identities.tokenizer(identity, options.cache_dir)
         start(model, options)
     if hasattr(model, "tower"):
         model.tower.shortcuts = options.shortcuts
@@ -172,6 +175,13 @@ def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
         # A method that is gone. In evaluation it used all tokens, so the weights are read as those of a plain model.
         config |= {"model": config["model"].replace("-ELIP-Adaptive", "-ELIP"), "token_reduction": {"method": "none"}}
     return identity_of(config)
+
+
+def check_words(trained: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
+    """UserError if both models' configurations tell vocabularies, and these differ: ids would mean other words."""
+    words = [config["text_cfg"].get("words") for config in (trained, own)]
+    if None not in words and words[0] != words[1]:
+        raise UserError(f"{source} was trained on another vocabulary: give that in --text-tokenizer.")
 
 
 def build_teacher(options: Any, student: Identity, device: torch.device) -> nn.Module | None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .distributed import Ranks
 from .ema import Ema
 from .figures import describe
 from .log import RunLog, setup_logging
-from .models import wrap
+from .models import check_words, wrap
 from .optim import create_optimizer
 from .options import TrainingOptions, resolved
 from .remote import RemoteSync
@@ -80,7 +80,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
                 check_optimizer(optimizer, options.opt)
                 trainer = Trainer(options, ranks, model, runnable, task, parts.train_data, optimizer, folder, described)
             if resume is not None:
-                averages = _continue(resume, trainer, model, options)
+                averages = _continue(resume, trainer, parts, options)
 
         with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
             step = trainer.steps if trainer else 0
@@ -121,13 +121,15 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
         logging.info(f"The run is in {folder}.")
 
 
-def _continue(resume: str, trainer: Trainer | None, model: nn.Module, options: TrainingOptions) -> Ema | None:
+def _continue(resume: str, trainer: Trainer | None, parts: Parts, options: TrainingOptions) -> Ema | None:
     """Loads a checkpoint to train on from, or without a trainer to evaluate, with its averages."""
     state = checkpoint.load(resume)
+    if isinstance(trained := state.get("model"), Mapping) and "config" in trained:
+        check_words(trained["config"], parts.identity.config, resume)
     if trainer is not None:
         trainer.load_state_dict(state, resume)
         return None
-    averages = checkpoint.restore(model, state, resume, ema_decay=options.ema_decay)
+    averages = checkpoint.restore(parts.model, state, resume, ema_decay=options.ema_decay)
     return averages if state.get("ema") else None
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from open_clip_elip.identity import Identity, create
-from training import checkpoint
+from training import checkpoint, retrieval
 from training.control import EXIT_INTERRUPTED
 from training.main import main
 
 from .. import processes
-from .fusion_runs import ALBEF, BLIP, write_albef, write_fusion, write_vocabulary
+from .fusion_runs import ALBEF, BLIP, SPECIAL, write_albef, write_fusion, write_vocabulary
 from .runs import assert_equal_weights, command, evaluations, interrupted, losses, picture, rows, weights, write_shards
 
 pytestmark = pytest.mark.usefixtures("uncounted")
@@ -134,6 +134,24 @@ def test_a_vocabulary_larger_than_the_model_is_refused(shards, tmp_path, capsys)
     write_vocabulary(folder, [f"word{n}" for n in range(100)])
     assert main(albef(shards, tmp_path, model)) == 2
     assert "has 105 tokens, more than the 64 of the model" in capsys.readouterr().err
+
+
+def test_a_model_takes_no_vocabulary_but_its_own(shards, tmp_path, capsys):
+    """Or its numbers would be wrong, and nobody would know; wherever its own lies."""
+    model = write_albef(tmp_path / "model")
+    assert main(albef(shards, tmp_path, model, "--epochs", "1")) == 0
+    file = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    first, *words = (tmp_path / "model" / "vocab.txt").read_text().split()[len(SPECIAL):]
+    other, same = (write_vocabulary(tmp_path / name, words) for name, words in (
+        ("other", [*words, first]), ("same", [first, *words])))  # fmt: skip
+    evaluates = ["--pretrained", str(file), "--data", shards, "--device", "cpu", "--workers", "0", "--results", "none"]
+    assert retrieval.main([*evaluates, "--text-tokenizer", str(same)]) == 0
+    assert retrieval.main([*evaluates, "--text-tokenizer", str(other)]) == 2
+    assert "has other words than the vocabulary that the model was trained on" in capsys.readouterr().err
+    goes_on = ["--epochs", "2", "--resume", "latest", "--text-tokenizer"]
+    assert main(albef(shards, tmp_path, model, *goes_on, str(other))) == 2
+    assert "was trained on another vocabulary: give that in --text-tokenizer" in capsys.readouterr().err
+    assert main(albef(shards, tmp_path, model, *goes_on, str(same))) == 0
 
 
 def test_widths_that_differ_are_told_in_one_sentence(shards, tmp_path, capsys):

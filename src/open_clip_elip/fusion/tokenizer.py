@@ -1,8 +1,10 @@
 """Text as fusion models take it: cleaned by the rules of the released programs, in WordPiece tokens."""
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +96,12 @@ class WordPieces:
             single=f"{start} $A {end}" if ends else f"{start} $A",
             special_tokens=[(start, self.pieces.cls_token_id), (end, self.pieces.sep_token_id)],
         )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell this vocabulary from others, wherever it lies."""
+        words = sorted(self.pieces.get_vocab().items(), key=itemgetter(1))
+        return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
 
     @property
     def pad(self) -> int:

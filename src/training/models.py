@@ -179,7 +179,7 @@ def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
 
 def check_words(trained: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
     """UserError if both models' configurations tell vocabularies, and these differ: ids would mean other words."""
-    words = [config["text_cfg"].get("words") for config in (trained, own)]
+    words = [config.get("text_cfg", {}).get("words") for config in (trained, own)]
     if None not in words and words[0] != words[1]:
         raise UserError(f"{source} was trained on another vocabulary: give that in --text-tokenizer.")
 

@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def by_shape(specs: Sequence[Candidate]) -> Iterator[tuple[Candidate, list[Candidate]]]:
     """Plain OpenCLIP's model of each shape (a fusion model as released), and the models of that shape."""
-    for name in dict.fromkeys(spec.identity.name for spec in specs):
-        stem = plain_name(name)
-        of_shape = [spec for spec in specs if spec.identity.name == name]
+    for stem in dict.fromkeys(plain_name(spec.identity.name) for spec in specs):
+        of_shape = [spec for spec in specs if plain_name(spec.identity.name) == stem]
+        name = of_shape[0].identity.name
         label, name = (stem, stem) if stem in open_clip.list_models() else (f"plain {name}", name)
         label = f"{label} as released" if of_shape[0].fuses else f"open_clip {label}"
         size = of_shape[0].identity.config["vision_cfg"]["image_size"]

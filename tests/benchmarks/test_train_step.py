@@ -100,6 +100,15 @@ def test_a_fusion_model_is_compared_with_itself_as_released(tmp_path):
     assert sides[0].model.tower.reduction is None
 
 
+def test_models_of_one_shape_take_their_turns_together():
+    specs = map(Candidate.parse, ("ViT-S-16-ELIP", "ViT-B-16-ELIP", "ViT-S-16:shortcuts=true", "ViT-S-16:method=evit"))
+    contests = {plain.label: [one.label for one in ours] for plain, ours in script.by_shape([*specs])}
+    assert contests == {
+        "open_clip ViT-S-16": ["ViT-S-16-ELIP", "ViT-S-16:shortcuts=true", "ViT-S-16:method=evit"],
+        "open_clip ViT-B-16": ["ViT-B-16-ELIP"],
+    }
+
+
 @pytest.mark.parametrize("model", ["ViT-Q", "coca_ViT-B-32"])
 def test_models_that_cannot_be_compared_are_told(model, tmp_path, capsys):
     assert script.main(["--models", model, "--device", "cpu", "--results", str(tmp_path)]) == 2

@@ -47,17 +47,15 @@ class Compared(Elip):
     def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: Callable) -> Tensor:
         stage = self.firsts[layers[0]]
         keep, scores = stage.keep(self.patches), super().score(layers, x, guidance, run)
-        kept = torch.zeros_like(scores).scatter(1, best(scores, keep), 1.0)
+        kept, found = torch.zeros_like(scores).scatter(1, best(scores, keep), 1.0), {}
         for name, way in self.ways.items():
-            self.note(name, stage.first, kept, way.score(layers, x, guidance, run))
+            found[name] = way.score(layers, x, guidance, run)
         with torch.autocast("cpu", torch.bfloat16):
-            self.note("all in bfloat16", stage.first, kept, super().score(layers, x, guidance, run))
+            found["all in bfloat16"] = super().score(layers, x, guidance, run)
+        for name, others in found.items():
+            self.shares[name][stage.first + 1].append(kept.gather(1, best(others, keep)).mean(dim=1))
         self.shares["by chance"][stage.first + 1].append(scores.new_full((len(x),), keep / scores.shape[1]))
         return scores
-
-    def note(self, name: str, first: int, kept: Tensor, scores: Tensor) -> None:
-        also = kept.gather(1, best(scores, int(kept[0].sum())))
-        self.shares[name][first + 1].append(also.mean(dim=1))
 
     def table(self) -> Rows:
         stages = list(self.shares["by chance"])

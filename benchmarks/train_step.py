@@ -34,6 +34,7 @@ import torch
 from open_clip_train.train import train_one_epoch
 from telling import common_parser, count_rounds, positive, tell
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from open_clip_elip import TextParts
 from open_clip_elip.identity import ModelError
@@ -73,6 +74,10 @@ TARGETS = {
     "ALBEF-B-16-ELIP": (0.77,),
     "ALBEF-B-16-ELIP:scoring_depth=1": (0.68,),
 }
+# torch's operations by what they do, for `busy`.
+BUSY = {
+    "products": ("::mm", "::addmm", "::bmm", "::baddbmm", "conv"), "attention": ("scaled_dot_product", "attention"),
+}  # fmt: skip
 NONE = {"method": "none"}
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-6, (0.9, 0.98), 1e-6, 0.1  # noise for images: nothing must be learnt from it
 
@@ -167,6 +172,7 @@ def compare(
     for label, found in figures.items():
         found["step_seconds"] = spread([t / args.repeat for t in times[label]])
         found["seconds_apart"] = apart(sides[label], device)
+        found["busy_shares"] = busy(sides[label], device)
         rates = ratios(times["a product"], [t / args.repeat for t in times[label]])
         found["utilisation"] = median(rates) * found["flops"] / product.flops
     base, results = figures[""], []
@@ -248,6 +254,22 @@ def apart(side: OpenClipSide | OurSide, device: torch.device, steps: int = 3) ->
             timed("forward", side)()
             seconds["forward"][number] -= seconds["backward"][number] + seconds["optimizer"][number]
     return {name: median(found) for name, found in seconds.items()}
+
+
+def busy(side: OpenClipSide | OurSide, device: torch.device) -> dict[str, float]:
+    """Shares of the device's busy time in matrix products and in attention, of a step under torch's profiler. The rest
+    goes once more over activations (norms, GELU, sums, copies) or weights (the optimizer)."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu], acc_events=True) as trace:
+        side()
+    seconds = {name: 0.0 for name in BUSY} | {"all": 0.0}
+    for event in trace.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        seconds["all"] += spent
+        kind = next((kind for kind, names in BUSY.items() if any(name in event.key for name in names)), None)
+        if kind is not None:
+            seconds[kind] += spent
+    return {kind: seconds[kind] / seconds["all"] for kind in BUSY}
 
 
 class OpenClipSide:
@@ -383,7 +405,8 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [
         ["", "FLOPs", "step time", "quartiles", "saved activations", "peak memory", "s a step", "the other's",
          "GFLOPs a pair", "the other's", "forward + backward + optimizer, s", "the other's", "utilisation",
-         "the other's", "to plain with shortcuts: FLOPs / time / saved"],
+         "the other's", "busy with products + attention", "the other's",
+         "to plain with shortcuts: FLOPs / time / saved"],
     ]  # fmt: skip
     plain = {found["against"]: found for found in results if found["model"].endswith(":shortcuts=true")}
     for found in results:
@@ -405,6 +428,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 *(f"{side['flops'] / found['pairs'] / 1e9:.2f}" for side in sides),
                 *(" + ".join(f"{part:.3g}" for part in side["seconds_apart"].values()) for side in sides),
                 *(f"{side['utilisation']:.2f}" for side in sides),
+                *(" + ".join(f"{share:.0%}" for share in side["busy_shares"].values()) for side in sides),
                 " / ".join(f"{ratio:.3f}" for ratio in _between(found, plain.get(found["against"]))) or "-",
             ]
         )

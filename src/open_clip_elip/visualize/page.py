@@ -24,7 +24,7 @@ _PAGE = """<!DOCTYPE html>
   figure {{ margin: 0; width: {width}px; }}
   figcaption {{ margin-bottom: .4em; overflow-wrap: anywhere; }}
   figcaption small {{ display: block; color: #666; }}
-  img {{ width: {side}px; image-rendering: auto; }}
+  img {{ width: {side}px; }}
   [hidden] {{ display: none; }}
 </style>
 <header>

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import webdataset
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -47,7 +47,9 @@ def read_pairs(path: str, count: int | None = None) -> Iterator[Pair]:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Transparent parts become white, as in training."""
+    """Transparent parts become white, as in training. A ValueError for deep grey, which Pillow would clip to white."""
+    if picture.mode.startswith("I"):
+        raise ValueError("more than 8 bits")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -59,7 +61,8 @@ def _readable(encoded: Iterable[tuple[str, bytes, str | None]]) -> Iterator[Pair
         try:
             image = to_rgb(Image.open(io.BytesIO(content)))
         except Exception as error:  # of nearly any kind, from a damaged file
-            logging.warning(f"{name} is left out: it cannot be read as a picture ({type(error).__name__}).")
+            why = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            logging.warning(f"{name} is left out: it cannot be read as a picture ({why}).")
             continue
         yield Pair(name, image, caption)
 
@@ -67,8 +70,11 @@ def _readable(encoded: Iterable[tuple[str, bytes, str | None]]) -> Iterator[Pair
 def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes, str | None]]:
     for path in paths:
         beside = path.with_suffix(".txt")
-        caption = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else None
-        yield path.name, path.read_bytes(), caption
+        try:
+            caption = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else None
+            yield path.name, path.read_bytes(), caption
+        except OSError as error:
+            raise VisualizeError(f"{path} cannot be read ({error.strerror}); correct --image.") from error
 
 
 def _in_shards(path: str) -> Iterator[tuple[str, bytes, str | None]]:

@@ -84,7 +84,8 @@ def by_depth(model: nn.Module, image: Tensor) -> list[Tensor]:
 
 def shared(one: Stage, other: Stage) -> Tensor:
     """(B,) share of the kept patches that both keep (Dice)."""
-    return 2 * (one.kept & other.kept).sum(dim=1) / (one.kept.sum(dim=1) + other.kept.sum(dim=1))
+    kept = one.kept.sum(dim=1) + other.kept.sum(dim=1)
+    return 2 * (one.kept & other.kept).sum(dim=1) / kept.clamp_min(1)
 
 
 def save(found: Statistics, title: str, folder: Path) -> list[Path]:

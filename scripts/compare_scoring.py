@@ -32,11 +32,9 @@ BATCH = 32
 
 
 class Compared:
-    """Watches an ELIP, and notes, by way and stage (its first layer, from 1 on), the share (B,) of tokens in common.
+    """Watches an ELIP, and notes, by way and stage (its first layer, from 1 on), the share (B,) of tokens in common."""
 
-    Each batch's `guidance` is set before it is run."""
-
-    guidance: Tensor | None = None
+    guidance: Tensor | None = None  # of the batch that is run
 
     def __init__(self, exact: Elip, blocks: Sequence[nn.Module]):
         self.exact, self.blocks, self.stages = exact, blocks, {stage.first: stage for stage in exact.stages}
@@ -72,7 +70,7 @@ class Compared:
 def compare(checkpoint: str, data: str) -> Rows:
     """UserError: the checkpoint or the data cannot be used."""
     options = EvaluationOptions(pretrained=checkpoint, data=[data], device="cpu", precision="fp32")
-    model, tokenizer, preprocess, *_ = load_model(options, Ranks(torch.device("cpu")))
+    model, tokenizer, preprocess, *_ = load_model(options, Ranks(torch.device("cpu")), pairs=True)
     exact = getattr(model.tower, "reduction", None)
     if not isinstance(exact, Elip):
         raise UserError(f"{checkpoint} is no model with ELIP, so nothing is scored; take another.")

@@ -106,14 +106,16 @@ class Elip(TokenReduction):
             keep = stage.keep(num_patches)
             if x.shape[1] - 1 > keep:
                 x, which = x if which is None else x[which], None  # up to here text has had no part
-                before, scores = x, self.score(layers, x, guidance, run)
-                x, kept_BK = keep_and_merge(x, scores, keep, self.config.merge)
-                if self.watch is not None:
-                    into = destinations(kept_BK, scores.shape[1], self.config.merge)
-                    self.watch(Removal(stage.first, before, into, scores))
+                x = self._shorten(x, self.score(layers, x, guidance, run), keep, stage.first)
             for block in layers:
                 x = run(block, x)
         return x if which is None else x[which]
+
+    def _shorten(self, x: Tensor, scores: Tensor, keep: int, layer: int) -> Tensor:
+        shorter, kept_BK = keep_and_merge(x, scores, keep, self.config.merge)
+        if self.watch is not None:
+            self.watch(Removal(layer, x, destinations(kept_BK, scores.shape[1], self.config.merge), scores))
+        return shorter
 
     @torch.no_grad()
     def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: Callable) -> Tensor:

@@ -135,7 +135,7 @@ def _plot(found: Statistics, title: str):
         axes[2].legend(fontsize=7)
     drawn = below.subplots(1, len(maps), squeeze=False)[0]
     for one, (layer, shares) in zip(drawn, maps, strict=True):
-        image = one.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+        image = one.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis")
         one.set_title(f"layer {layer}", fontsize=7)
         one.set_axis_off()
     below.colorbar(image, ax=list(drawn), label="share of pictures that keep a patch")

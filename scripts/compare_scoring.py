@@ -3,22 +3,25 @@
     python scripts/compare_scoring.py logs/quickstart/checkpoints/epoch_6.pt 'data/openmoji-64/val/{00000..00003}.tar'
 
 Each stage scores the same tokens in each way, those that the exact scoring has left, and all ways keep as many. `by
-chance` is what as many tokens drawn at random have in common with them. CLIP, ALBEF and BLIP; on the CPU.
+chance` is what as many tokens drawn at random have in common with them. Any family; on the CPU.
 """
 from __future__ import annotations
 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from open_clip_elip import Elip
+from open_clip_elip.blocks import run_block
 from open_clip_elip.profile.report import Rows, markdown_table
+from open_clip_elip.reduction import Removal
 from open_clip_elip.reduction.merge import best
+from open_clip_elip.visualize.trace import text_guidance
 from training.data.sets.captioned import load_captions
 from training.distributed import Ranks
 from training.errors import UserError
@@ -28,34 +31,32 @@ from training.evaluation.options import EvaluationOptions
 BATCH = 32
 
 
-class Compared(Elip):
-    """ELIP that notes, by way and stage (its first layer, from 1 on), the share (B,) of tokens in common."""
+class Compared:
+    """Watches an ELIP, and notes, by way and stage (its first layer, from 1 on), the share (B,) of tokens in common."""
 
-    def __init__(self, exact: Elip, num_layers: int):
-        super().__init__(exact.config, num_layers)
-        depths = sorted({stage.depth for stage in self.stages})
+    guidance: Tensor | None = None  # of the batch that is run
+
+    def __init__(self, exact: Elip, blocks: Sequence[nn.Module]):
+        self.exact, self.blocks, self.stages = exact, blocks, {stage.first: stage for stage in exact.stages}
+        depths = sorted({stage.depth for stage in exact.stages})
         ways = {f"`scoring_depth` {depth}": {"scoring_depth": depth} for depth in range(1, depths[-1])}
         ways["`lam` 1: by the image alone"] = {"lam": 1.0}
-        self.ways = {name: Elip(replace(exact.config, **changes), num_layers) for name, changes in ways.items()}
+        self.ways = {name: Elip(replace(exact.config, **changes), len(blocks)) for name, changes in ways.items()}
         self.shares: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        exact.watch = self.compare
 
-    def forward(self, blocks: Sequence[nn.Module], x: Tensor, *args, **more) -> Tensor:
-        self.firsts = {blocks[stage.first]: stage for stage in self.stages}
-        self.patches = x.shape[1] - 1
-        return super().forward(blocks, x, *args, **more)
-
-    def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: Callable) -> Tensor:
-        stage = self.firsts[layers[0]]
-        keep, scores = stage.keep(self.patches), super().score(layers, x, guidance, run)
-        kept, found = torch.zeros_like(scores).scatter(1, best(scores, keep), 1.0), {}
+    def compare(self, removal: Removal) -> None:
+        stage, scores = self.stages[removal.layer], removal.scores
+        layers = self.blocks[stage.first : stage.first + stage.depth]
+        keep = int(removal.into.max()) + (not self.exact.config.merge)
+        kept, found = (removal.into < keep).float() * (removal.into >= 0), {}
         for name, way in self.ways.items():
-            found[name] = way.score(layers, x, guidance, run)
+            found[name] = way.score(layers, removal.x, self.guidance, run_block)
         with torch.autocast("cpu", torch.bfloat16):
-            found["all in bfloat16"] = super().score(layers, x, guidance, run)
+            found["all in bfloat16"] = self.exact.score(layers, removal.x, self.guidance, run_block)
         for name, others in found.items():
             self.shares[name][stage.first + 1].append(kept.gather(1, best(others, keep)).mean(dim=1))
-        self.shares["by chance"][stage.first + 1].append(scores.new_full((len(x),), keep / scores.shape[1]))
-        return scores
+        self.shares["by chance"][stage.first + 1].append(scores.new_full((len(kept),), keep / scores.shape[1]))
 
     def table(self) -> Rows:
         stages = list(self.shares["by chance"])
@@ -69,22 +70,19 @@ class Compared(Elip):
 def compare(checkpoint: str, data: str) -> Rows:
     """UserError: the checkpoint or the data cannot be used."""
     options = EvaluationOptions(pretrained=checkpoint, data=[data], device="cpu", precision="fp32")
-    model, tokenizer, preprocess, *_ = load_model(options, Ranks(torch.device("cpu")))
+    model, tokenizer, preprocess, *_ = load_model(options, Ranks(torch.device("cpu")), pairs=True)
     exact = getattr(model.tower, "reduction", None)
-    if not isinstance(exact, Elip) or not hasattr(model, "encode_text"):
-        raise UserError(f"{checkpoint} is no CLIP, ALBEF or BLIP model with ELIP, so nothing is scored; take another.")
-    reduction = model.tower.reduction = Compared(exact, len(model.visual.transformer.resblocks))
+    if not isinstance(exact, Elip):
+        raise UserError(f"{checkpoint} is no model with ELIP, so nothing is scored; take another.")
+    compared = Compared(exact, model.visual.transformer.resblocks)
     pairs = load_captions(data)
     first = dict(zip(reversed(pairs.image_of.tolist()), reversed(pairs.captions), strict=True))  # caption of an image
     for rows in torch.arange(len(pairs)).split(BATCH):
         image = torch.stack([preprocess(pairs.images.load(row)) for row in rows.tolist()])
         text = tokenizer([first[row] for row in rows.tolist()])
-        if hasattr(model, "encode_text_and_guidance"):
-            guidance = model.encode_text_and_guidance(text)[1]
-        else:
-            guidance = model.guidance(model.text_states(text))
-        model.tower.tokens(image, guidance, reduce=True)
-    return reduction.table()
+        compared.guidance = text_guidance(model, text)
+        model.tower.tokens(image, compared.guidance, reduce=True)
+    return compared.table()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -130,6 +130,13 @@ def changed(identity: Identity, **changes: Any) -> Identity:
     return replace(identity, config=config, preprocess=preprocess)
 
 
+def reduced(identity: Identity, token_reduction: dict[str, Any]) -> Identity:
+    """With another token reduction, or other options of its own; see `describe`."""
+    config = {key: value for key, value in identity.config.items() if key != "token_reduction"}
+    resolved = _resolve_reduction(identity.name, identity.token_reduction or {}, token_reduction)
+    return replace(identity, config=config | ({} if resolved is None else {"token_reduction": resolved}))
+
+
 def _change(config: dict[str, Any], preprocess: dict[str, Any], changes: dict[str, Any]) -> None:
     """Also makes the preprocessing's size that of the image tower."""
     vision = config["vision_cfg"]

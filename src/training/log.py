@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from numpy import ndarray
 from tqdm import tqdm
 
 from .errors import UserError, reason
@@ -113,6 +114,19 @@ class RunLog:
             append(self.folder / "checkpoints" / "results.jsonl", json.dumps(metrics) + "\n")
         self._report("val", metrics, step)
 
+    def picture(self, name: str, picture: ndarray, step: int) -> None:
+        """(H, W, 3) uint8, for TensorBoard and wandb."""
+
+        def write(kind: str, writer: Any) -> None:
+            if kind == "wandb":
+                import wandb
+
+                writer.log({name: wandb.Image(picture), "step": step}, step=step)
+            else:
+                writer.add_image(name, picture, step, dataformats="HWC")
+
+        self._to_each(write)
+
     def close(self) -> None:
         for writer in self.writers.values():
             with suppress(Exception):  # what is left to be written on a full disk
@@ -120,13 +134,20 @@ class RunLog:
 
     def _report(self, prefix: str, values: dict[str, float], step: int) -> None:
         named = {f"{prefix}/{k}": v for k, v in values.items() if k != "step"}
+
+        def write(kind: str, writer: Any) -> None:
+            if kind == "wandb":
+                writer.log(named | {"step": step}, step=step)
+            else:
+                for name, value in named.items():
+                    writer.add_scalar(name, value, step)
+
+        self._to_each(write)
+
+    def _to_each(self, write: Callable[[str, Any], None]) -> None:
         for kind, writer in list(self.writers.items()):
             try:
-                if kind == "wandb":
-                    writer.log(named | {"step": step}, step=step)
-                else:
-                    for name, value in named.items():
-                        writer.add_scalar(name, value, step)
+                write(kind, writer)
             except Exception as error:
                 logging.error(f"{kind} does not take any more figures ({reason(error)}); the run goes on without it.")
                 del self.writers[kind]

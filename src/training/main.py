@@ -23,6 +23,7 @@ from .data.samples import PairEncoding
 from .data.transforms import with_decoding
 from .distributed import Ranks, end, seed_everything
 from .errors import UserError, reason
+from .evaluation.kept import KeptPatches
 from .evaluation.prompts import load_zero_shot_data
 from .evaluation.suite import Suite
 from .models import build_model, build_teacher, lock
@@ -60,14 +61,16 @@ def pretraining(options: PretrainingOptions, ranks: Ranks, resume: str | None) -
         val_data = build_val_data(options, val_pairs, **place)
         if identity.family == "meter":
             task = matching_task(options, ranks, model, tokenizer, val_data)
-            return Parts(identity, model, task, train_data)
-        suite = Suite(options, ranks, tokenizer, transform, val_data, load_zero_shot_data(options))
-        if fuses:
-            task = fusion_task(identity.family, options, ranks, model, suite)
         else:
-            lock(model, options)
-            teacher = build_teacher(options, identity, ranks.device)
-            task = ContrastiveTask(options, ranks, model, suite, teacher)
+            suite = Suite(options, ranks, tokenizer, transform, val_data, load_zero_shot_data(options))
+            if fuses:
+                task = fusion_task(identity.family, options, ranks, model, suite)
+            else:
+                lock(model, options)
+                teacher = build_teacher(options, identity, ranks.device)
+                task = ContrastiveTask(options, ranks, model, suite, teacher)
+        if options.visualize_frequency and options.trains and val_data is not None:
+            task.picture = KeptPatches(options.visualize_frequency, ranks, model, val_data, transform, tokenizer)
     return Parts(identity, model, task, train_data)
 
 

@@ -101,6 +101,7 @@ class Trainer:
                 self.epoch, self.epoch_steps = self.epoch + 1, 0
                 self.save_epoch()
                 self.evaluate()
+                self.draw()
             self.save_what_failed()
         self.figures.summarise(self.folder)
 
@@ -266,6 +267,14 @@ class Trainer:
             self.run_log.evaluation(metrics, self.steps)
             logging.info(f"Evaluation after epoch {self.epoch}: " + describe(metrics))
             self.saver.keep_best(self.epoch, {row.get("epoch"): self.task.score(row) for row in self.run_log.results})
+
+    def draw(self) -> None:
+        """The task's picture, if one is due after the epoch just completed."""
+        if self.task.picture is not None:
+            with gathered(self.model):
+                picture = self.task.picture(self.model, self.epoch, self.finished)
+            if picture is not None:
+                self.run_log.picture("kept", picture, self.steps)
 
     # ------------------------------------------------------------------ state
 

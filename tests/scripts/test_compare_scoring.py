@@ -18,9 +18,10 @@ def kept_in_common(first: torch.Tensor, second: torch.Tensor, keep: int) -> floa
 def test_shares_of_each_stage():
     model, batch = tiny_clip(), pairs(4)
     config = ElipConfig(depths=(1, 2, 3), keep_ratio=(1.0, 0.75, 0.25))
-    compared = model.tower.reduction = Compared(Elip(config, 6), 6)
+    model.tower.reduction = Elip(config, 6)
+    compared = Compared(model.tower.reduction, model.visual.transformer.resblocks)
     with torch.no_grad():
-        guidance = model.encode_text_and_guidance(batch["text"])[1]
+        guidance = compared.guidance = model.encode_text_and_guidance(batch["text"])[1]
         compared_tokens = model.tower.tokens(batch["image"], guidance, reduce=True)
         model.tower.reduction = Elip(config, 6)
         assert torch.equal(compared_tokens, model.tower.tokens(batch["image"], guidance, reduce=True))

@@ -220,3 +220,24 @@ def test_two_processes_end_alike(local_model, shards, tmp_path):
     assert bad.stderr.count("error: ") == 1 and "2 shards" in bad.stderr, bad.stderr
     assert "exitcode  : 2" in bad.stderr and "training/main.py" not in bad.stderr  # torchrun's own report only
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("method", ["elip", "random"])
+def test_pictures_of_what_is_kept_change_nothing_else(method, shards, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ["--val-data", shards, "--token-reduction", method, "--epochs", "3", "--report-to", "tensorboard"]
+    assert main(command(shards, tmp_path, *more, name="plain")) == 0
+    assert main(command(shards, tmp_path, *more, "--visualize-frequency", "2", name="seen")) == 0
+    plain, seen = (weights(tmp_path / name / "checkpoints" / "epoch_3.pt") for name in ("plain", "seen"))
+    assert_equal_weights(plain, seen)
+    events = EventAccumulator(str(tmp_path / "seen" / "tensorboard")).Reload()
+    pictures = events.Images("kept")
+    assert [picture.step for picture in pictures] == [8, 12]
+    assert pictures[0].width > 200 and pictures[0].height > 500
+
+
+def test_pictures_need_token_reduction(shards, tmp_path, capsys):
+    more = ["--val-data", shards, "--report-to", "tensorboard", "--visualize-frequency", "1"]
+    assert main(command(shards, tmp_path, *more, model="Tiny")) == 2
+    assert "--visualize-frequency needs a model with token reduction" in capsys.readouterr().err

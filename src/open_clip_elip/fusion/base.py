@@ -113,6 +113,10 @@ class FusionModel(nn.Module):
         tokens = tokens or Tokens(self.mask(text))
         return run(self.text.encoder.layer, self.text.embeddings(text), tokens, only_first=only_first)
 
+    def guidance(self, states: Tensor) -> Tensor:
+        """What guides the image tower, (B, its width), of texts' states (B, L, D): the first."""
+        return states[:, 0].contiguous()  # or a compiled tower would be compiled for each length of the texts
+
     def read(self, image_states: Tensor, once: bool = True) -> list[Memory]:
         """What the layers that look at images read of them, (M, N, D); `once`: see `bert.read`."""
         raise NotImplementedError
@@ -137,9 +141,9 @@ class AligningModel(FusionModel):
 
     @torch.no_grad()
     def guidance(self, states: Tensor) -> Tensor:
-        """What guides the image tower, (B, its width), of texts' states (B, L, D): the first; where that has another
-        width, the unit-length text feature by the transposed image projection, as in CLIP."""
-        first = states[:, 0].contiguous()  # or a compiled tower would be compiled for each length of the texts
+        """As `FusionModel.guidance`, but where the first state has another width: there the unit-length text feature by
+        the transposed image projection, as in CLIP."""
+        first = super().guidance(states)
         if first.shape[1] == self.visual.output_dim:
             return first
         return F.normalize(self.text_proj(first), dim=-1) @ self.vision_proj.weight

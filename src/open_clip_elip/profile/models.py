@@ -44,13 +44,7 @@ class Candidate(NamedTuple):
         name, _, tail = text.rpartition(":")
         if not name or "=" not in tail:
             name, tail = text, ""
-        options: dict[str, Any] = {}
-        for item in re.split(r",(?=\s*[A-Za-z_]\w*=)", tail) if tail else ():
-            key, _, value = item.partition("=")
-            if not value or key.strip() in options:
-                raise ProfileError(f"{item!r} in {text!r} is not one more option=value; write NAME:option=value,...")
-            values = [_scalar(part.strip()) for part in value.strip().strip("[]").split(",")]
-            options[key.strip()] = values if len(values) > 1 else values[0]
+        options = parse_options(tail)
         shortcuts = options.pop("shortcuts", None)
         if shortcuts not in (True, False, None):
             raise ProfileError(f"shortcuts is true or false in {text!r}.")
@@ -82,6 +76,18 @@ def _scalar(text: str) -> Any:
         return json.loads("0" + text if text.startswith(".") else text)
     except ValueError:
         return text
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """`option=value,...`, of which values too may be lists with commas. Raises ProfileError."""
+    options: dict[str, Any] = {}
+    for item in re.split(r",(?=\s*[A-Za-z_]\w*=)", text) if text else ():
+        key, _, value = item.partition("=")
+        if not value or key.strip() in options:
+            raise ProfileError(f"{item!r} in {text!r} is not one more option=value; write NAME:option=value,...")
+        values = [_scalar(part.strip()) for part in value.strip().strip("[]").split(",")]
+        options[key.strip()] = values if len(values) > 1 else values[0]
+    return options
 
 
 def find_device(name: str | None) -> torch.device:

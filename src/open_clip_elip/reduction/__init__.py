@@ -4,13 +4,13 @@ Shapes in this package: B batch, N patch tokens now in the sequence, M patch tok
 K kept patches, D width. A sequence x is (B, 1+N, D) with `[CLS]` first; `[CLS]` is never counted in N, M or K.
 """
 from .attention import check_blocks
-from .base import METHODS, Layer, ReductionConfig, TokenReduction, register, resolve
+from .base import METHODS, Layer, ReductionConfig, Removal, TokenReduction, register, resolve
 from .elip import Elip, ElipConfig
 from .evit import Evit
 from .random_drop import RandomDrop
 from .tome import Tome
 
 __all__ = [
-    "METHODS", "Elip", "ElipConfig", "Evit", "Layer", "RandomDrop", "ReductionConfig", "TokenReduction", "Tome",
-    "check_blocks", "register", "resolve",
+    "METHODS", "Elip", "ElipConfig", "Evit", "Layer", "RandomDrop", "ReductionConfig", "Removal", "TokenReduction",
+    "Tome", "check_blocks", "register", "resolve",
 ]  # fmt: skip

@@ -82,8 +82,19 @@ class Layer(NamedTuple):
     mlp: int
 
 
+class Removal(NamedTuple):
+    """What happened in one place where tokens go. `[CLS]` is not counted."""
+
+    layer: int  # 0-based: before it, or within
+    x: Tensor  # (B, 1+N, D), the tokens that were there
+    into: Tensor  # (B, N), which of the tokens that go on each of them became, or went into; -1: it was dropped
+    scores: Tensor | None = None  # (B, N), by which they were chosen; None: by nothing of that kind
+
+
 class TokenReduction(nn.Module):
     """Runs a tower's blocks on fewer tokens. Has no parameters and no buffers. See `register`."""
+
+    watch: Callable[[Removal], None] | None = None  # is told of each removal; nobody: nothing more is computed
 
     Config: ClassVar[type[ReductionConfig]]  # of its options; a ValueError if they do not fit `num_layers` layers
     suffix: ClassVar[str] = ""  # what a registered model's name has behind the plain model's

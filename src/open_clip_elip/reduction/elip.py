@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import check_attention, in_effect
-from .base import Layer, ReductionConfig, TokenReduction, check_number, check_switch, register, run_plainly
-from .merge import keep_and_merge, norm
+from .base import Layer, ReductionConfig, Removal, TokenReduction, check_number, check_switch, register, run_plainly
+from .merge import destinations, keep_and_merge, norm
 
 # The paper's schedule for a 12-layer ViT (Sec. 3.2 and 4.2): 2(100%) -> 2(90%) -> 6(65%) -> 2(40%).
 PAPER_DEPTHS = (2, 2, 6, 2)
@@ -106,10 +106,16 @@ class Elip(TokenReduction):
             keep = stage.keep(num_patches)
             if x.shape[1] - 1 > keep:
                 x, which = x if which is None else x[which], None  # up to here text has had no part
-                x, _ = keep_and_merge(x, self.score(layers, x, guidance, run), keep, self.config.merge)
+                x = self._shorten(x, self.score(layers, x, guidance, run), keep, stage.first)
             for block in layers:
                 x = run(block, x)
         return x if which is None else x[which]
+
+    def _shorten(self, x: Tensor, scores: Tensor, keep: int, layer: int) -> Tensor:
+        shorter, kept_BK = keep_and_merge(x, scores, keep, self.config.merge)
+        if self.watch is not None:
+            self.watch(Removal(layer, x, destinations(kept_BK, scores.shape[1], self.config.merge), scores))
+        return shorter
 
     @torch.no_grad()
     def score(self, layers: Sequence[nn.Module], x: Tensor, guidance: Tensor | None, run: Callable) -> Tensor:

@@ -9,14 +9,25 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .attention import add_mlp, attend, project
-from .base import Layer, ReductionConfig, TokenReduction, check_number, check_switch, meet, register, run_plainly
-from .merge import best, gather_tokens, weighted_sum
+from .base import (
+    Layer,
+    ReductionConfig,
+    Removal,
+    TokenReduction,
+    check_number,
+    check_switch,
+    meet,
+    register,
+    run_plainly,
+)  # fmt: skip
+from .merge import best, destinations, gather_tokens, weighted_sum
 
 DEPTH, LAYERS = 12, (4, 7, 10)  # of the source, for a tower of 12 layers
 RATES = 1_000_000  # tried for `target_rrt`
@@ -55,11 +66,12 @@ class Evit(TokenReduction):
         self.reducing = frozenset(layer - 1 for layer in layers)
 
     def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False):
-        for block, layer in zip(blocks, self.layers(x.shape[1] - 1), strict=True):
+        for index, (block, layer) in enumerate(zip(blocks, self.layers(x.shape[1] - 1), strict=True)):
             last = only_cls and block is blocks[-1]  # what [CLS] is there does not depend on who else leaves the layer
             if layer.mlp < layer.attention and not last:
                 keep = layer.mlp - 1 - self.config.fuse
-                x = run(block, x, function=functools.partial(_reduce, keep=keep, fuse=self.config.fuse))
+                seen = {"index": index, "watch": self.watch}
+                x = run(block, x, function=functools.partial(_reduce, keep=keep, fuse=self.config.fuse, **seen))
             else:
                 x = run(block, x)
         return x
@@ -80,9 +92,10 @@ class Evit(TokenReduction):
         return layers
 
 
-def _reduce(block: nn.Module, x: Tensor, *, keep: int, fuse: bool) -> Tensor:
+def _reduce(block: nn.Module, x: Tensor, *, keep: int, fuse: bool, index: int, watch: Callable | None) -> Tensor:
     """The block on `x` (B, 1+N, D), with `[CLS]`, `keep` patches in their order and the fused token behind them.
-    Gradient flows through the fusing weights, as in the source, not through the choice."""
+    Gradient flows through the fusing weights, as in the source, not through the choice. `index`: of the block, for
+    `TokenReduction.watch`."""
     q, k, v = project(block, x)
     x = attend(block, x, q, k, v)
     with torch.set_grad_enabled(fuse and torch.is_grad_enabled()):
@@ -90,6 +103,8 @@ def _reduce(block: nn.Module, x: Tensor, *, keep: int, fuse: bool) -> Tensor:
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         weights_BN = logits.softmax(dim=-1, dtype=accumulate).mean(dim=1)[:, 0, 1:]
     kept_BK = best(weights_BN.detach(), keep)
+    if watch is not None:
+        watch(Removal(index, x, destinations(kept_BK, x.shape[1] - 1, fuse), weights_BN))
     parts = [x[:, :1], gather_tokens(x[:, 1:], kept_BK)]
     if fuse:
         parts.append(weighted_sum(x[:, 1:], weights_BN.scatter(1, kept_BK, 0.0)))

@@ -33,6 +33,14 @@ def best(scores: Tensor, keep: int) -> Tensor:
     return scores.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
 
 
+def destinations(kept: Tensor, count: int, merge: bool) -> Tensor:
+    """(B, N) `Removal.into`, of `count` = N tokens, where those `kept` (B, K) go on, and one made of the others behind
+    them with `merge`."""
+    keep = kept.shape[1]
+    into = kept.new_full((len(kept), count), keep if merge else -1)
+    return into.scatter(1, kept, torch.arange(keep, device=kept.device).expand_as(kept))
+
+
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """(B, 1, D) from `x` (B, N, D) and `weights` (B, N)."""
     # Not a matrix product: autocast would round the residual stream to half precision there.

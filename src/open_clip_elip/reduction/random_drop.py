@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Layer, ReductionConfig, TokenReduction, check_number, register, run_plainly
-from .merge import best, gather_tokens
+from .base import Layer, ReductionConfig, Removal, TokenReduction, check_number, register, run_plainly
+from .merge import best, destinations, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class RandomDrop(TokenReduction):
         keep = self.keep(num_patches)
         if keep < num_patches:
             kept_BK = best(torch.rand(x.shape[0], num_patches, device=x.device), keep)
+            if self.watch is not None:
+                self.watch(Removal(0, x, destinations(kept_BK, num_patches, merge=False)))
             x = torch.cat([x[:, :1], gather_tokens(x[:, 1:], kept_BK)], dim=1)
         for block in blocks:
             x = run(block, x)

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .attention import add_mlp, attend, project, project_row
-from .base import Layer, ReductionConfig, TokenReduction, check_number, check_switch, meet, register, run_plainly
+from .base import (
+    Layer,
+    ReductionConfig,
+    Removal,
+    TokenReduction,
+    check_number,
+    check_switch,
+    meet,
+    register,
+    run_plainly,
+)  # fmt: skip
 from .merge import gather_tokens, norm
 
 
@@ -50,10 +60,13 @@ class Tome(TokenReduction):
 
     def forward(self, blocks, x, guidance=None, *, run=run_plainly, only_cls=False):
         size = None  # (B, L): patches that each token stands for; None while all are 1
-        for block, layer in zip(blocks, self.layers(x.shape[1] - 1), strict=True):
+        for index, (block, layer) in enumerate(zip(blocks, self.layers(x.shape[1] - 1), strict=True)):
             last = only_cls and block is blocks[-1]  # what [CLS] is there does not depend on what else is merged
             if layer.mlp < layer.attention and not last:
-                function = functools.partial(_merge, r=layer.attention - layer.mlp, prop_attn=self.config.prop_attn)
+                function = functools.partial(
+                    _merge, r=layer.attention - layer.mlp, prop_attn=self.config.prop_attn,
+                    index=index, watch=self.watch,
+                )  # fmt: skip
                 x, size = run(block, x, *(() if size is None else (size,)), function=function)
             elif size is not None and self.config.prop_attn:
                 x = run(block, x, size, function=functools.partial(_attend_by_size, only_cls=last))
@@ -82,11 +95,17 @@ class Tome(TokenReduction):
         return layers
 
 
-def _merge(block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool) -> tuple[Tensor, ...]:
-    """The block on `x` (B, L, D) with tokens merged: (B, L-r, D), and their sizes (B, L-r)."""
+def _merge(
+    block: nn.Module, x: Tensor, size: Tensor | None = None, *, r: int, prop_attn: bool, index: int,
+    watch: Callable | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The block on `x` (B, L, D) with tokens merged: (B, L-r, D), and their sizes (B, L-r). `index`: of the block, for
+    `TokenReduction.watch`."""
     q, k, v = project(block, x)
     x = attend(block, x, q, k, v, attn_mask=_log_size(size, q) if prop_attn else None)
     match = soft_match(k.detach().mean(dim=1), r)
+    if watch is not None:
+        watch(Removal(index, x, destinations(x.shape[1], *match)[:, 1:] - 1))
     if size is None:
         size = torch.ones(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     merged_size = merge(size.unsqueeze(-1), *match)
@@ -126,3 +145,13 @@ def merge(x: Tensor, stay: Tensor, go: Tensor, into: Tensor) -> Tensor:
     a, b = x[:, ::2], x[:, 1::2]
     b = b.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, x.shape[-1]), gather_tokens(a, go))
     return torch.cat([gather_tokens(a, stay), b], dim=1)
+
+
+def destinations(count: int, stay: Tensor, go: Tensor, into: Tensor) -> Tensor:
+    """(B, L): where each of `count` = L tokens is in what `merge` makes of them."""
+    rest = stay.shape[1]
+    found = stay.new_empty(len(stay), count)
+    a, b = found[:, ::2], found[:, 1::2]
+    a.scatter_(1, stay, torch.arange(rest, device=stay.device).expand_as(stay)).scatter_(1, go, rest + into)
+    b.copy_(torch.arange(rest, rest + b.shape[1], device=stay.device))
+    return found

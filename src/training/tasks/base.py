@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from numpy import ndarray
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
@@ -69,6 +70,9 @@ class Engine:
 
 class Task:
     """A training objective. A subclass writes `losses`, and of the rest what it has."""
+
+    # What is due to be seen at the end of an epoch, (H, W, 3) uint8 on the main process; takes what `evaluate` takes.
+    picture: Callable[[nn.Module, int, bool], ndarray | None] | None = None
 
     def losses(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Named scalars of one micro-batch on the device, of which `loss` is minimised; all are logged. Runs under the

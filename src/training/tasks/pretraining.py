@@ -55,6 +55,9 @@ class ValidationOptions(Section, title="evaluation"):
     val_num_samples: int | None = option(
         None, "Samples in --val-data, where that is not noted beside its shards.", POSITIVE_COUNT, needs="val_data")
     val_frequency: int = option(1, "Validate every N epochs and after the last; 0: never.", COUNT, needs="val_data")
+    visualize_frequency: int = option(
+        0, "Draw what is kept of a few pictures of --val-data every N epochs and after the last, for TensorBoard or "
+        "wandb; 0: never.", COUNT, needs="trains val_data report_to=tensorboard|wandb|all")
     val_rerank: int | None = option(
         None, "Of each picture and caption in --val-data, rank the K nearest again by the fusion layers.",
         POSITIVE_COUNT, metavar="K", needs="val_data fusion_models")

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import re
-import resource
 import sys
 import zlib
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from .errors import UserError, reason
@@ -172,11 +170,3 @@ def _kept(path: Path, read: Callable[[str], T | None], keep: Callable[[T], bool]
         with expendable(path), written_whole(path) as file:
             file.write("".join(lines[i] for i in kept).encode())
     return list(kept.values())
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak so far in GB: allocated device memory on CUDA, resident memory of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..tower import ImageTower
-from .models import ProfileError
+from . import ProfileError
 
 Figures = dict[str, Any]
 Rows = Sequence[Sequence[str]]  # of a table: its cells

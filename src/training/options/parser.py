@@ -258,7 +258,7 @@ def _line(options: type[Section], argv: Sequence[str]) -> list[tuple[Option, str
 def _unknown(options: type[Section], name: str, known: Sequence[str], where: str = "") -> UserError:
     """The error for a name that is none of the `known`."""
     for module in MODULES:
-        importlib.import_module(f"training.{module}")
+        importlib.import_module(f"{__package__}.{module}")
     flag = _flag(_key(name))
     others = {command: _flags(other) for command, other in COMMANDS.items() if other is not options}
     titles = {command: flags[flag][0].title for command, flags in others.items() if flag in flags}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from training.options import parse, resolved
-from training.zero_shot import ZeroShotOptions
+from training.options.zero_shot import ZeroShotOptions
 
 from .conftest import SYNTHETIC, complaint, parse_args
 from .test_openclip import FULL_COMMAND

@@ -12,7 +12,10 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"open_clip_elip": ["model_configs/*.json"], "training": ["data/sets/names/*"]},
+    package_data={
+        "open_clip_elip": ["model_configs/*.json", "py.typed"],
+        "training": ["data/sets/names/*", "configs/**/*.yaml", "py.typed"],  # configs: a link to the folder at the top
+    },
     install_requires=[
         "torch>=2.8",
         "torchvision",
@@ -38,5 +41,5 @@ setup(
             "pycocoevalcap", "pyarrow",
         ],
     },
-    entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},
+    entry_points={"console_scripts": ["open-clip-elip=training.__main__:console"]},
 )

@@ -21,7 +21,7 @@ except SystemExit as end:
 json.dump([code, sorted(name for name in {heavy!r} if name in sys.modules)], sys.stderr)
 """
 COMMANDS = [f"training.{name}" for name in "main finetune downstream zero_shot linear_probe retrieval caption".split()]
-OTHERS = ["training.count_shards", "open_clip_elip.profile.command"]
+OTHERS = ["training.count_shards", "training.summary", "open_clip_elip.profile.command"]
 
 
 def python(code: str) -> subprocess.CompletedProcess:

@@ -19,6 +19,7 @@ COMMANDS = {
     "retrieval": ("training.retrieval", "image-text retrieval"),
     "caption": ("training.caption", "write captions with a BLIP model"),
     "count-shards": ("training.count_shards", "note how many samples shards hold"),
+    "summary": ("training.summary", "draw the curves of a run"),
     "profile": ("open_clip_elip.profile.command", "what models cost in training, side by side"),
 }
 

@@ -66,6 +66,13 @@ def test_models_are_registered_once_open_clip_is_imported(imports):
     assert done.stdout == "TextFirstCLIP\n", done.stderr
 
 
+def test_work_imports_no_reporter():
+    commands = ", ".join(name.replace("training.", "training.work.") for name in COMMANDS)
+    reporters = ("wandb", "tensorboard", "matplotlib")
+    done = python(f"import {commands}\nprint([name for name in {reporters} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_the_package_has_what_it_names():
     for name in open_clip_elip.__all__:
         assert getattr(open_clip_elip, name).__name__ == name

@@ -1,6 +1,8 @@
 """The console command."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from training.__main__ import COMMANDS, main
@@ -23,7 +25,8 @@ def test_each_command_has_a_help_page(name, capsys):
 def test_without_a_command_it_lists_them_and_an_unknown_one_is_one_sentence(capsys):
     assert main([]) == main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"  {name} " in listed for name in COMMANDS)
+    page = (Path(__file__).parents[2] / "docs" / "flags.md").read_text()
+    assert all(f"  {name} " in listed and f"\n| `{name}` | `" in page for name in COMMANDS)
     assert main(["fine-tune"]) == 2
     assert capsys.readouterr().err == "error: There is no command 'fine-tune'; did you mean finetune?\n"
     assert main(["7"]) == 2

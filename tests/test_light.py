@@ -66,11 +66,12 @@ def test_models_are_registered_once_open_clip_is_imported(imports):
     assert done.stdout == "TextFirstCLIP\n", done.stderr
 
 
-def test_work_imports_no_reporter():
+def test_work_needs_no_reporter():
     commands = ", ".join(name.replace("training.", "training.work.") for name in COMMANDS)
-    reporters = ("wandb", "tensorboard", "matplotlib")
-    done = python(f"import {commands}\nprint([name for name in {reporters} if name in sys.modules])")
-    assert done.stdout == "[]\n", done.stderr
+    # timm imports wandb wherever it is installed.
+    found = "{'tensorboard', 'matplotlib'} & {*sys.modules}"
+    done = python(f"sys.modules['wandb'] = None\nimport {commands}\nprint({found})")
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_the_package_has_what_it_names():

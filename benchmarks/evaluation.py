@@ -48,7 +48,7 @@ from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation.passes import EncodeSettings, image_encoder
 from training.evaluation.prompts import classify, zero_shot_classifier
-from training.zero_shot import TEMPLATES
+from training.work.zero_shot import TEMPLATES
 
 PROMPTS, TENSORS, FILES = "prompts to classifier", "tensors to features", "JPEG files to accuracy"
 UNITS = {PROMPTS: "prompts/s", TENSORS: "images/s", FILES: "images/s"}

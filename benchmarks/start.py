@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows: Rows = [("", "seconds to the first step", "MB, trainer", "MB, each worker")]
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import training.main"], check=True)
+    subprocess.run([sys.executable, "-c", "import training.work.main"], check=True)
     rows.append(("imports", f"{time.perf_counter() - begin:.1f}", "", ""))
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one"

@@ -39,11 +39,11 @@ from torch.profiler import ProfilerActivity, profile
 from open_clip_elip import TextParts
 from open_clip_elip.identity import ModelError
 from open_clip_elip.identity import describe as describe_model
-from open_clip_elip.profile.command import fusion
+from open_clip_elip.profile.command import MEAN
+from open_clip_elip.profile.compare import fusion
 from open_clip_elip.profile.flops import Flops, count_flops
 from open_clip_elip.profile.measure import SavedBytes, in_turn, peak_bytes, ratios, spread
 from open_clip_elip.profile.models import (
-    MEAN,
     Candidate,
     ProfileError,
     caption_ids,
@@ -56,12 +56,12 @@ from open_clip_elip.registry import plain_name
 from training.data.pixels import Images, to_device
 from training.distributed import Ranks
 from training.errors import UserError
-from training.main import pretraining
 from training.models import wrap
 from training.optim import create_optimizer
 from training.options import parse
-from training.tasks.pretraining import PretrainingOptions
+from training.options.main import PretrainingOptions
 from training.trainer import Trainer
+from training.work.main import pretraining
 
 MODELS = [f"ViT-{size}-16{how}" for size in "SB" for how in ("-ELIP", "-ELIP:scoring_depth=1", ":shortcuts=true")]
 

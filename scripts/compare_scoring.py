@@ -26,7 +26,7 @@ from training.data.sets.captioned import load_captions
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation.loaded import load_model
-from training.evaluation.options import EvaluationOptions
+from training.options.evaluation import EvaluationOptions
 
 BATCH = 32
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 import argparse
 import csv
 
-from training.data.sets.captioned import load_captions
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -16,6 +14,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("shards", help="braces allowed")
     parser.add_argument("--count", type=int, default=10, help="default: %(default)s")
     args = parser.parse_args(argv)
+    from training.data.sets.captioned import load_captions  # and torch
+
     with open(args.captions, encoding="utf-8", newline="") as file:
         written = {row["image"]: row["caption"] for row in csv.DictReader(file)}
     data = load_captions(args.shards)

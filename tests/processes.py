@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from training.distributed import end, leave
+from training.distributed import leave
+from training.launch import end
 
-IMPORTED = ["pytest", "training.main", "training.downstream"]  # once, by the process that the others are forked from
+# Once, by the process that the others are forked from.
+IMPORTED = ["pytest", "training.work.main", "training.work.downstream"]
 
 
 def prepare() -> None:

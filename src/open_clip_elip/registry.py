@@ -14,7 +14,6 @@ from typing import Any
 import open_clip
 from open_clip import factory, pretrained
 
-from .clip import TEXT_FIRST
 from .reduction import METHODS
 
 MODEL_CONFIGS = Path(__file__).parent / "model_configs"
@@ -43,6 +42,8 @@ def _builder(plain: type):
             return _build_fusion(family, token_reduction=token_reduction, **kwargs)
         if token_reduction is None or token_reduction.get("method") == "none":
             return plain(*args, **kwargs)
+        from .clip import TEXT_FIRST  # which may be what imports open_clip, and so this module
+
         if plain not in TEXT_FIRST:
             raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} captions from all tokens.")
         return TEXT_FIRST[plain](*args, token_reduction=token_reduction, **kwargs)
@@ -96,3 +97,6 @@ def weights_in_folder(name: str, cache_dir: str | None = None) -> str | None:
         return pretrained.download_pretrained_from_hf(place, cache_dir=cache_dir)
     except Exception:  # of many kinds, from huggingface_hub; a repository may hold a description alone
         return None
+
+
+register()

@@ -7,20 +7,12 @@ import threading
 from types import FrameType
 
 from .distributed import Ranks
-from .errors import UserError
+from .errors import Stopped, UserError
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved after a signal; start again with --resume latest
 EXIT_NONFINITE = 76  # stopped by --nonfinite stop, at the last good state
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # torchrun and schedulers; Ctrl-C; SLURM --signal=USR1
-
-
-class Stopped(BaseException):  # no `except Exception` of a library is to catch it
-    """The run ended early, in order and with its state saved; `code` is the exit code of the process."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
 
 
 class Control:

@@ -1,25 +1,26 @@
 """The process group, and agreement between ranks: what fails on one rank ends, with the same words, on all."""
 from __future__ import annotations
 
-import atexit
 import logging
-import os
 import random
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
+from open_clip_train.distributed import init_distributed_device_so
 
 from .errors import UserError, reason
+from .launch import launch_rank, several_processes
+
+if TYPE_CHECKING:
+    from .options.evaluation import EvaluationOptions
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,6 @@ class Ranks:
             raise found
 
 
-def launch_rank() -> int:
-    """This process's rank as the launcher tells it, before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def init_ranks(device: str, backend: str | None, url: str | None, no_set_device_rank: bool) -> Ranks:
     """Starts the process group if a launcher (torchrun, SLURM) asks for one; a device that is not there is the CPU."""
     with warnings.catch_warnings(record=True) as caught:
@@ -106,7 +102,7 @@ def init_ranks(device: str, backend: str | None, url: str | None, no_set_device_
             info = init_distributed_device_so(device, backend, url, no_set_device_rank=no_set_device_rank)
             torch.empty(0, device=info["device"])  # there may be fewer of them than processes
         except (AssertionError, ImportError, ValueError, RuntimeError, OSError) as error:
-            if not is_using_distributed():
+            if not several_processes():
                 raise UserError(f"--device {device} cannot be used here ({reason(error)}); take another.") from error
             advice = "start them with torchrun or srun; for one process in an allocation of SLURM, unset SLURM_NTASKS"
             raise UserError(f"The processes cannot meet, each on a device ({reason(error)}): {advice}.") from error
@@ -127,21 +123,24 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def end(code: int) -> NoReturn:
-    """As `sys.exit`, the last thing a command does; but one of several processes does not tear Python down.
-
-    A thread of gloo's that lets go of its last tensor only then would abort it (pytorch/pytorch issue 190489).
-    """
-    if not is_using_distributed():
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def seed_everything(seed: int) -> None:
     """Python, NumPy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def choose_device(options: EvaluationOptions) -> None:
+    """Sets device and precision where they are not given; UserError: there is no such device."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    options.device = options.device or ("cuda" if cuda else "cpu")
+    options.precision = options.precision or ("amp_bf16" if cuda else "fp32")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        device = None
+    there = {"cpu": 1, "cuda": cuda, "mps": int(torch.backends.mps.is_available())}
+    if device is None or device.type not in there:
+        raise UserError(f"There is no device {options.device!r}; use cpu, cuda or mps.")
+    if (device.index or 0) >= there[device.type]:
+        raise UserError(f"--device {options.device} is not available; use --device cpu.")

@@ -8,6 +8,14 @@ class UserError(Exception):
     """
 
 
+class Stopped(BaseException):  # no `except Exception` of a library is to catch it
+    """The run ended early, in order and with its state saved; `code` is the exit code of the process."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 EXIT_USER_ERROR = 2
 
 

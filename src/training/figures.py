@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import logging
 import re
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +14,6 @@ import torch
 
 from .distributed import Ranks
 from .files import expendable
-from .log import peak_memory_gb
 from .tasks.base import Cost
 
 Row = Mapping[str, float]
@@ -136,6 +137,14 @@ class Figures:
 
 def describe(metrics: Row) -> str:
     return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items() if k != "step")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak so far in GB: allocated device memory on CUDA, resident memory of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
-from .errors import reason
+from .errors import UserError, reason
 
 _failing: set[Path] = set()
 
@@ -56,3 +57,14 @@ def append(path: Path, text: str) -> bool:
             text = text if file.read(1) == b"\n" else "\n" + text
         file.write(text.encode())
     return path not in _failing
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raises UserError if nothing can be written to a folder, which need not exist yet."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{flag} {folder}: {place} is a file; name a folder.")
+    try:
+        TemporaryDirectory(prefix=".", dir=place).cleanup()
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written to ({reason(error)}); name another folder.") from None

@@ -6,20 +6,20 @@ import io
 import json
 import logging
 import re
-import resource
 import sys
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from numpy import ndarray
 from tqdm import tqdm
 
 from .errors import UserError, reason
 from .files import append, expendable, written_whole
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 T = TypeVar("T")
 
@@ -193,11 +193,3 @@ def _kept(path: Path, read: Callable[[str], T | None], keep: Callable[[T], bool]
         with expendable(path), written_whole(path) as file:
             file.write("".join(lines[i] for i in kept).encode())
     return list(kept.values())
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak so far in GB: allocated device memory on CUDA, resident memory of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .control import EXIT_INTERRUPTED, EXIT_NONFINITE, Control, Stopped
+from .control import EXIT_INTERRUPTED, EXIT_NONFINITE, Control
 from .data import TrainData
 from .data.pixels import to_device
 from .distributed import Ranks
 from .ema import Ema
-from .errors import UserError
+from .errors import Stopped, UserError
 from .evaluation.passes import NotFinite
 from .figures import Figures, describe
 from .files import append

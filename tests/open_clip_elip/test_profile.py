@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from open_clip_elip import TextParts, cut_text, with_shortcuts, with_token_reduction
-from open_clip_elip.profile import command, measure
+from open_clip_elip.profile import command, measure, report
 from open_clip_elip.profile.flops import Flops, count, count_flops, on_meta
 from open_clip_elip.profile.measure import SavedBytes, TrainStep, largest_batch, peak_bytes
 from open_clip_elip.profile.models import Candidate, ProfileError, caption_ids, caption_lengths
@@ -366,3 +367,25 @@ def test_what_a_person_can_mend_is_told_in_one_sentence(words, sentence, capsys,
     assert sentence in told
     assert told.startswith("error: ")
     assert len(told.splitlines()) == 1
+
+
+def test_a_table_of_seven_models_fits_a_terminal():
+    labels = ["ViT-S-16", *(f"ViT-S-16-ELIP:lam=0.{n}" for n in range(5)), "ViT-S-16-ToMe"]
+    layers = [[197] * 12, *[[197] * 2 + [178] * 2 + [129] * 6 + [80] * 2] * 5, [197 - 8 * n for n in range(12)]]
+    parts = ("forward", "text_forward", "scoring", "teacher", "total", "text", "image")
+    figures = [
+        {"label": label, "batch_size": 256, "vision_parameters": 1e8, "text_parameters": 1e7, "rrt": 0.28,
+         "tokens_per_layer": tokens, "text_tokens": 14.5, "gflops_per_pair": dict.fromkeys(parts, 123.456)}
+        for label, tokens in zip(labels, layers, strict=True)
+    ]  # fmt: skip
+    rows = report.table(figures)
+    text = report.text_table(rows)
+    assert max(map(len, text.splitlines())) <= 100
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    assert all(len(block) == len(rows) for block in blocks) and 1 < len(blocks) < 7
+    first = max(len(row[0]) for row in rows)
+    for number, (name, *cells) in enumerate(rows):  # the blocks beside each other hold every cell, in order
+        assert all(block[number][:first].rstrip() == name for block in blocks)
+        said = [cell for block in blocks for cell in re.split("  +", block[number][first:].strip())]
+        assert said == cells
+    assert report.text_table(rows, width=1000).count("\n") == len(rows) - 1

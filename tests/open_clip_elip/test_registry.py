@@ -153,7 +153,7 @@ for (name, options), (model, output) in zip(cases, before):
     assert isinstance(other, open_clip.CustomTextCLIP if options else open_clip.CLIP)
     assert all(torch.equal(a, b) for a, b in zip(output, other_output))
 added = set(open_clip.list_models()) - known
-open_clip_elip.register()
+open_clip_elip.registry.register()
 assert known | added == set(open_clip.list_models())
 print(sorted(added))
 """

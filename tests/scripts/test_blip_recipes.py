@@ -6,8 +6,8 @@ import pytest
 import open_clip_elip  # noqa: F401  (makes the models known)
 from training.optim import epoch_cosine
 from training.options import parse
-from training.tasks.downstream import DownstreamOptions
-from training.tasks.pretraining import PretrainingOptions
+from training.options.downstream import DownstreamOptions
+from training.options.main import PretrainingOptions
 
 FOLDER = Path(__file__).parents[2] / "configs" / "blip"
 

@@ -12,11 +12,11 @@ import pytest
 from braceexpand import braceexpand
 
 import open_clip_elip  # noqa: F401  (makes the models known)
-from training.finetune import FinetuningOptions
-from training.linear_probe import ProbeOptions
 from training.options import parse, resolved
-from training.tasks.pretraining import PretrainingOptions
-from training.zero_shot import ZeroShotOptions
+from training.options.finetune import FinetuningOptions
+from training.options.linear_probe import ProbeOptions
+from training.options.main import PretrainingOptions
+from training.options.zero_shot import ZeroShotOptions
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "configs" / "pretrain"

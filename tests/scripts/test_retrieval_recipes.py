@@ -21,7 +21,7 @@ from training.data.sets.captioned import CaptionOptions, load_captions
 from training.data.shards import read_shard
 from training.main import main as train
 from training.options import parse, resolved
-from training.tasks.pretraining import PretrainingOptions
+from training.options.main import PretrainingOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "finetune"

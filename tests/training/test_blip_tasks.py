@@ -13,13 +13,14 @@ from training import caption
 from training.control import EXIT_INTERRUPTED
 from training.data.samples import Sample
 from training.distributed import Ranks
-from training.downstream import downstream, main
+from training.downstream import main
 from training.evaluation import captioning
 from training.options import parse
+from training.options.downstream import DownstreamOptions
 from training.tasks.blip import BlipPretraining
-from training.tasks.downstream import DownstreamOptions
 from training.tasks.fused import FusedEncoding
 from training.tasks.nlvr2 import Swapping
+from training.work.downstream import downstream
 
 from .downstream_runs import VAL, downstream_command, figures, settings, write_data, write_list, write_pretrained
 from .fusion_runs import BLIP
@@ -188,7 +189,7 @@ def test_captions_of_files_folders_and_shards(captioner, data, tmp_path, capsys)
 
 def test_captions_are_scored_by_image(captioner, data, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(caption, "score_captions", lambda *given: seen.append(given) or {"CIDEr": 1.0})
+    monkeypatch.setattr("training.work.caption.score_captions", lambda *given: seen.append(given) or {"CIDEr": 1.0})
     items = [{"image": "000.jpg", "caption": ["a red thing"]}, {"image": "001.jpg", "caption": ["a", "b ", "c"] * 2}]
     listed = write_list(tmp_path / "some.json", items)
     words = ["--image", listed, "--images", data / "images", "--score", "--out", tmp_path / "out.json"]

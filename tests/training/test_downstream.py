@@ -10,9 +10,10 @@ from open_clip_elip.fusion.released import albef, write_released
 from training import checkpoint
 from training.control import EXIT_INTERRUPTED
 from training.distributed import Ranks
-from training.downstream import downstream, main
+from training.downstream import main
 from training.options import parse
-from training.tasks.downstream import TASKS, DownstreamOptions
+from training.options.downstream import TASKS, DownstreamOptions
+from training.work.downstream import downstream
 
 from .. import processes
 from .downstream_runs import QUEUE, VAL, downstream_command, figures, settings, write_data, write_list, write_pretrained

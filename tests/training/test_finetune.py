@@ -14,9 +14,10 @@ from training.data.samples import LabelEncoding
 from training.data.sets.registry import load_data
 from training.data.sources import LabelledRows
 from training.distributed import Ranks
-from training.finetune import finetuning, main
+from training.finetune import main
 from training.options import parse
-from training.tasks.classification import FinetuningOptions
+from training.options.finetune import FinetuningOptions
+from training.work.finetune import finetuning
 
 from .. import processes
 from .colours import finetune_command, write_colours

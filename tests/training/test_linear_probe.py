@@ -214,7 +214,7 @@ def test_imagenet_probe_on_some_of_its_classes(run, tmp_path, monkeypatch):
 )
 def test_mistakes(run, colours, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(linear_probe, "load_model", lambda *args, **more: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("training.work.linear_probe.load_model", lambda *args, **more: pytest.fail("loaded too early"))
     shutil.copytree(colours, "pets")
     shutil.rmtree("pets/train")
     shutil.rmtree("pets/test/red")

@@ -151,6 +151,7 @@ BAD = {
     "missing pretrained": (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
     "missing zero-shot": (["--zeroshot-data", "nowhere"], ["nowhere"]),
     "window larger than epoch": (["--accum-freq", "9"], ["--accum-freq"]),
+    "augmentation with an unknown setting": (["--aug-cfg", "scales=1"], ["'scales': it knows scale, ratio,"]),
     "augmentation": (["--aug-cfg", "scale=(2,1)"], ["--aug-cfg {'scale': [2, 1]} does not work"]),
     "augmentation now and then": (["--aug-cfg", "use_timm=True", "re_prob=.5", "re_count=x"], ["--aug-cfg"]),
     "unknown timm optimizer": (["--opt", "timm/nothing"], ["timm"]),

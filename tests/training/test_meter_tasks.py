@@ -15,9 +15,10 @@ from open_clip_elip.fusion.start import start_image, start_task, start_text
 from open_clip_elip.identity import ModelError
 from training import retrieval
 from training.distributed import Ranks
-from training.downstream import downstream, main
+from training.downstream import main
 from training.options import parse
-from training.tasks.downstream import DownstreamOptions
+from training.options.downstream import DownstreamOptions
+from training.work.downstream import downstream
 
 from .downstream_runs import VAL, downstream_command, figures, settings, write_data, write_pretrained
 from .fusion_runs import METER

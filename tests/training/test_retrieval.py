@@ -179,7 +179,7 @@ def test_command(model, noise_set, tmp_path, capsys):
 )
 def test_mistakes(model, noise_set, tmp_path, monkeypatch, capsys, data, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(retrieval, "load_model", lambda *args, **more: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("training.work.retrieval.load_model", lambda *args, **more: pytest.fail("loaded too early"))
     Path("odd.json").write_text('{"files": []}')
     Path("mute.json").write_text('[{"image": "x.jpg", "caption": " "}]')
     assert retrieval.main([*command(model, data, "results"), *flags]) == 2

@@ -10,9 +10,9 @@ from open_clip_elip import with_token_reduction
 from open_clip_elip.profile.flops import count
 from open_clip_elip.text import count_columns
 from training import checkpoint
-from training.control import EXIT_NONFINITE, Stopped
+from training.control import EXIT_NONFINITE
 from training.distributed import Ranks
-from training.errors import UserError
+from training.errors import Stopped, UserError
 from training.log import RunLog
 from training.optim import create_optimizer
 from training.tasks.base import Task

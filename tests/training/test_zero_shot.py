@@ -22,6 +22,7 @@ from training.evaluation import prompts
 from training.evaluation.loaded import hash_weights
 from training.evaluation.passes import EncodeSettings, NotFinite
 from training.evaluation.prompts import load_zero_shot_data, run_zero_shot_suite, zero_shot_classifier
+from training.work import zero_shot as zero_shot_work
 
 from ..processes import spawn
 from .data.sets import layout_files
@@ -224,9 +225,9 @@ class TestCommand:
 
     def test_finished_work_is_not_done_again(self, tmp_path, checkpoints, monkeypatch, capsys):
         data, out = colour_folder(tmp_path / "data"), tmp_path / "out"
-        made, evaluated, make, evaluate = [], [], zero_shot.zero_shot_classifier, zero_shot.classify
-        monkeypatch.setattr(zero_shot, "zero_shot_classifier", lambda *a, **k: made.append(1) or make(*a, **k))
-        monkeypatch.setattr(zero_shot, "classify", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
+        made, evaluated, make, evaluate = [], [], zero_shot_work.zero_shot_classifier, zero_shot_work.classify
+        monkeypatch.setattr(zero_shot_work, "zero_shot_classifier", lambda *a, **k: made.append(1) or make(*a, **k))
+        monkeypatch.setattr(zero_shot_work, "classify", lambda *a, **k: evaluated.append(1) or evaluate(*a, **k))
 
         def again(*flags):
             """How many classifiers and evaluations one more call takes, and what it prints."""

@@ -7,7 +7,7 @@ from open_clip_elip import TextFirstCLIP
 from training.data import DataReport
 from training.data.pixels import Images
 from training.options import TrainingOptions
-from training.tasks.pretraining import PretrainingOptions
+from training.options.main import PretrainingOptions
 
 VOCABULARY = 50
 CONTEXT = 8

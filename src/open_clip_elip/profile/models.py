@@ -18,15 +18,11 @@ from torch import Tensor, nn
 from ..clip import without_token_reduction
 from ..identity import Identity, create, describe
 from ..text import _pool_type, text_tower
+from . import ProfileError
 
-MEAN = 14.5  # tokens, start and end included: web captions such as CC3M's
 SPREAD = 0.4  # standard deviation of the logarithm: 5 in 100 captions have more than twice the median
-SHORTEST = 3
+SHORTEST = 3  # tokens, start and end included
 USUAL_CONTEXT = 77
-
-
-class ProfileError(ValueError):
-    """Something a person can mend; the message is one sentence that says what is wrong and what to do."""
 
 
 class Candidate(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..tower import ImageTower
-from .models import ProfileError
+from . import ProfileError
 
 Figures = dict[str, Any]
 Rows = Sequence[Sequence[str]]  # of a table: its cells
@@ -34,7 +34,7 @@ GFLOPS = (
     ("  of them text", "text_forward"),
     ("  scoring pass, on top", "scoring"),
     ("  momentum twin, on top", "teacher"),
-    ("GFLOPs a pair, forward + backward + what is on top", "total"),
+    ("GFLOPs a pair, all of a step", "total"),
     ("  of them text", "text"),
     ("  of them image", "image"),
     ("  of them scoring", "scoring"),
@@ -111,10 +111,21 @@ def table(models: Sequence[Figures]) -> list[list[str]]:
     return rows
 
 
-def text_table(rows: Rows) -> str:
+def text_table(rows: Rows, width: int = 100) -> str:
+    """Columns side by side; those that have no room in `width` are below, beside the first column again."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    blocks: list[list[int]] = []
+    room = 0
+    for number, size in enumerate(others, 1):
+        if size + 2 > room:
+            blocks, room = [*blocks, []], width - first
+        blocks[-1].append(number)
+        room -= size + 2
+
+    def line(row: Sequence[str], block: list[int]) -> str:
+        return "  ".join([row[0].ljust(first), *(row[n].rjust(others[n - 1]) for n in block)]).rstrip()
+
+    return "\n\n".join("\n".join(line(row, block) for row in rows) for block in blocks)
 
 
 def markdown_table(rows: Rows) -> str:
@@ -141,7 +152,8 @@ def save(path: Path, text: str) -> None:
 
 
 def _runs(tokens: Sequence[int]) -> list[str]:
-    return [f"{len([*run])}x{count}" for count, run in groupby(tokens)]
+    counted = ((len([*run]), count) for count, run in groupby(tokens))
+    return [f"{layers}x{count}" if layers > 1 else str(count) for layers, count in counted]
 
 
 def _clock(hours: float) -> str:

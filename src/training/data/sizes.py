@@ -20,7 +20,7 @@ from .streams import local_path, open_stream
 log = logging.getLogger(__name__)
 
 SIZES = "sizes.json"
-HOW = "count them with scripts/count_shards.py, or give --train-num-samples"
+HOW = "count them with open-clip-elip count-shards, or give --train-num-samples"
 
 
 def count_samples(shard_set: ShardSet, needed: bool = True, warn: bool = False) -> int | None:
@@ -70,7 +70,7 @@ def _count_folder(folder: str, names: list[str], warn: bool) -> int:
     old = [name for name, file in files.items() if warn and _time(folder, name) > _time(folder, file)]
     if old:
         told = f"{files[old[0]]} in {folder} is older than {len(old)} of its shards, the first of them {old[0]}"
-        log.warning("%s: its numbers of samples may be wrong; count anew with scripts/count_shards.py.", told)
+        log.warning("%s: its numbers of samples may be wrong; count anew with open-clip-elip count-shards.", told)
     if not missing:
         return sum(sizes[name] for name in names)
     unused = {name for name in present if name.endswith(".tar")} - set(names)

@@ -54,7 +54,7 @@ class ShardSource:
         usable, noted = before + usable, noted_size(url)
         # A hundredth is for pictures that cannot be decoded, which a count may have left out.
         if noted is not None and not 0.99 * usable <= noted <= total:
-            told = f"{url}: {usable} samples, but {noted} are noted; count anew with scripts/count_shards.py"
+            told = f"{url}: {usable} samples, but {noted} are noted; count anew with open-clip-elip count-shards"
             reader.report.add("shard of another size than noted", told)
 
     def train(self, epoch: int, reader: Reader) -> Iterator[Pass]:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from ..data.sets.labelled import Images
 from ..distributed import Ranks
 from ..errors import UserError
+from ..options.caption import PROMPT
 from .passes import EncodeSettings, ImagePass, collect
 
 if TYPE_CHECKING:  # transformers is imported only where such a model is used
     from open_clip_elip.fusion.blip import BlipCaptioner
-
-PROMPT = "a picture of "
 
 
 @dataclass

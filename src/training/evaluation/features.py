@@ -25,10 +25,11 @@ from open_clip_elip.clip import TextFirst
 from ..data.sets.labelled import LabelledImages
 from ..errors import UserError, reason
 from ..files import written_whole
+from ..options.linear_probe import FEATURE_FORMATS
 from .passes import ImagePass
 from .results import described_data, digest_of
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(FEATURE_FORMATS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 _ON_DISK = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}  # NumPy has no bfloat16
 _FORMAT = 2  # raise when features would come out differently
 # Numbers in the widest intermediate result of a chunk; with 1000 classes a chunk has 16,777 rows, 64 MiB of logits.

@@ -14,6 +14,7 @@ from ..data.sets.labelled import LabelledImages
 from ..data.sets.registry import load_data
 from ..distributed import Ranks
 from ..errors import UserError
+from ..options.linear_probe import SWEEP
 from .features import DTYPES, FeatureRows, FeatureSet, extract_features, feature_encoder
 from .loaded import LoadedModel
 from .logistic import LinearClassifier, fit, held_out_score
@@ -21,8 +22,6 @@ from .passes import EncodeSettings, ImagePass
 from .results import Results, described, digest_of
 from .scores import check_classes, score
 from .sweep import Trial, few_shots, stratified_sample, sweep
-
-SWEEP = "sweep"
 
 
 class Splits(NamedTuple):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pandas import DataFrame
@@ -19,7 +18,7 @@ from pandas import DataFrame
 from .. import checkpoint
 from ..distributed import Ranks
 from ..errors import UserError, reason
-from ..files import written_whole
+from ..files import check_folder, written_whole
 
 VERSIONS = ("open_clip_elip", "open_clip_torch", "torch", "torchvision", "timm")
 _FIRST_COLUMNS = ("command", "model", "pretrained", "data", "split")
@@ -55,17 +54,6 @@ def described(command: str, options: Any, model: dict[str, Any], data: Any, **se
     settings = {**model["settings"], "on_broken": options.on_broken, **settings}
     work = {"command": command, "pretrained": options.pretrained}
     return {**work, **model, **described_data(data), "settings": settings}
-
-
-def check_folder(folder: Path, flag: str) -> None:
-    """Raises UserError if nothing can be written to a folder, which need not exist yet."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise UserError(f"{flag} {folder}: {place} is a file; name a folder.")
-    try:
-        TemporaryDirectory(prefix=".", dir=place).cleanup()
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written to ({reason(error)}); name another folder.") from None
 
 
 def digest_of(what: Any) -> str:

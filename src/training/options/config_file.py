@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +35,24 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^(|~|null|Null|NULL)$"), ["", *"~nN"])
+
+
+RECIPES = Path(__file__).parents[1] / "configs"
+
+
+def find(given: Path) -> Path:
+    """The file, or a recipe by its name, with its folder or without: `albef/vqa`, `cc3m_plus_vit_s_16_elip`."""
+    if given.suffix or (given.exists() and not given.is_dir()):
+        return given
+    files = (file.relative_to(RECIPES) for file in sorted(RECIPES.glob("**/*.yaml")))
+    names = [file.with_suffix("") for file in files if "parts" not in file.parts]
+    found = [name for name in names if name.parts[-len(given.parts) :] == given.parts]
+    if len(found) == 1:
+        return RECIPES / found[0].with_suffix(".yaml")
+    close = difflib.get_close_matches(str(given), {word for name in names for word in (str(name), name.name)})
+    near = found or [name for name in names if {str(name), name.name} & {*close}]
+    hint = f"did you mean {' or '.join(map(str, near))}?" if near else f"the recipes are in {RECIPES}."
+    raise UserError(f"There is neither a file nor a recipe {given}; {hint}")
 
 
 def read(file: Path, includers: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str, Any]]:

@@ -27,6 +27,13 @@ class ModelOptions(Section, title="model"):
         None, "Vocabulary instead of the model's, of models with one of Hugging Face's: its name there, or a folder.",
         metavar="NAME|DIR")
 
+    @property
+    def family(self) -> str:
+        """The model's; imports torch, for only OpenCLIP can tell it of every name, so no `check` asks for it."""
+        from open_clip_elip.identity import family_of
+
+        return family_of(self.model) if self.model else "clip"
+
     def check(self) -> None:
         forbid_coca("--model", self.model)
 

@@ -134,8 +134,8 @@ class Option:
 
 
 CONFIG = Option(
-    None, "Read options from a YAML file. Flags win over it; of several files, later ones win.", FILE, "FILE.yaml",
-    name="config", title="configuration")  # fmt: skip
+    None, "Read options from a YAML file, or a recipe by name. Flags win over it; of several files, later ones win.",
+    FILE, "FILE.yaml|RECIPE", name="config", title="configuration")  # fmt: skip
 
 
 def option(default: Any, help: str, kind: Kind | None = None, **more: Any) -> Any:
@@ -164,7 +164,7 @@ def parse(options: type[T], argv: Sequence[str], *, given: Mapping[str, Any] | N
     settings = {name: ("What was given", value) for name, value in (given or {}).items()}
     names = {_key(flag): option.name for flag, (option, words) in _flags(options).items() if words != ["false"]}
     for file in (value for option, value in line if option is CONFIG):
-        for origin, key, value in config_file.read(file):
+        for origin, key, value in config_file.read(config_file.find(file)):
             if _key(key) not in names:
                 raise _unknown(options, key, [*names, "include"], f" in {origin}")
             if settings.get(names[_key(key)], (None,))[0] is origin:
@@ -258,7 +258,7 @@ def _line(options: type[Section], argv: Sequence[str]) -> list[tuple[Option, str
 def _unknown(options: type[Section], name: str, known: Sequence[str], where: str = "") -> UserError:
     """The error for a name that is none of the `known`."""
     for module in MODULES:
-        importlib.import_module(f"training.{module}")
+        importlib.import_module(f"{__package__}.{module}")
     flag = _flag(_key(name))
     others = {command: _flags(other) for command, other in COMMANDS.items() if other is not options}
     titles = {command: flags[flag][0].title for command, flags in others.items() if flag in flags}

@@ -1,12 +1,12 @@
 """Options of a training run, whatever is trained: length, optimisation, precision, processes, checkpoints, logging."""
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
 from .. import durations
 from ..errors import UserError
+from ..launch import several_processes
 from .data import LoadingOptions
 from .kinds import COUNT, DEVICE, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, SHARE, SWITCH, Kind, one_of
 from .parser import Section, forbid, option
@@ -142,8 +142,8 @@ class DistributedOptions(Section, title="several processes (started by torchrun)
 
     @property
     def several_processes(self) -> bool:
-        """As OpenCLIP tells it from what a launcher leaves in the environment."""
-        return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+        return several_processes()
+
 
 
 @dataclass

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,38 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..options.kinds import FRACTION, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, one_of
-from ..options.parser import Section, forbid, option
-
-
-@dataclass
-class AugmentationOptions(Section, title="augmentation", needs="trains"):
-    crop_scale: list[float] = option(
-        [0.08, 1.0], "Smallest and largest area of the random crop, as a share of the picture.",
-        SHARE, nargs=(2,))
-    crop_ratio: list[float] = option(
-        [3 / 4, 4 / 3], "Smallest and largest width / height of the random crop.", POSITIVE, nargs=(2,))
-    hflip: float = option(0.5, "How often a picture is mirrored.", FRACTION)
-    auto_augment: str | None = option(
-        None, "A policy by timm's name: rand-m9-mstd0.5-inc1 is RandAugment as most recipes have it.", metavar="POLICY")
-    color_jitter: float = option(0.0, "Strength of random changes of colour; not with a policy.", NOT_NEGATIVE)
-    random_erasing: float = option(0.0, "How often a rectangle of a picture is erased.", FRACTION)
-    erasing_mode: str = option(
-        "pixel", "What a rectangle is filled with: noise, one random colour, or the mean colour.",
-        one_of("pixel", "rand", "const"), needs="trains random_erasing")
-    train_interpolation: str = option(
-        "bicubic", "How pictures are resized in training.", one_of("bicubic", "bilinear", "random"))
-    mixup: float = option(0.0, "Mixup's alpha; 0: none.", NOT_NEGATIVE)
-    cutmix: float = option(0.0, "Cutmix's alpha; 0: none.", NOT_NEGATIVE)
-    mixup_prob: float = option(1.0, "How often a batch is mixed at all.", FRACTION, needs="mixup|cutmix")
-    mixup_switch_prob: float = option(0.5, "With both: how often it is cutmix.", FRACTION, needs="mixup cutmix")
-    label_smoothing: float = option(0.0, "Share of the target that is spread over all classes.", FRACTION_BELOW_1)
-
-    def check(self) -> None:
-        useless = "--color-jitter has no effect with --auto-augment, which changes colours itself: leave one out."
-        forbid(self.auto_augment is not None and self.color_jitter > 0, useless)
-        for flag, (low, high) in (("--crop-scale", self.crop_scale), ("--crop-ratio", self.crop_ratio)):
-            forbid(low > high, f"{flag} takes the smaller number first, not {low:g} {high:g}.")
+from ..options.finetune import AugmentationOptions
 
 
 def train_transform(options: AugmentationOptions, preprocess: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:

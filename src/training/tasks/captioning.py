@@ -10,8 +10,9 @@ from open_clip_elip.fusion.steps import written
 from open_clip_elip.fusion.tokenizer import blip_caption
 
 from ..data.lists import read_pair
-from ..evaluation.captioning import PROMPT, Writer, check_tools, evaluate_writing, image_ids
+from ..evaluation.captioning import Writer, check_tools, evaluate_writing, image_ids
 from ..evaluation.passes import EncodeSettings, evaluation_mode
+from ..options.caption import PROMPT
 from .base import Batch, Progress
 from .downstream import Prepared, Setting
 from .fused import FusedEncoding

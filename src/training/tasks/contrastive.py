@@ -18,8 +18,8 @@ from open_clip_elip.tower import ImageTower
 from ..distributed import Ranks
 from ..errors import UserError
 from ..evaluation.suite import Suite
+from ..options.main import PretrainingOptions
 from .base import Batch, Cost, Engine, Progress, Task
-from .pretraining import PretrainingOptions
 
 
 class ContrastiveTask(Task):

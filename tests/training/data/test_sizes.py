@@ -36,7 +36,7 @@ def test_sizes_win_over_the_stats_of_img2dataset_and_these_over_len(tmp_path):
 
 def test_a_shard_without_any_size_is_named_with_the_remedy(tmp_path):
     known, pattern = write_shards(tmp_path / "known", [8]), write_shards(tmp_path, [8] * 3, info=False)
-    remedy = r"count them with scripts/count_shards.py, or give --train-num-samples\.$"
+    remedy = r"count them with open-clip-elip count-shards, or give --train-num-samples\.$"
     with pytest.raises(UserError, match=f"unknown for 3 of .*: .*00000.tar, .*no 00000_stats.json.*; {remedy}"):
         train_data(f"{known}::{pattern}")
     write_stats(tmp_path, {0: 8, 2: 8})
@@ -57,7 +57,7 @@ def test_a_shard_without_any_size_is_named_with_the_remedy(tmp_path):
           for wrong in ("-5", "1e30", "1.5", "true", "Infinity")),
         ("__len__", "-3", "does not hold a number"),
         ("__len__", "many", "does not hold a number"),
-        ("00000_stats.json", "{", "00000_stats.json does not tell the number of 'successes'.*count_shards.py"),
+        ("00000_stats.json", "{", "00000_stats.json does not tell the number of 'successes'.*count-shards"),
         ("00000_stats.json", '{"count": 8}', "does not tell the number of 'successes'"),
     ],
 )

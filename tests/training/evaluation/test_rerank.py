@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from open_clip_elip import identity as identities
 from training import retrieval
 from training.data.pixels import Images
+from training.data.sets.captioned import load_captions
 from training.distributed import Ranks, leave
 from training.evaluation.pairs import evaluate_pairs
 from training.evaluation.passes import NotFinite
@@ -166,7 +167,7 @@ def test_command(albef, pictures, tmp_path, capsys):
         lambda make: make(identity), (identities.tokenizer, identities.transform)
     )
     model.load_state_dict(torch.load(albef / "open_clip_pytorch_model.bin", weights_only=True))
-    data = retrieval.load_captions(str(pictures))
+    data = load_captions(str(pictures))
     good = [i for i in range(14) if i != 7]
     kept = [c for c, image in zip(data.captions, data.image_of.tolist(), strict=True) if image != 7]
     image_of = torch.tensor([good.index(i) for i in data.image_of.tolist() if i != 7])

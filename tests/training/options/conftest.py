@@ -5,7 +5,7 @@ import pytest
 
 from training.errors import UserError
 from training.options import Section, parse
-from training.tasks.pretraining import PretrainingOptions
+from training.options.main import PretrainingOptions
 
 SYNTHETIC = ["--dataset-type", "synthetic"]  # the shortest command line that has something to do
 

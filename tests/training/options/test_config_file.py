@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from training.options import parse, resolved
-from training.zero_shot import ZeroShotOptions
+from training.options.config_file import RECIPES
+from training.options.zero_shot import ZeroShotOptions
 
 from .conftest import SYNTHETIC, complaint, parse_args
 from .test_openclip import FULL_COMMAND
@@ -156,3 +158,28 @@ def test_resolved_config_gives_the_same_options_back(argv, config):
     plain = resolved(args)
     assert parse_args(config(yaml.safe_dump(plain))) == args
     assert json.loads(json.dumps(plain)) == plain and set(plain) == set(vars(args))  # plain types, every option
+
+
+def test_a_recipe_is_found_by_its_name(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cc12m_plus_vit_s_16_elip").mkdir()  # a run's folder, say
+    args = parse_args(["--config", "cc12m_plus_vit_s_16_elip"])
+    assert args == parse_args(["--config", "pretrain/cc12m_plus_vit_s_16_elip"])
+    assert args == parse_args(["--config", str(RECIPES / "pretrain/cc12m_plus_vit_s_16_elip.yaml")])
+    assert args.model == "ViT-S-16-ELIP" and args.train_data.startswith("/data/cc12m/")
+    (tmp_path / "quickstart").write_text("dataset-type: synthetic\nepochs: 77")
+    assert parse_args(["--config", "quickstart"]).epochs == 77  # a file there is
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("cc12m_plus_vit_s_16_elpi", "did you mean .*pretrain/cc12m_plus_vit_s_16_elip.*"),
+        ("nlvr2", "did you mean albef/nlvr2 or blip/nlvr2 or meter/nlvr2?"),
+        ("albef/nlvr", "did you mean albef/nlvr2"),
+        ("xyzzy", "the recipes are in "),
+    ],
+)
+def test_a_recipe_that_there_is_not_is_one_sentence(name, hint):
+    assert re.match(f"There is neither a file nor a recipe {name}; {hint}", complaint(["--config", name]))

@@ -9,7 +9,7 @@ import pytest
 from open_clip_train import params as openclip
 
 from training.options import parse
-from training.tasks.classification import FinetuningOptions
+from training.options.finetune import FinetuningOptions
 
 from .conftest import SYNTHETIC, parse_args
 

@@ -7,13 +7,13 @@ import pytest
 import yaml
 
 from training.errors import UserError
-from training.linear_probe import ProbeOptions
 from training.options import Section, TrainingOptions, option, parse, resolved
+from training.options.finetune import FinetuningOptions
+from training.options.linear_probe import ProbeOptions
+from training.options.main import PretrainingOptions
 from training.options.model import reduction_of
-from training.retrieval import RetrievalOptions
-from training.tasks.classification import FinetuningOptions
-from training.tasks.pretraining import PretrainingOptions
-from training.zero_shot import ZeroShotOptions
+from training.options.retrieval import RetrievalOptions
+from training.options.zero_shot import ZeroShotOptions
 
 from .conftest import SYNTHETIC, complaint, parse_args
 
@@ -195,8 +195,6 @@ TEACHER = "ViT-B-16 --distill-pretrained openai"
         ("--report-to csv,mail", "must be wandb, tensorboard, csv (joined with commas) or all, not 'csv,mail'."),
         ("--opt sgd", "must be adamw, or timm/NAME for an optimizer of timm, not 'sgd'."),
         ("--aug-cfg scale", "must be given as key=value, not 'scale'."),
-        ("--aug-cfg scales=1", "has no setting 'scales': it knows scale, ratio, color_jitter, re_prob, re_count, "
-         "use_timm, color_jitter_prob, gray_scale_prob."),
         ("--lr-scheduler const-cooldown",
          "const-cooldown needs --epochs-cooldown, the number of epochs at the end to cool down in."),
         ("--epochs-cooldown 4 --epochs 3 --lr-scheduler const-cooldown", "4 is more than --epochs 3: lower it."),

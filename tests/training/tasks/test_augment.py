@@ -9,8 +9,9 @@ from timm.data.mixup import Mixup, mixup_target
 
 from training.data.randomness import seed_globals
 from training.errors import UserError
+from training.options.finetune import AugmentationOptions
 from training.tasks import augment
-from training.tasks.augment import AugmentationOptions, Mix, cutmix, train_transform
+from training.tasks.augment import Mix, cutmix, train_transform
 
 
 def mix_of(classes, **options):

@@ -13,8 +13,9 @@ from training.data.sets.labelled import ArrayImages, LabelledImages
 from training.distributed import Ranks
 from training.evaluation.scores import score
 from training.optim import create_optimizer, distances_from_head
-from training.tasks.augment import AugmentationOptions, Mix
-from training.tasks.classification import ClassificationTask, Classifier, FinetuningOptions, add_drop_path
+from training.options.finetune import AugmentationOptions, FinetuningOptions
+from training.tasks.augment import Mix
+from training.tasks.classification import ClassificationTask, Classifier, add_drop_path
 from training.trainer import Trainer
 
 from ..tiny import MemoryData, gradients, run_options, tiny_clip

@@ -1,21 +1,6 @@
-"""Count the samples in webdataset shards and note them in the sizes.json beside them, where training looks for them.
-
-    python scripts/count_shards.py data/cc12m data/sbu data/mscoco
-    python scripts/count_shards.py 'data/cc12m/{00000..01242}.tar::data/sbu/{00000..00099}.tar' --workers 16
-    python scripts/count_shards.py data/cc12m --verify
-
-A sample counts if it has an image and a caption, as in training. Only the headers of the tar files are read; with
---verify the pictures are decoded as well, and neither those that cannot be nor those with a blank caption are counted.
-Captions that are not UTF-8 are used with replacement characters, as in training, and told.
-A shard that breaks off counts up to there and is named.
-
-Shards that are in sizes.json and have not changed since are not read again, unless --force or --verify is given. What
-an interrupted count has found is kept.
-"""
-
+"""Counting the samples in shards, and what is told of it."""
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import signal
@@ -25,16 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # for where the package is not installed
-
-from training.data.shards import ShardSet, check_present, expand_shards, listing, local_folders  # noqa: E402
-from training.data.sizes import SIZES, ShardCount, changed_shards, count_shard, read_sizes, write_sizes  # noqa: E402
-from training.data.streams import local_path  # noqa: E402
-from training.errors import EXIT_USER_ERROR, UserError  # noqa: E402
+from ..errors import UserError
+from .shards import ShardSet, check_present, expand_shards, listing, local_folders
+from .sizes import SIZES, ShardCount, changed_shards, count_shard, read_sizes, write_sizes
+from .streams import local_path
 
 EXIT_INTERRUPTED = 130
 EXAMPLES = 3  # of what is wrong in samples
@@ -86,7 +68,7 @@ def count(paths: Sequence[str], workers: int, verify: bool) -> Counts:
             except OSError as error:
                 counts[tasks[task]] = error.strerror or str(error)
     except BrokenProcessPool:
-        print("count_shards.py: A counting process was killed: try again with fewer --workers.", file=sys.stderr)
+        print("A counting process was killed: try again with fewer --workers.", file=sys.stderr)
     except KeyboardInterrupt:
         pass
     finally:
@@ -164,22 +146,3 @@ def run(names: Sequence[str], workers: int, force: bool, verify: bool) -> int:
         print(f"Interrupted: {len(due) - len(counts):,} shards are still to be counted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="+", metavar="PATTERN_OR_FOLDER", help="shards, as for --train-data, or folders")
-    parser.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="shards read at once (default: %(default)s)"
-    )
-    parser.add_argument("--force", action="store_true", help="read unchanged shards again, too")
-    parser.add_argument("--verify", action="store_true", help="decode the pictures; reads all shards again")
-    try:
-        return run(**vars(parser.parse_args(argv)))
-    except UserError as error:
-        print(f"count_shards.py: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,13 +3,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from ..errors import UserError
-from ..options.data import IMAGE_DECODE
-from ..options.kinds import COUNT, POSITIVE_COUNT, SWITCH, one_of
-from ..options.parser import Section, forbid, option
-from ..options.run import PRECISION
+from .data import IMAGE_DECODE
+from .kinds import COUNT, POSITIVE_COUNT, SWITCH, one_of
+from .parser import Section, forbid, option
+from .run import PRECISION
 
 
 @dataclass
@@ -40,20 +37,6 @@ class EvaluationOptions(Section, title="model, data and results"):
     redo: bool = option(False, "Do finished work again.")
     progress: bool | None = option(None, "Show progress bars. Without it: on a terminal only.", SWITCH)
 
-    def __post_init__(self) -> None:
-        cuda = torch.cuda.is_available()
-        self.device = self.device or ("cuda" if cuda else "cpu")
-        self.precision = self.precision or ("amp_bf16" if cuda else "fp32")
-
     def check(self) -> None:
         forbid(not self.data, "--data is missing: name the data, as in --data imagenet=/data/imagenet.")
         forbid(not self.results, "--results is empty; name a folder, or none.")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            device = None
-        cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        there = {"cpu": 1, "cuda": cuda, "mps": int(torch.backends.mps.is_available())}
-        if device is None or device.type not in there:
-            raise UserError(f"There is no device {self.device!r}; use cpu, cuda or mps.")
-        forbid((device.index or 0) >= there[device.type], f"--device {self.device} is not available; use --device cpu.")

@@ -1,19 +1,14 @@
 """Options of pre-training on image-text pairs."""
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from open_clip import AugmentationCfg
-
-from open_clip_elip.identity import family_of
-
-from ..options import TrainingOptions
-from ..options.data import PairOptions
-from ..options.fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
-from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
-from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
-from ..options.parser import Section, forbid, option
-from ..options.run import DURATION
+from .data import PairOptions
+from .fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
+from .kinds import COUNT, POSITIVE_COUNT, one_of
+from .model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
+from .parser import Section, forbid, option
+from .run import DURATION, TrainingOptions
 
 _COCA = "belongs to CoCa models, which this trainer does not train: leave it out"
 
@@ -87,11 +82,11 @@ class PretrainingOptions(
     @property
     def fusion_models(self) -> bool:
         """Whether the model is one."""
-        return family_of(self.model) != "clip"
+        return self.family != "clip"
 
     @property
     def meter_models(self) -> bool:
-        return family_of(self.model) == "meter"
+        return self.family == "meter"
 
     @property
     def momentum_twin(self) -> bool:
@@ -102,6 +97,3 @@ class PretrainingOptions(
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
         data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"
         forbid(not (self.trains or evaluates), f"There is nothing to do: give {data}.")
-        known = [field.name for field in fields(AugmentationCfg)]
-        for key in self.aug_cfg:
-            forbid(key not in known, f"--aug-cfg has no setting {key!r}: it knows {', '.join(known)}.")

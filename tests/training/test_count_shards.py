@@ -6,7 +6,6 @@ import re
 import time
 from pathlib import Path
 
-import count_shards as script
 import pytest
 
 from tests.training.data_helpers import (
@@ -18,6 +17,8 @@ from tests.training.data_helpers import (
     write_shard,
     write_shards,
 )
+from training.count_shards import main
+from training.data import counting
 from training.errors import UserError
 
 
@@ -26,7 +27,7 @@ def sizes(folder) -> dict[str, int]:
 
 
 def count(*arguments) -> int:
-    return script.main([*map(str, arguments), "--workers", "2"])
+    return main([*map(str, arguments), "--workers", "2"])
 
 
 def table(text: str) -> dict[str, list[str]]:
@@ -122,10 +123,10 @@ def test_sources_by_folder_pattern_and_file(old, tmp_path, monkeypatch):
     both = [f"{tmp_path}/a/00000.tar", f"{tmp_path}/a/00001.tar"]
     pattern = "a/{00000..00001}.tar"
     for name, label in (("a/", "a"), (pattern, pattern), (f"file:{tmp_path}/{pattern}", f"file:{tmp_path}/{pattern}")):
-        assert script.find_sources([name]) == {label: both}
-    assert script.find_sources(["a/00000.tar", "a/00001.tar", "a/00000.tar"]) == {"a": both}
-    assert script.find_sources(["a::a/{00000..00001}.tar"]) == {"a": both, "a/{00000..00001}.tar": both}
-    assert script.distinct(script.find_sources(["a::a/{00000..00001}.tar"])) == both
+        assert counting.find_sources([name]) == {label: both}
+    assert counting.find_sources(["a/00000.tar", "a/00001.tar", "a/00000.tar"]) == {"a": both}
+    assert counting.find_sources(["a::a/{00000..00001}.tar"]) == {"a": both, "a/{00000..00001}.tar": both}
+    assert counting.distinct(counting.find_sources(["a::a/{00000..00001}.tar"])) == both
 
 
 def test_what_cannot_be_opened_is_named_and_not_noted(old, tmp_path, capfd, monkeypatch):
@@ -147,8 +148,8 @@ def test_what_an_interrupted_count_has_found_is_kept(old, tmp_path, capfd, monke
         yield next(finished(tasks))
         raise KeyboardInterrupt
 
-    finished = script.as_completed
-    monkeypatch.setattr(script, "as_completed", interrupted)
+    finished = counting.as_completed
+    monkeypatch.setattr(counting, "as_completed", interrupted)
     assert count(tmp_path / "a") == 130
     assert len(sizes(tmp_path / "a")) == 1
     assert capfd.readouterr().err.endswith("Interrupted: 2 shards are still to be counted.\n")
@@ -174,9 +175,9 @@ def test_what_an_interrupted_count_has_found_is_kept(old, tmp_path, capfd, monke
 def test_bad_input_is_refused_in_a_sentence(arguments, problem, old, tmp_path, capfd):
     old("a", [1, 2])
     (tmp_path / "empty").mkdir()
-    assert script.main([argument.format(folder=tmp_path) for argument in arguments]) == 2
+    assert main([argument.format(folder=tmp_path) for argument in arguments]) == 2
     captured = capfd.readouterr()
-    assert captured.err.startswith("count_shards.py: ") and captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert problem.format(folder=tmp_path) in captured.err
     assert captured.out == "" and not (tmp_path / "a/sizes.json").exists()
 
@@ -188,4 +189,4 @@ def test_a_damaged_table_or_a_folder_without_permission_is_refused(old, tmp_path
     assert "is not a table of shard names and sample counts" in capfd.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"sizes.json cannot be written in {tmp_path}/a"):
-        script.run([str(tmp_path / "a")], workers=1, force=False, verify=False)
+        counting.run([str(tmp_path / "a")], workers=1, force=False, verify=False)

@@ -23,10 +23,12 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 from open_clip.transformer import QuickGELU
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .identity import ModelError, creating
+from . import hugging_face
+from .identity import ModelError, creating, describe
 from .lightning import read_state_dict
-from .registry import weights_in_folder
+from .registry import DESCRIPTIONS, weights_in_folder
 
 _LIGHTNING = re.compile(r"GLOBAL (pytorch_)?lightning")
 _NUMPY = "big_vision"  # what stands for the content of its files, which open_clip reads by itself
@@ -42,6 +44,13 @@ _OTHERS = {
     b"version https://git-lfs": "it is a pointer of Git LFS, whose file `git lfs pull` fetches",
     b"\x1f\x8b": "it is compressed: unpack it", b"PK": "it is cut off, or an archive of other files: unpack that",
 }  # fmt: skip
+# Folders of weights in forms that are not read, by a file in them, and what to do.
+_FOLDERS = {
+    ".metadata": "is torch's distributed checkpoint: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+    "FOLDER FILE` makes it one file",
+    "zero_to_fp32.py": "is DeepSpeed's: the program zero_to_fp32.py in it makes it one file",
+}
+_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")  # of weights that transformers has divided
 _PLAIN = (  # what trainers keep beside the weights
     argparse.Namespace, PosixPath, numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i8")),
     *((numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -89,14 +98,27 @@ def find(name: str, pretrained: str | None, cache_dir: str | None = None) -> str
 
 
 def is_file(pretrained: str | None) -> bool:
-    """Whether weights are named by a file or URL."""
-    return bool(pretrained) and (Path(pretrained).is_file() or "://" in pretrained)
+    """Whether weights are named by a file, by a folder that tells what it holds, or by a URL."""
+    if not pretrained or "://" in pretrained:
+        return bool(pretrained)
+    path = Path(pretrained)
+    return path.is_file() or any((path / name).is_file() for name in (*DESCRIPTIONS, *_FOLDERS))
 
 
 def read(source: str | Path) -> dict[str, Any]:
     """What a file, or what a URL of any kind that fsspec knows stands for, holds: a checkpoint or a state dict; that of
-    the weights in a TorchScript archive. No code of the file is run. ModelError: it is no checkpoint."""
+    the weights in a TorchScript archive. No code of the file is run. A folder of OpenCLIP's, or with a CLIPModel of
+    transformers', is as a checkpoint of this trainer, which tells its model. ModelError: it is no checkpoint."""
     source = str(source)
+    if "://" in source:
+        return _read_file(source)
+    if Path(source).is_dir():
+        return _read_folder(Path(source))
+    first, *others = map(_read_file, _parts(Path(source)))
+    return first | {name: value for other in others for name, value in other.items()}
+
+
+def _read_file(source: str) -> dict[str, Any]:
     try:
         with fsspec.open(source, "rb") if "://" in source else nullcontext(source) as file:
             content = _parse(file, source)
@@ -116,6 +138,29 @@ def read(source: str | Path) -> dict[str, Any]:
             reason = "it is neither torch's nor in safetensors' format"
         raise ModelError(f"{source} cannot be read as a checkpoint ({reason}); take another.") from error
     return content
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    for name, what in _FOLDERS.items():
+        if (folder / name).is_file():
+            raise ModelError(f"{folder} {what}; give that.")
+    name = f"local-dir:{folder}"
+    with creating(name):
+        identity, file = describe(name), weights_in_folder(name)
+    if file is None:
+        raise ModelError(f"{folder} has no weights, as model.safetensors or the like; name a file of them.")
+    return {"state_dict": tensors(read(file), file), "model": identity.to_dict()}
+
+
+def _parts(path: Path) -> list[str]:
+    """All files of what one is a part of."""
+    part = _PART.search(path.name)
+    if part is None or not path.is_file():
+        return [str(path)]
+    found = sorted(map(str, path.parent.glob(_PART.sub(f"-*-of-{part[1]}", path.name))))
+    if len(found) != int(part[1]):
+        raise ModelError(f"{path} is one of {int(part[1])} files, of which {len(found)} are there; add the others.")
+    return found
 
 
 def _parse(file: Any, source: str) -> Any:
@@ -225,9 +270,20 @@ def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
             break
         inner = within[holding[0]]
     if found:
-        return found
+        return {name: _whole(value, name, source) for name, value in found.items()}
     several = f": {' and '.join(map(str, holding))} each have some; save one of them alone" if holding else ""
     raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}{several}.")
+
+
+def _whole(value: Tensor, name: str, source: str) -> Tensor:
+    """A tensor as it is, not as FSDP has distributed it; a ModelError where that has left a part of it."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if local.shape != value.shape or name.endswith("_flat_param"):
+        raise ModelError(
+            f"{source} holds what one of several processes has under FSDP; save what get_model_state_dict returns with "
+            "StateDictOptions(full_state_dict=True), of torch.distributed.checkpoint.state_dict."
+        )
+    return local
 
 
 def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -241,10 +297,12 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
     tower = next((key.removesuffix("class_embedding") for key in state if key.endswith("class_embedding")), "visual.")
     if not whole and tower != "visual." and f"{tower}conv1.weight" in state:  # a ViT by itself, whatever it is called
         state = {re.sub(f"^{re.escape(tower)}", "visual.", key): value for key, value in state.items()}
-    if any(key.startswith("vision_model.") for key in state):
+    if hugging_face.is_clip(state):
+        state = hugging_face.from_transformers(state)
+    elif any(key.startswith("vision_model.") for key in state):
         raise ModelError(
-            f"{source} is a model of transformers, whose layers have other parts; take the same weights from open_clip "
-            "(a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
+            f"{source} is a model of transformers, and not its CLIPModel: its layers have other parts; take the same "
+            "weights from open_clip (a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
         )
     state = convert_state_dict(model, state)
     if not hasattr(model, "positional_embedding"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
+from open_clip.utils import to_2tuple
 from torch import Tensor
 
 # Where names begin, here and there.
@@ -100,7 +101,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = found.get("model_type")
     if kind != "clip":
-        raise ValueError(f"it is of transformers' kind {kind!r}, of which only 'clip' (CLIPModel) has the parts of CLIP")
+        raise ValueError(f"it is a {kind!r} of transformers, where only 'clip' (CLIPModel) has CLIP's parts")
     whole = package().CLIPConfig.from_pretrained(folder)
     vision, text = whole.vision_config, whole.text_config
     for name in ("hidden_act", "layer_norm_eps"):
@@ -153,7 +154,7 @@ def processor(identity: Any, tokenizer: Any) -> Any:
     else:
         words = tokenizer.tokenizer
     if seen["resize_mode"] not in ("shortest", "squash") or seen["interpolation"] not in _RESAMPLE:
-        raise ValueError(f"pictures resized by {seen['interpolation']} at the {seen['resize_mode']} side are unknown there")
+        raise ValueError(f"there, pictures are not resized at the {seen['resize_mode']} side, {seen['interpolation']}")
     whole = {"height": side[0], "width": side[1]}
     pictures = known.CLIPImageProcessor(
         size={"shortest_edge": min(side)} if seen["resize_mode"] == "shortest" else whole, crop_size=whole,
@@ -166,6 +167,8 @@ def clip_config(config: Mapping[str, Any]) -> Any:
     """transformers' CLIPConfig for OpenCLIP's configuration of a model; what it has no word for is left out."""
     parts = (config["vision_cfg"], CLIPVisionCfg), (config["text_cfg"], CLIPTextCfg)
     vision, text = (kind(**{one.name: of[one.name] for one in fields(kind) if one.name in of}) for of, kind in parts)
+    if len({*to_2tuple(vision.image_size)}) > 1:
+        raise ValueError("there, pictures are square")
     shared = {
         "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu", "projection_dim": config["embed_dim"],
     }  # fmt: skip

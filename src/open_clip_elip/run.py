@@ -1,6 +1,6 @@
 """Runs any module with this package's models known to open_clip, as `python -m MODULE` would.
 
-    python -m open_clip_elip.run clip_benchmark.cli eval --model ViT-B-16-ELIP --pretrained epoch_32.pt --dataset cifar10
+    python -m open_clip_elip.run clip_benchmark.cli eval --model ViT-B-16-ELIP --pretrained w.pt --dataset cifar10
     torchrun --nproc_per_node 8 -m open_clip_elip.run open_clip_train.main --model ViT-B-16-ELIP --train-data ...
 """
 from __future__ import annotations

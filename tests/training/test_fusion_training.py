@@ -1,10 +1,10 @@
 """Pre-training of fusion models by the command: exact resume, twin and queues, processes, what is refused."""
 import json
 
-from open_clip_elip.export.command import main as export
 import pytest
 import torch
 
+from open_clip_elip.export.command import main as export
 from open_clip_elip.identity import Identity, create
 from training import checkpoint, retrieval
 from training.control import EXIT_INTERRUPTED

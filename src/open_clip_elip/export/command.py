@@ -16,10 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from .. import weights
 from ..identity import ModelError
@@ -28,12 +24,9 @@ from .graphs import PARTS, write_onnx, write_torch
 from .released import write_released_form
 from .source import Source, features, open_source
 
-FORMATS = {
-    "open_clip": write_open_clip, "transformers": write_transformers, "timm": write_timm, "onnx": write_onnx,
-    "torch": write_torch,
-}  # fmt: skip
+FOLDERS = {"open_clip": write_open_clip, "transformers": write_transformers, "timm": write_timm}
+GRAPHS = {"onnx": write_onnx, "torch": write_torch}
 TOLERANCE = 1e-5  # of features of unit length
-Reader = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +56,13 @@ def _write(source: Source, out: Path, args: argparse.Namespace) -> str:
     for warning in source.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        read = FORMATS[args.format](source, out, PARTS[args.part])
-    except ValueError as error:
-        raise ModelError(f"{name} cannot be written for {args.format}: {error}.") from error
+        if args.format in GRAPHS:
+            read = GRAPHS[args.format](source, out, PARTS[args.part])
+        else:
+            read = FOLDERS[args.format](source, out)
+    except Exception as error:  # of any kind, from a library that has no such model
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{name} cannot be written for {args.format}: {reason}.") from error
     worst, names = 0.0, []
     for count in (3, 1):
         image, text = source.examples(count)
@@ -97,7 +94,7 @@ def _whole(out: Path, write: Callable[[Path], str]) -> str:
 def _check(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise ModelError(f"{args.out} exists already; delete it, or name another place.")
-    graph = args.format in ("onnx", "torch")
+    graph = args.format in GRAPHS
     for flag, given, needed in (
         ("--part", args.part != "both", graph), ("--vision-guided-reduction", args.vision_guided_reduction, graph),
         ("--plain", args.plain, args.format == "open_clip"),
@@ -114,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "python -m open_clip_elip.export", description=about, epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add: Any = parser.add_argument
-    add("format", choices=[*FORMATS, "released"])
+    add = parser.add_argument
+    add("format", choices=[*FOLDERS, *GRAPHS, "released"])
     add("out", type=Path, help="folder or file to write")
     add("--model", help="name; left out, what the checkpoint tells")
     add("--pretrained", help="checkpoint, folder, URL, or tag of open_clip's; left out, what --model brings along")

@@ -1,10 +1,9 @@
 """Folders that open_clip, transformers and timm load by themselves. Each writer returns what reads it back."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import timm
@@ -12,7 +11,6 @@ import torch
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.model import CLIPVisionCfg
 from open_clip.push_to_hf_hub import save_config_for_hf
-from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -26,7 +24,7 @@ from .source import Source, features
 Reader = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
-def write_open_clip(source: Source, out: Path, parts: Sequence[str]) -> Reader:
+def write_open_clip(source: Source, out: Path) -> Reader:
     """`local-dir:OUT`, or a repository's files for `hf-hub:`, with the tokenizer if it is one of Hugging Face's."""
     out.mkdir()
     save_config_for_hf(source.model, out / HF_CONFIG_NAME, source.identity.config)
@@ -39,7 +37,7 @@ def write_open_clip(source: Source, out: Path, parts: Sequence[str]) -> Reader:
     return lambda image, text: {key: features(model, image, text)[key] for key in ("image_features", "text_features")}
 
 
-def write_transformers(source: Source, out: Path, parts: Sequence[str]) -> Reader:
+def write_transformers(source: Source, out: Path) -> Reader:
     """A CLIPModel with its processor: tokenizer and picture transform."""
     transformers = hugging_face.package()
     own = {name.removeprefix("text."): value for name, value in source.model.state_dict().items()}
@@ -58,7 +56,7 @@ def write_transformers(source: Source, out: Path, parts: Sequence[str]) -> Reade
     return compare
 
 
-def write_timm(source: Source, out: Path, parts: Sequence[str]) -> Reader:
+def write_timm(source: Source, out: Path) -> Reader:
     """The image tower as timm's ViT; its classifier is the projection into CLIP's space."""
     visual = source.model.visual
     if not isinstance(visual, VisionTransformer):

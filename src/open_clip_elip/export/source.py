@@ -46,16 +46,19 @@ def open_source(name: str | None, pretrained: str | None, *, ema: bool = False, 
     """The model of a name and weights; of a checkpoint or folder that tells its model, that one. A `name` of the same
     shape changes its token reduction. Raises ModelError."""
     content = weights.read(pretrained) if weights.is_file(pretrained) else {}
-    identity, told = None, content.get("model")
+    trained_as, told, warnings = None, content.get("model"), []
     if isinstance(told, Mapping) and "family" in told:
-        identity = Identity.from_dict(dict(told))
-    if name is None and identity is None:
+        trained_as = Identity.from_dict(dict(told))
+    if name is None and trained_as is None:
         raise ModelError("--model is missing, and only a checkpoint of this trainer, or a folder, tells it by itself.")
+    identity = trained_as
     if name is not None:
-        other = None if identity is None else identities.sibling(identity, name)
+        other = None if trained_as is None else identities.sibling(trained_as, name)
         identity = other or identities.describe(name, pretrained=pretrained)
+    if trained_as is not None and (other := identities.differences(trained_as, identity)):
+        warnings.append(f"{pretrained} was trained with {', '.join(other)}; leave out --model to keep that.")
     if identity.family != "clip":
-        raise ModelError(f"{identity.name} is no CLIP; a model that fuses its towers can be written as `released` only.")
+        raise ModelError(f"{identity.name} is no CLIP; of models that fuse, `released` alone can be written.")
     if plain:
         config = {key: value for key, value in identity.config.items() if key != "token_reduction"}
         identity = replace(identity, config=config)
@@ -70,4 +73,4 @@ def open_source(name: str | None, pretrained: str | None, *, ema: bool = False, 
     model = identities.create(identity, pretrained_text=False)
     report = weights.load(model, content, name=identity.name, source=source)
     model.eval().requires_grad_(False)
-    return Source(identity, model, identities.tokenizer(identity), report.sentences())
+    return Source(identity, model, identities.tokenizer(identity), warnings + report.sentences())

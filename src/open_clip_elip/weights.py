@@ -131,7 +131,8 @@ def load(
         return _load_big_vision(model, content[BIG_VISION], name)
     state = tensors(content, source)
     own, openai, kept = model.state_dict(), "input_resolution" in state, []
-    activation_untold = any("pre_layrnorm" in key for key in state) and "model" not in content  # of transformers
+    described = "model" in content or name.startswith("local-dir:")
+    activation_untold = not described and any("pre_layrnorm" in key for key in state)  # of transformers
     fused = hasattr(model, "own_names")  # a model of fusion/
     if fused:
         found = model.own_names(state)

@@ -106,9 +106,9 @@ def test_transformers_and_back(changes, run, tmp_path):
     back = describe(f"local-dir:{tmp_path / 'back'}")
     again = create(back)
     assert not load(again, read(tmp_path / "back")).sentences()
-    assert back.preprocess == seen() and back.config["vision_cfg"]["mlp_ratio"] == model.visual.transformer.mlp_ratio
-    for (name, value), other in zip(model.named_parameters(), again.parameters(), strict=not changes):
-        assert changes or torch.equal(value, other), name
+    assert back.preprocess == seen()
+    own, found = ({k.removeprefix("text."): v for k, v in of.state_dict().items()} for of in (model, again))
+    assert own.keys() == found.keys() and all(torch.equal(own[key], found[key]) for key in own)
     assert difference(model(*(one := inputs())), again.eval()(*one)) < 1e-6
 
 
@@ -126,6 +126,10 @@ def test_timm(quick_gelu, size, run, tmp_path):
         assert "pictures are square" in run("transformers", out="other", code=2)
 
 
+SHALLOW = {
+    "token_reduction": {"method": "elip", "depths": [1, 1], "keep_ratio": [0.6, 0.3]}, "init_logit_bias": -5.0,
+    "vision": {"layers": 2}, "text": {"layers": 1},
+}  # fmt: skip
 GRAPHS = [("image", True), ("text", False), ("both", False)]
 
 
@@ -135,8 +139,8 @@ def test_graphs(format, part, reduced, run, tmp_path):
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(package)
-    model = write(tmp_path / "w.pt", identity(init_logit_bias=-5.0))
-    run(format, "--part", part, *["--vision-guided-reduction"] * reduced)
+    model = write(tmp_path / "w.pt", identity(**SHALLOW))
+    run(format, "--part", part, *["--vision-guided-reduction"] * reduced, out="out.pt2")
     model.tower.vision_guided = reduced
     names = graphs.PARTS[part]
     for images, texts in ((1, 5), (4, 1)):
@@ -144,22 +148,21 @@ def test_graphs(format, part, reduced, run, tmp_path):
         own = model(**{name: given[name] for name in names})
         own = {key: value for key, value in own.items() if len(names) == 2 or key == f"{part}_features"}
         if format == "torch":
-            found = torch.export.load(tmp_path / "out").module()(*(given[name] for name in names))
+            found = torch.export.load(tmp_path / "out.pt2").module()(*(given[name] for name in names))
         else:
             import onnxruntime
 
-            session = onnxruntime.InferenceSession(tmp_path / "out")
+            session = onnxruntime.InferenceSession(tmp_path / "out.pt2")
             assert [one.name for one in session.get_outputs()] == list(own)
             found = map(torch.from_numpy, session.run(None, {name: given[name].numpy() for name in names}))
         assert difference(own, dict(zip(own, found, strict=True))) < 1e-6
     if reduced and part == "image":
         model.tower.vision_guided = False
-        assert difference(own, model(given["image"])) > 1e-3  # it does remove tokens
+        assert difference(own, {"image_features": model.encode_image(given["image"], normalize=True)}) > 1e-3
 
 
-@pytest.mark.parametrize("method", ["evit", "tome"])
-def test_graphs_of_other_methods(method, run, tmp_path):
-    write(tmp_path / "w.pt", identity(token_reduction={"method": method}))
+def test_a_graph_of_tome(run, tmp_path):
+    write(tmp_path / "w.pt", identity(**SHALLOW | {"token_reduction": {"method": "tome"}}))
     run("torch", "--part", "image", "--vision-guided-reduction")
 
 
@@ -180,7 +183,7 @@ SIGLIP = {"custom_text": True, "text": {"proj_bias": True}}
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
-        (LAYER_SCALE, ["transformers"], "CLIPModel has no vision_model.encoder.layers.*ls_1"),
+        (LAYER_SCALE, ["transformers"], "CLIPModel has no vision_model.encoder.layers.0.ls_1"),
         (ANOTHER_TEXT, ["transformers"], "other features there"),
         (SIGLIP, ["transformers"], "no place for text_projection"),
         ({"init_logit_bias": -5.0}, ["transformers"], "no place for logit_bias"),

@@ -51,7 +51,7 @@ def test_a_folder_is_a_model_and_weights_of_one(act, eos, tmp_path, monkeypatch)
     assert Identity.from_dict(content["model"]) == identity
     for source in (content, read(find(identity.name, None))):
         own = create(identity)
-        assert not load(own, source).sentences()
+        assert not load(own, source, name=identity.name).sentences()
         if eos == 61:  # of two tokens, this one
             monkeypatch.setattr(f"{__name__}.pairs", lambda dtype: (torch.randn(1, 3, 32, 32), text_with(61)))
         assert difference(theirs, own) < 1e-6

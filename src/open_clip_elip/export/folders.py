@@ -40,6 +40,7 @@ def write_open_clip(source: Source, out: Path) -> Reader:
 def write_transformers(source: Source, out: Path) -> Reader:
     """A CLIPModel with its processor: tokenizer and picture transform."""
     transformers = hugging_face.package()
+    transformers.utils.logging.disable_progress_bar()
     own = {name.removeprefix("text."): value for name, value in source.model.state_dict().items()}
     state = hugging_face.to_transformers(own)
     model = transformers.CLIPModel(hugging_face.clip_config(source.identity.config))
@@ -87,9 +88,7 @@ def write_timm(source: Source, out: Path) -> Reader:
 
 def _fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     own = model.state_dict()
-    for name in state.keys() ^ own.keys():
-        raise ValueError(f"{what} has no {name}" if name in state else f"it has no {name}, as {what} has")
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ValueError(f"{name} is {tuple(value.shape)}, and {tuple(own[name].shape)} in {what}")
+    for name in (*state, *own):
+        if name not in own or name not in state:
+            raise ValueError(f"{what} has no {name}" if name in state else f"it has no {name}, which {what} has")
     model.load_state_dict(state)

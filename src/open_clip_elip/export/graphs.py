@@ -40,7 +40,7 @@ class Features(nn.Module):
 
 def write_torch(source: Source, out: Path, parts: Sequence[str]) -> Reader:
     """What `torch.export.load(OUT).module()` runs."""
-    graph = Features(source.model, parts)
+    graph = Features(source.model, parts).eval()
     given, free = graph.example(*source.examples(3))
     with torch.no_grad(), out.open("wb") as file:
         torch.export.save(torch.export.export(graph, given, dynamic_shapes=free), file)
@@ -55,7 +55,7 @@ def write_onnx(source: Source, out: Path, parts: Sequence[str]) -> Reader:
         raise ValueError(f"{' and '.join(missing)} are missing: pip install 'open_clip_elip[export]' brings them")
     import onnxruntime
 
-    graph = Features(source.model, parts)
+    graph = Features(source.model, parts).eval()
     given, free = graph.example(*source.examples(3))
     size = sum(p.numel() * p.element_size() for p in source.model.parameters())
     with torch.no_grad():

@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "fusion": ["transformers"],
+        "export": ["onnx", "onnxscript", "onnxruntime", "transformers"],
         "arrow": ["pyarrow"],
         "captioning": ["pycocoevalcap"],
         "jpeg": ["simplejpeg>=1.8"],

@@ -14,8 +14,10 @@ from typing import Any
 import open_clip
 from open_clip import factory, pretrained
 
+from . import hugging_face
 from .reduction import METHODS
 
+DESCRIPTIONS = ("open_clip_config.json", "config.json")  # in a folder of OpenCLIP's, of transformers'
 MODEL_CONFIGS = Path(__file__).parent / "model_configs"
 
 
@@ -81,11 +83,14 @@ def registered(name: str, config: dict[str, Any]) -> Iterator[None]:
 
 
 def model_folder(name: str, cache_dir: str | None = None) -> dict[str, Any]:
-    """What open_clip_config.json of `local-dir:` or `hf-hub:` says."""
+    """What open_clip_config.json of `local-dir:` or `hf-hub:` says, or would say of the CLIPModel of a `local-dir:`."""
     schema, place = factory.parse_model_name(name)
     if schema == "hf-hub":
         return factory._get_hf_config(place, cache_dir=cache_dir)
-    return json.loads((Path(place) / "open_clip_config.json").read_text(encoding="utf-8"))
+    own, of_transformers = (Path(place) / file for file in DESCRIPTIONS)
+    if of_transformers.is_file() and not own.is_file():
+        return hugging_face.read_config(place)
+    return json.loads(own.read_text(encoding="utf-8"))
 
 
 def weights_in_folder(name: str, cache_dir: str | None = None) -> str | None:

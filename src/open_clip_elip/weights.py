@@ -1,51 +1,40 @@
-"""Files of weights, in the forms that people have them, and the one way from them into a model.
+"""Weights in the forms that people have them, and the one way from them into a model.
 
 Nothing is lost in silence: what was not used, was resized, or is left as it was in the model, is told by name.
 """
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
-from contextlib import nullcontext
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
-import numpy
 import open_clip
-import safetensors.torch as safetensors
 import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.transformer import QuickGELU
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .identity import ModelError, creating
-from .lightning import read_state_dict
-from .registry import weights_in_folder
+from . import hugging_face
+from .identity import ModelError, creating, describe
+from .registry import DESCRIPTIONS, weights_in_folder
+from .weight_files import BIG_VISION, parts, read_file
 
-_LIGHTNING = re.compile(r"GLOBAL (pytorch_)?lightning")
-_NUMPY = "big_vision"  # what stands for the content of its files, which open_clip reads by itself
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by torch's own wrappers
 _IGNORED = {  # OpenAI's, those of averages, older transformers', and what scripting keeps
     "input_resolution", "context_length", "vocab_size", "n_averaged", "text.transformer.embeddings.position_ids",
     "attn_mask", "text.attn_mask",
 }  # fmt: skip
-# What is no file of weights, by its first bytes.
-_OTHERS = {
-    b"<": "it is a web page",
-    b"version https://git-lfs": "it is a pointer of Git LFS, whose file `git lfs pull` fetches",
-    b"\x1f\x8b": "it is compressed: unpack it", b"PK": "it is cut off, or an archive of other files: unpack that",
-}  # fmt: skip
-_PLAIN = (  # what trainers keep beside the weights
-    argparse.Namespace, PosixPath, numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i8")),
-    *((numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-)  # fmt: skip
+# Folders of weights in forms that are not read, by a file in them, and what to do.
+_FOLDERS = {
+    ".metadata": "is torch's distributed checkpoint: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+    "FOLDER FILE` makes it one file",
+    "zero_to_fp32.py": "is DeepSpeed's: the program zero_to_fp32.py in it makes it one file",
+}
 # The projection of an image tower into the space that it shares with text: a fine-tuned classifier may have dropped it.
 _PROJECTION = re.compile(r"visual\.(proj$|head\.(proj|mlp)\.)")
 
@@ -89,62 +78,36 @@ def find(name: str, pretrained: str | None, cache_dir: str | None = None) -> str
 
 
 def is_file(pretrained: str | None) -> bool:
-    """Whether weights are named by a file or URL."""
-    return bool(pretrained) and (Path(pretrained).is_file() or "://" in pretrained)
+    """Whether weights are named by a file, by a folder that tells what it holds, or by a URL."""
+    if not pretrained or "://" in pretrained:
+        return bool(pretrained)
+    path = Path(pretrained)
+    return path.is_file() or any((path / name).is_file() for name in (*DESCRIPTIONS, *_FOLDERS))
 
 
 def read(source: str | Path) -> dict[str, Any]:
     """What a file, or what a URL of any kind that fsspec knows stands for, holds: a checkpoint or a state dict; that of
-    the weights in a TorchScript archive. No code of the file is run. ModelError: it is no checkpoint."""
+    the weights in a TorchScript archive. No code of the file is run. A folder of OpenCLIP's, or with a CLIPModel of
+    transformers', is as a checkpoint of this trainer, which tells its model. ModelError: it is no checkpoint."""
     source = str(source)
-    try:
-        with fsspec.open(source, "rb") if "://" in source else nullcontext(source) as file:
-            content = _parse(file, source)
-            if not isinstance(content, dict):
-                raise TypeError(f"it holds a {type(content).__name__}, not a dictionary")
-    except FileNotFoundError:
-        raise ModelError(f"There is no checkpoint at {source}; check the path.") from None
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        text = str(error) or type(error).__name__
-        if held := re.search(r"GLOBAL (\S+) was not an allowed", text):
-            raise ModelError(
-                f"{source} holds a Python object ({held[1]}), which is not read, for it could run code; save its "
-                "weights alone, with torch.save(model.state_dict(), FILE)."
-            ) from error
-        reason = text.splitlines()[0][:160]
-        if isinstance(error, pickle.UnpicklingError | LookupError):
-            reason = "it is neither torch's nor in safetensors' format"
-        raise ModelError(f"{source} cannot be read as a checkpoint ({reason}); take another.") from error
-    return content
+    if "://" in source:
+        return read_file(source)
+    if Path(source).is_dir():
+        return _read_folder(Path(source))
+    first, *others = map(read_file, parts(Path(source)))
+    return first | {name: value for other in others for name, value in other.items()}
 
 
-def _parse(file: Any, source: str) -> Any:
-    """Of an open file, or of the path, which is mapped into memory."""
-    is_path = isinstance(file, str)
-    if source.endswith((".npz", ".npy")):
-        return {_NUMPY: source}
-    with open(file, "rb") if is_path else nullcontext(file) as opened:
-        head = opened.read(64)
-        is_zip = head.startswith(b"PK") and zipfile.is_zipfile(opened)
-        names = zipfile.ZipFile(opened).namelist() if is_zip else []
-        opened.seek(0)
-    is_torch, is_script = (any(name.endswith(end) for name in names) for end in ("/data.pkl", "/constants.pkl"))
-    other = next((what for start, what in _OTHERS.items() if head.startswith(start) and not is_torch), None)
-    if other or not head:
-        raise ValueError(other or "it is empty")
-    if head[8:9] == b"{":  # whatever it is called
-        return safetensors.load_file(file) if is_path else safetensors.load(file.read())
-    if is_script:  # as OpenAI's are
-        return torch.jit.load(file, map_location="cpu").state_dict()
-    try:
-        with torch.serialization.safe_globals([*_PLAIN]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path and is_zip)
-    except pickle.UnpicklingError as error:
-        if not _LIGHTNING.search(str(error)):
-            raise
-        if not is_path:
-            file.seek(0)
-        return read_state_dict(file)
+def _read_folder(folder: Path) -> dict[str, Any]:
+    for name, what in _FOLDERS.items():
+        if (folder / name).is_file():
+            raise ModelError(f"{folder} {what}; give that.")
+    name = f"local-dir:{folder}"
+    with creating(name):
+        identity, file = describe(name), weights_in_folder(name)
+    if file is None:
+        raise ModelError(f"{folder} has no weights, as model.safetensors or the like; name a file of them.")
+    return {"state_dict": tensors(read(file), file), "model": identity.to_dict()}
 
 
 def load(
@@ -164,10 +127,12 @@ def load(
             it has lost the projection into the space of text, the model's is new.
         strict: a ModelError unless both have the same tensors in the same shapes; else, what fits is loaded.
     """
-    if _NUMPY in content:
-        return _load_big_vision(model, content[_NUMPY], name)
+    if BIG_VISION in content:
+        return _load_big_vision(model, content[BIG_VISION], name)
     state = tensors(content, source)
     own, openai, kept = model.state_dict(), "input_resolution" in state, []
+    described = "model" in content or name.startswith("local-dir:")
+    activation_untold = not described and any("pre_layrnorm" in key for key in state)  # of transformers
     fused = hasattr(model, "own_names")  # a model of fusion/
     if fused:
         found = model.own_names(state)
@@ -208,6 +173,11 @@ def load(
     report = Report(source, list(fitting), resized, unused + wrong, new + wrong, [])
     if openai and not any(isinstance(module, QuickGELU) for module in model.modules()):
         report.notes.append(f"{source} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
+    if activation_untold:
+        report.notes.append(f"The activation of {source} stands in the config.json beside it: name the folder instead.")
+    averages = [key for key in map(str, content) if "ema" in key.split("_") and key != "ema"]  # ours have a flag
+    if averages and any(key in content for key in _WRAPPERS):
+        report.notes.append(f"{source} also holds averages ({_some(averages)}), which are not used; save them alone.")
     if kept:
         report.notes.append(f"{source} also holds a momentum twin and queues, which training uses ({len(kept)}).")
     return report
@@ -219,15 +189,30 @@ def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     while True:
         within = {key: value for key, value in inner.items() if isinstance(value, Mapping) and value}
         named = [key for key in _WRAPPERS if key in within]
-        holding = named or [key for key, value in within.items() if any(isinstance(x, Tensor) for x in value.values())]
+        holding = named or [key for key, value in within.items() if _holds_weights(value)]
         found = {key: value for key, value in inner.items() if isinstance(value, Tensor)} or found
         if not named and (found or len(holding) != 1):
             break
         inner = within[holding[0]]
     if found:
-        return found
+        return {name: _whole(value, name, source) for name, value in found.items()}
     several = f": {' and '.join(map(str, holding))} each have some; save one of them alone" if holding else ""
     raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}{several}.")
+
+
+def _holds_weights(value: Mapping[str, Any]) -> bool:
+    return any(isinstance(one, Tensor) or name in _WRAPPERS for name, one in value.items())
+
+
+def _whole(value: Tensor, name: str, source: str) -> Tensor:
+    """A tensor as it is, not as FSDP has distributed it; a ModelError where that has left a part of it."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if local.shape != value.shape or name.endswith("_flat_param"):
+        raise ModelError(
+            f"{source} holds what one of several processes has under FSDP; save what get_model_state_dict returns with "
+            "StateDictOptions(full_state_dict=True), of torch.distributed.checkpoint.state_dict."
+        )
+    return local
 
 
 def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -241,10 +226,12 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
     tower = next((key.removesuffix("class_embedding") for key in state if key.endswith("class_embedding")), "visual.")
     if not whole and tower != "visual." and f"{tower}conv1.weight" in state:  # a ViT by itself, whatever it is called
         state = {re.sub(f"^{re.escape(tower)}", "visual.", key): value for key, value in state.items()}
-    if any(key.startswith("vision_model.") for key in state):
+    if hugging_face.is_clip(state):
+        state = hugging_face.from_transformers(state)
+    elif any(key.startswith("vision_model.") for key in state):
         raise ModelError(
-            f"{source} is a model of transformers, whose layers have other parts; take the same weights from open_clip "
-            "(a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
+            f"{source} is a model of transformers, and not its CLIPModel: its layers have other parts; take the same "
+            "weights from open_clip (a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
         )
     state = convert_state_dict(model, state)
     if not hasattr(model, "positional_embedding"):

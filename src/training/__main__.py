@@ -20,6 +20,8 @@ COMMANDS = {
     "caption": ("training.caption", "write captions with a BLIP model"),
     "count-shards": ("training.count_shards", "note how many samples shards hold"),
     "summary": ("training.summary", "draw the curves of a run"),
+    "visualize": ("open_clip_elip.visualize.command", "see which patches a model keeps"),
+    "export": ("open_clip_elip.export.command", "write a model for other programs"),
     "profile": ("open_clip_elip.profile.command", "what models cost in training, side by side"),
 }
 

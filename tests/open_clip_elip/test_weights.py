@@ -9,8 +9,12 @@ import numpy
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from open_clip_elip import with_token_reduction
 from open_clip_elip.identity import ModelError
@@ -44,6 +48,14 @@ FORMS = {
     "FSDP": lambda s: prefixed(s, "_fsdp_wrapped_module."),
     "model": lambda s: {"model": s, "args": argparse.Namespace(lr=1)},
     "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "hyper_parameters": {}},
+    "FSDP, compiled": lambda s: {"model": prefixed(s, "_fsdp_wrapped_module._orig_mod.")},
+    "recomputed": lambda s: {k.replace(".0.", ".0._checkpoint_wrapped_module."): v for k, v in s.items()},
+    "Lightning, compiled": lambda s: {"state_dict": prefixed(s, "model._orig_mod.")},
+    "DDP within Lightning": lambda s: {"state_dict": prefixed(s, "model.module.")},
+    "DeepSpeed": lambda s: {"module": s, "optimizer": None, "ds_version": "0.16"},
+    "half": lambda s: {"state_dict": {k: v.half() for k, v in s.items()}},
+    "averages beside": lambda s: {"state_dict": s, "state_dict_ema": {k: v + 1 for k, v in s.items()}},
+    "averages alone": lambda s: {"epoch": 1, "model_ema": {"module": s}},
     "a trainer of one's own": lambda s: {"state_dict": {**prefixed(s, "net.clip."), "n_averaged": torch.tensor(3)}},
     "averages": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
     "ordered": collections.OrderedDict,
@@ -60,10 +72,37 @@ def test_wrappers_and_prefixes(form, custom_text, tmp_path):
     source, target = model(), model(custom_text=custom_text)
     torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pt")
     report = load(target, read(tmp_path / "w.pt"))
-    assert not report.sentences() and len(report.loaded) == len(target.state_dict())
+    assert len(report.loaded) == len(target.state_dict())
+    assert bool(report.sentences()) == (form == "averages beside") == ("state_dict_ema" in " ".join(report.notes))
     for key, value in source.state_dict().items():
         own = target.state_dict()
+        value = value.half().float() if form == "half" else value
         assert torch.equal(own.get(key, own.get(f"text.{key}")), value)
+
+
+def test_what_fsdp_distributes_is_taken_whole_or_not_at_all(tmp_path):
+    state = model().state_dict()
+    for world_size in (1, 2):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        try:
+            mesh = init_device_mesh("cpu", (world_size,))
+            torch.save({k: distribute_tensor(v, mesh, [Shard(0)]) if v.ndim else v for k, v in state.items()},
+                       tmp_path / f"{world_size}.pt")  # fmt: skip
+        finally:
+            dist.destroy_process_group()
+    target = model()
+    assert not load(target, read(tmp_path / "1.pt")).sentences()
+    assert torch.equal(target.visual.proj, state["visual.proj"])
+    for content in (read(tmp_path / "2.pt"), {"_fsdp_wrapped_module._flat_param": torch.zeros(9)}):
+        with pytest.raises(ModelError, match="one of several processes has under FSDP; save what get_model_state_dict"):
+            load(target, content)
+
+
+@pytest.mark.parametrize(("file", "sentence"), [(".metadata", "dcp_to_torch"), ("zero_to_fp32.py", "DeepSpeed")])
+def test_folders_of_many_processes_are_told(file, sentence, tmp_path):
+    (tmp_path / file).touch()
+    with pytest.raises(ModelError, match=sentence):
+        read(find("ViT-B-32", str(tmp_path)))
 
 
 def test_safetensors_scripted_archives_and_urls(tmp_path):
@@ -169,7 +208,7 @@ def test_a_part_where_that_is_asked_for():
         ([torch.zeros(1)], "it holds a list, not a dictionary"),
         ({"epoch": 3, "model": "x"}, "holds no weights, only epoch, model"),
         ({"state_dict": {"a": torch.zeros(1)}, "more": Module()}, "Python object .*Module.*could run code"),
-        ({"vision_model.embeddings.class_embedding": torch.zeros(3)}, "is a model of transformers"),
+        ({"vision_model.embeddings.class_embedding": torch.zeros(3)}, "of transformers, and not its CLIPModel"),
         ({"blocks.0.weight": torch.zeros(3)}, "positional_embedding is missing"),
     ],
 )

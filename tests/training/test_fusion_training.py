@@ -1,10 +1,10 @@
 """Pre-training of fusion models by the command: exact resume, twin and queues, processes, what is refused."""
 import json
 
-import export_released
 import pytest
 import torch
 
+from open_clip_elip.export.command import main as export
 from open_clip_elip.identity import Identity, create
 from training import checkpoint, retrieval
 from training.control import EXIT_INTERRUPTED
@@ -179,8 +179,9 @@ def test_only_what_is_two_dimensional_is_decayed_but_never_the_temperature():
 def test_a_checkpoint_in_the_released_form_is_the_same_model(shards, model, tmp_path, capsys):
     assert main(albef(shards, tmp_path, model, "--epochs", "1")) == 0
     own, released = tmp_path / "run" / "checkpoints" / "epoch_1.pt", tmp_path / "albef.pth"
-    assert export_released.main([str(own), str(tmp_path / "nowhere" / "albef.pth")]) == 2
-    assert export_released.main([str(own), str(released)]) == 0
+    assert export(["released", str(released), "--pretrained", str(own)]) == 0
+    assert export(["released", str(released), "--pretrained", str(own)]) == 2  # nothing is overwritten
+    assert export(["open_clip", str(tmp_path / "folder"), "--pretrained", str(own)]) == 2
     names = torch.load(released, weights_only=True)["model"]
     layers = "encoder.layer" if "text_decoder.cls.predictions.bias" in names else "bert.encoder.layer"
     assert {"temp", "image_queue", "queue_ptr", f"text_encoder_m.{layers}.3.crossattention.self.key.bias"} <= {*names}

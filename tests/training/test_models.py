@@ -4,16 +4,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 
+from open_clip_elip import weights
 from open_clip_elip.identity import CHANGES, ModelError, create, describe
 from training.distributed import Ranks
 from training.errors import UserError
 from training.evaluation.loaded import hash_weights, load_model
-from training.models import build_model, build_teacher, checkpoint_identity
+from training.models import build_model, build_teacher, checkpoint_identity, create_filled
 
 TINY = "ViT-Pico-8-64-ELIP"
 CPU = torch.device("cpu")
@@ -145,3 +147,16 @@ def test_what_a_person_can_mend():
         build_model(options(model="Tiny-ELPI"), CPU)
     with pytest.raises(UserError, match="neither a file nor a name"):
         build_model(options(pretrained="nowhere.pt"), CPU)
+
+
+def test_a_folder_of_transformers_tells_what_it_was_trained_as(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"text_config": tower, "vision_config": tower | {"image_size": 16, "patch_size": 8}, "projection_dim": 8}
+    transformers.CLIPModel(transformers.CLIPConfig(**sizes)).save_pretrained(tmp_path)
+    identity = checkpoint_identity(weights.read(tmp_path))
+    assert identity == describe(f"local-dir:{tmp_path}")
+    other = replace(identity, config=identity.config | {"quick_gelu": False})
+    for one, told in ((identity, False), (other, True)):
+        create_filled(one, str(tmp_path), "fp32", CPU)
+        assert ("was trained with quick_gelu True (not False)" in caplog.text) == told

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from open_clip_elip.adapters import KINDS
+
 from .kinds import COUNT, FRACTION_BELOW_1, NAME, NUMBER, POSITIVE, POSITIVE_COUNT, Kind, key_value, one_of
 from .parser import Section, forbid, option
 
@@ -35,6 +37,18 @@ def forbid_coca(flag: str, model: str | None) -> None:
     # A folder on the way to a `local-dir:` model may be called anything.
     wrong = model is not None and "coca" in model.rsplit("/", 1)[-1].lower()
     forbid(wrong, f"{flag} {model} is a CoCa model: this trainer trains contrastive models only, choose one.")
+
+
+@dataclass
+class AdapterOptions(Section, title="adapters"):
+    adapter: str | None = option(
+        None, "Train adapters in both towers and the fusion layers, and heads, but nothing else: lora, on attention's "
+        "weights, or bottleneck, behind each attention and MLP. docs/peft.md has more.", one_of(*KINDS))
+    adapter_rank: int | None = option(
+        None, "Their rank. Without it: 8 of lora, 64 of bottleneck.", POSITIVE_COUNT, needs="adapter")
+
+    def check(self) -> None:
+        forbid(self.adapter and self.fsdp, "--adapter leaves little to split: leave out --fsdp.")
 
 
 @dataclass

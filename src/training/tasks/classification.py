@@ -21,7 +21,7 @@ from ..evaluation.passes import EncodeSettings, ImagePass, collect, evaluation_m
 from ..evaluation.scores import score
 from ..options import TrainingOptions
 from ..options.kinds import COUNT, FRACTION, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, one_of
-from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
+from ..options.model import AdapterOptions, ImageOptions, ModelOptions, TokenReductionOptions
 from ..options.parser import Section, forbid, option
 from ..plan import is_due
 from .augment import AugmentationOptions, Mix
@@ -68,8 +68,8 @@ class ClassificationOptions(Section, title="classifier"):
 
 @dataclass
 class FinetuningOptions(
-    LabelledDataOptions, ClassificationOptions, AugmentationOptions, ModelOptions, TokenReductionOptions, ImageOptions,
-    TrainingOptions,
+    LabelledDataOptions, ClassificationOptions, AugmentationOptions, ModelOptions, AdapterOptions,
+    TokenReductionOptions, ImageOptions, TrainingOptions,
     command="training.finetune",
 ):  # fmt: skip
     model: str | None = None
@@ -101,6 +101,7 @@ class FinetuningOptions(
         forbid(not has_weights, missing)
         missing = "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot."
         forbid(self.wise_ft and named and self.head != "zero-shot", missing)
+        forbid(self.wise_ft and self.adapter, "--wise-ft mixes whole weights, not --adapter's: leave one out.")
         missing = "--wise-ft needs the fine-tuned weights: give their checkpoint in --resume."
         forbid(self.wise_ft and self.evaluate and not loads, missing)
         missing = "--wise-ft-save needs --wise-ft, and a run folder in --logs."

@@ -29,7 +29,7 @@ from ..options import TrainingOptions
 from ..options.data import IMAGE_DECODE
 from ..options.fusion import NO_FSDP, ListOptions, QueueOptions, RegularizationOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
-from ..options.model import ImageOptions, ModelOptions, TokenReductionOptions
+from ..options.model import AdapterOptions, ImageOptions, ModelOptions, TokenReductionOptions
 from ..options.parser import Section, forbid, option
 from .base import Task
 from .fused import ListEvaluation, ListSuite
@@ -93,7 +93,7 @@ class TaskOptions(Section, title="task"):
 
 @dataclass
 class DownstreamOptions(
-    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions,
+    TaskOptions, ListOptions, ModelOptions, AdapterOptions, TokenReductionOptions, TwinOptions, QueueOptions,
     RegularizationOptions, ImageOptions, TrainingOptions,
     command="training.downstream",
 ):  # fmt: skip

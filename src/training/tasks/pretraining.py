@@ -11,7 +11,9 @@ from ..options import TrainingOptions
 from ..options.data import PairOptions
 from ..options.fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
-from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
+from ..options.model import (
+    AdapterOptions, ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca,
+)  # fmt: skip
 from ..options.parser import Section, forbid, option
 from ..options.run import DURATION
 
@@ -73,7 +75,7 @@ class ValidationOptions(Section, title="evaluation"):
 
 @dataclass
 class PretrainingOptions(
-    PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, ImageOptions,
+    PairOptions, ValidationOptions, ModelOptions, AdapterOptions, LockingOptions, TokenReductionOptions, ImageOptions,
     ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, RegularizationOptions, TrainingOptions,
     command="training.main",
 ):  # fmt: skip
@@ -99,6 +101,9 @@ class PretrainingOptions(
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
         data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"
         forbid(not (self.trains or evaluates), f"There is nothing to do: give {data}.")
+        starts = self.pretrained or self.start_image or self.start_text or self.pretrained_image or ":" in self.model
+        given = "--pretrained, or --start-image and --start-text"
+        forbid(self.adapter and not starts, f"--adapter adapts weights that are there: give {given}.")
         known = [field.name for field in fields(AugmentationCfg)]
         for key in self.aug_cfg:
             forbid(key not in known, f"--aug-cfg has no setting {key!r}: it knows {', '.join(known)}.")

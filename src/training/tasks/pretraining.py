@@ -12,7 +12,12 @@ from ..options.data import PairOptions
 from ..options.fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
 from ..options.model import (
-    AdapterOptions, ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca,
+    AdapterOptions,
+    ImageOptions,
+    LockingOptions,
+    ModelOptions,
+    TokenReductionOptions,
+    forbid_coca,
 )  # fmt: skip
 from ..options.parser import Section, forbid, option
 from ..options.run import DURATION

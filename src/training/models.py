@@ -74,7 +74,7 @@ def build_model(
             model = identities.create(identity, pretrained_text=False, **more)
         transform = identities.transform(identity)
         start(model, options)
-        if options.adapter and task is None and not options.pretrained:
+        if options.adapter and filled and source is None:
             train_new(model)
     if hasattr(model, "tower"):
         model.tower.shortcuts = options.shortcuts

@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from open_clip_elip.adapters import merged
 from open_clip_elip.fusion.released import BLIP, METER, albef, write_released
 from training import checkpoint
 from training.errors import UserError, reason
@@ -27,14 +28,17 @@ def main(argv: list[str] | None = None) -> int:
         if family not in ("albef", "blip", "meter") or "task" in model["config"] or not {*parts} <= task.keys():
             what = "which alone has this form"
             raise UserError(f"{args.checkpoint} is not of the pre-training of ALBEF, BLIP or METER, {what}.")
+        if model["config"].get("adapter", {}).get("kind") == "bottleneck":
+            raise UserError(f"{args.checkpoint} has bottleneck adapters, for which this form has no place.")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    weights = merged(state["state_dict"])
     if family == "meter":  # its files are Lightning's
-        content = {"state_dict": write_released(state["state_dict"], {}, METER)}
+        content = {"state_dict": write_released(weights, {}, METER)}
     else:
         names = BLIP if family == "blip" else albef(model["config"]["text_cfg"]["fusion_layer"])
-        released = write_released(state["state_dict"], task["twin"], names)
+        released = write_released(weights, merged(task["twin"]), names)
         released |= {f"{name}_queue": task["queues"][f"{name}.columns"] for name in ("image", "text")}
         content = {"model": released | {"queue_ptr": task["queues"]["image.pointer"]}}
     try:

@@ -13,6 +13,8 @@ from open_clip_elip import cut_text, with_shortcuts, with_token_reduction
 from open_clip_elip.adapters import adapt, is_adapter
 from open_clip_elip.blocks import is_untouched, run_block, run_block_at_cls
 from open_clip_elip.identity import ModelError, create, describe
+from open_clip_elip.profile.flops import count_flops
+from open_clip_elip.profile.models import Candidate, ProfileError
 from open_clip_elip.reduction.elip import cls_attention
 from open_clip_elip.text import can_cut
 from open_clip_elip.weights import load
@@ -176,3 +178,16 @@ def test_a_tower_of_another_kind_is_refused_in_one_sentence(kind):
     with pytest.raises(ModelError, match="image tower") as error:
         create(describe("RN50").with_adapter(kind), device="meta")
     assert_one_sentence(error)
+
+
+def test_a_profile_names_adapters(kind):
+    one = Candidate.parse(f"ViT-S-16-ELIP:adapter={kind},rank=4,lam=0.5")
+    assert one.identity.config["adapter"] == {"kind": kind, "rank": 4} and one.identity.token_reduction["lam"] == 0.5
+    model = one.build("meta")
+    image, text = torch.empty(2, 3, 224, 224, device="meta"), torch.ones(2, 77, dtype=torch.long, device="meta")
+    found, plain = (count_flops(m, image, text) for m in (model, Candidate.parse("ViT-S-16-ELIP").build("meta")))
+    assert found.forward > plain.forward and found.backward < plain.backward
+    for wrong in ("adapter=prefix", f"adapter={kind},rank=0", f"adapter={kind},rank=x", "rank=4"):
+        with pytest.raises(ProfileError, match="An adapter is lora or bottleneck") as error:
+            Candidate.parse(f"ViT-S-16-ELIP:{wrong}")
+        assert_one_sentence(error)

@@ -18,7 +18,7 @@ from ..options.model import (
     ModelOptions,
     TokenReductionOptions,
     forbid_coca,
-)  # fmt: skip
+)
 from ..options.parser import Section, forbid, option
 from ..options.run import DURATION
 

@@ -46,7 +46,7 @@ def build_model(
 ) -> Built:  # fmt: skip
     """The model of a run with its weights, its transform for evaluation and its tokenizer, or a UserError.
 
-    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
+    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction`, `siglip` and adapters where there are any.
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
     filled: False leaves the weights for a checkpoint to fill.
     task: of a fusion model, what it is for instead of pre-training. answers: that a METER model tells apart.
@@ -55,7 +55,8 @@ def build_model(
         logging.warning(f"Most CPUs are slow at --precision {options.precision}; fp32 may be three times as fast.")
     with told():
         identity, cached = identity_of(vars(options)), {"cache_dir": options.cache_dir}
-        identity = identity.with_adapter(options.adapter, options.adapter_rank)
+        if adapter := getattr(options, "adapter", None):
+            identity = identity.with_adapter(adapter, options.adapter_rank)
         if task is not None:
             more = {"task": task} | ({} if answers is None else {"answers": answers})
             identity = replace(identity, config=identity.config | more)
@@ -74,7 +75,7 @@ def build_model(
             model = identities.create(identity, pretrained_text=False, **more)
         transform = identities.transform(identity)
         start(model, options)
-        if options.adapter and filled and source is None:
+        if adapter and filled and source is None:
             train_new(model)
     if hasattr(model, "tower"):
         model.tower.shortcuts = options.shortcuts

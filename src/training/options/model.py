@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip_elip.adapters import KINDS
-
 from .kinds import COUNT, FRACTION_BELOW_1, NAME, NUMBER, POSITIVE, POSITIVE_COUNT, Kind, key_value, one_of
 from .parser import Section, forbid, option
 
@@ -43,7 +41,7 @@ def forbid_coca(flag: str, model: str | None) -> None:
 class AdapterOptions(Section, title="adapters"):
     adapter: str | None = option(
         None, "Train adapters in both towers and the fusion layers, and heads, but nothing else: lora, on attention's "
-        "weights, or bottleneck, behind each attention and MLP. docs/peft.md has more.", one_of(*KINDS))
+        "weights, or bottleneck, behind each attention and MLP. docs/peft.md has more.", one_of("lora", "bottleneck"))
     adapter_rank: int | None = option(
         None, "Their rank. Without it: 8 of lora, 64 of bottleneck.", POSITIVE_COUNT, needs="adapter")
 

@@ -46,7 +46,8 @@ def build_model(
 ) -> Built:  # fmt: skip
     """The model of a run with its weights, its transform for evaluation and its tokenizer, or a UserError.
 
-    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction`, `siglip` and adapters where there are any.
+    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction`, `siglip` and adapters where there are
+        any.
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
     filled: False leaves the weights for a checkpoint to fill.
     task: of a fusion model, what it is for instead of pre-training. answers: that a METER model tells apart.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -191,3 +192,11 @@ def test_a_profile_names_adapters(kind):
         with pytest.raises(ProfileError, match="An adapter is lora or bottleneck") as error:
             Candidate.parse(f"ViT-S-16-ELIP:{wrong}")
         assert_one_sentence(error)
+
+
+def test_without_peft_one_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "open_clip_elip.lora", raising=False)
+    with pytest.raises(ModelError, match=r"pip install 'open_clip_elip\[peft\]'") as error:
+        create(describe("ViT-S-16-ELIP").with_adapter("lora"), device="meta")
+    assert_one_sentence(error)

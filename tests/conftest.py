@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from open_clip_elip.adapters import KINDS
 from open_clip_elip.reduction import METHODS, Layer, ReductionConfig, TokenReduction, register
 from open_clip_elip.reduction.base import run_plainly
 
@@ -21,6 +22,14 @@ def _repeatable():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    """Of adapters."""
+    if request.param == "lora":
+        pytest.importorskip("peft")
+    return request.param
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .adapters import Bottleneck
 from .reduction.attention import add_mlp, asked_once, attend, check_attention, is_lora, project, project_row
 
 
@@ -26,7 +27,7 @@ class DropPath(timm.layers.DropPath):
         return super().forward(x) if torch.is_grad_enabled() else x
 
 
-_NORMS, _SCALES = (openclip.LayerNorm, openclip.LayerNormFp32), (nn.Identity, openclip.LayerScale, DropPath)
+_NORMS, _SCALES = (openclip.LayerNorm, openclip.LayerNormFp32), (nn.Identity, openclip.LayerScale, DropPath, Bottleneck)
 _ACTIVATIONS, _LINEAR = (nn.GELU, openclip.QuickGELU), (nn.Linear, NonDynamicallyQuantizableLinear)
 _TOWERS = (openclip.VisionTransformer, openclip.Transformer, openclip.TextTransformer, HFTextEncoder)
 # What OpenCLIP builds its towers of: a class, its children, and the classes that these may have. None: not looked into.
@@ -36,8 +37,9 @@ _PARTS = {
         "ln_2": _NORMS, "mlp": (nn.Sequential,), "ls_2": _SCALES,
     },
     nn.MultiheadAttention: {"out_proj": _LINEAR[1:]},
+    Bottleneck: {"base_layer": _SCALES, "adapter_down": _LINEAR[:1], "adapter_up": _LINEAR[:1]},
     nn.Sequential: {"c_fc": _LINEAR[:1], "gelu": _ACTIVATIONS, "c_proj": _LINEAR[:1]},
-    **dict.fromkeys((*_NORMS, *_SCALES, *_ACTIVATIONS, *_LINEAR, nn.Embedding), {}),
+    **dict.fromkeys((*_NORMS, *_SCALES[:3], *_ACTIVATIONS, *_LINEAR, nn.Embedding), {}),
     **dict.fromkeys(_TOWERS),
 }  # fmt: skip
 _GLOBAL = (
@@ -54,7 +56,8 @@ def is_untouched(module: nn.Module) -> bool:
     """Whether a module is as OpenCLIP builds it, so that a shortcut may stand in for its forward; asked at every step.
 
     It is not with a hook of any kind on it, a method replaced on it or its class, a parametrization, or a child that is
-    touched or another's: wrapped, replaced, quantised, sharded. Of a tower or a stack of blocks, children do not count.
+    touched or another's: wrapped, replaced, quantised, sharded. Of a tower or a stack of blocks, children do not count;
+    adapters of this package's are in effect everywhere, and change nothing about that.
     """
     if any(getattr(kind, name) is not function for (kind, name), function in _METHODS.items()):
         return False
@@ -68,6 +71,8 @@ def _is_foreign(hook: Callable) -> bool:
 
 def _is_untouched(module: nn.Module) -> bool:
     kind = type(module)
+    if hasattr(kind, "in_effect"):
+        return not any(has_hooks(inner) or "forward" in vars(inner) for inner in module.modules())
     if kind not in _PARTS or has_hooks(module) or not _ATTRIBUTES[kind].isdisjoint(vars(module)):
         return False
     parts, children = _PARTS[kind], module._modules
@@ -77,7 +82,11 @@ def _is_untouched(module: nn.Module) -> bool:
         packed = module._parameters.get("in_proj_weight") is not None and module.bias_k is None
         if not packed or module.add_zero_attn or not module.batch_first or module.dropout:
             return False
-    return all(type(child) in parts[name] and _is_untouched(child) for name, child in children.items())
+    return all(_is_one_of(parts[name], child) and _is_untouched(child) for name, child in children.items())
+
+
+def _is_one_of(kinds: tuple[type, ...], child: nn.Module) -> bool:
+    return type(child) in kinds or nn.MultiheadAttention in kinds and hasattr(child, "in_effect")
 
 
 @asked_once

@@ -21,6 +21,7 @@ from open_clip.model import CLIPVisionCfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 
+from .adapters import KINDS, adapt
 from .clip import TEXT_FIRST, with_shortcuts
 from .reduction import resolve
 from .registry import model_folder, plain_name, registered
@@ -38,7 +39,7 @@ class Identity:
 
     family: str  # "clip", or one of fusion/
     name: str  # as a person gave it: ViT-B-16-ELIP, local-dir:FOLDER, hf-hub:REPOSITORY
-    config: dict[str, Any]  # OpenCLIP's, with all changes in it; `token_reduction` with all its options included
+    config: dict[str, Any]  # OpenCLIP's, with all changes in it; `token_reduction` with all its options, and `adapter`
     preprocess: dict[str, Any]  # OpenCLIP's `preprocess_cfg`: size (height, width), mean, std, ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,6 +57,13 @@ class Identity:
     def token_reduction(self) -> dict[str, Any] | None:
         """{"method": ..., options}, or None."""
         return self.config.get("token_reduction")
+
+    def with_adapter(self, kind: str | None, rank: int | None = None) -> Identity:
+        """With adapters of a kind and its rank (None: the usual one), see `adapters`; without a kind, with none."""
+        config = {key: value for key, value in self.config.items() if key != "adapter"}
+        if kind is not None:
+            config["adapter"] = {"kind": kind, "rank": rank or KINDS[kind]}
+        return replace(self, config=config)
 
 
 # Changes to a model, by their names in `open_clip.create_model_and_transforms`: part of the configuration, and key.
@@ -225,7 +233,10 @@ def create(
         if hasattr(trunk, "set_input_size") and trunk.patch_embed.img_size != size:
             model.visual.set_input_size(size)
         open_clip.model.set_model_preprocess_cfg(model, asdict(_preprocess(identity)))
-        return with_shortcuts(model) if type(model) in TEXT_FIRST else model
+        model = with_shortcuts(model) if type(model) in TEXT_FIRST else model
+        if "adapter" in identity.config:
+            adapt(model, **identity.config["adapter"])
+        return model
 
 
 def tokenizer(identity: Identity, cache_dir: str | None = None) -> Callable:
@@ -281,7 +292,7 @@ def creating(what: str) -> Iterator[None]:
 def _known(identity: Identity, what: str = "") -> Iterator[str]:
     """The name by which open_clip knows the model within it: its own, by which SigLIP's tokenizer is taken."""
     name = "described" if ":" in identity.name else identity.name.replace("/", "-")
-    with creating(identity.name + what), registered(name, identity.config):
+    with creating(identity.name + what), registered(name, identity.with_adapter(None).config):
         yield name
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import hugging_face
+from .adapters import is_adapter, merged
 from .identity import ModelError, creating, describe
 from .registry import DESCRIPTIONS, weights_in_folder
 from .weight_files import BIG_VISION, parts, read_file
@@ -146,6 +147,7 @@ def load(
             + (", fine-tuned for classification" if "head.weight" in state else "")
             + f", and {name} needs both here; training.linear_probe takes it, and training.finetune with --head random."
         )
+    check_adapters(state, own, source)
     before = {key: value.shape for key, value in state.items()}
     try:
         resize_pos_embed(state, model, antialias=not fused)
@@ -157,7 +159,8 @@ def load(
 
     wrong = [key for key, value in state.items() if key in own and value.shape != own[key].shape]
     new, unused = [key for key in own if key not in state], [key for key in state if key not in own]
-    missing, unknown = new, [key for key in unused if key != "logit_bias"]
+    missing = new = [key for key in new if not is_adapter(key)]
+    unknown = [key for key in unused if key != "logit_bias"]
     if tower_only:
         missing = [key for key in new if key.startswith("visual.") and not _PROJECTION.match(key)]
         unknown = [key for key in unused if key.startswith("visual.")]
@@ -184,7 +187,8 @@ def load(
 
 
 def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The state dict in a checkpoint of this trainer or of another: below `state_dict`, `model`, ... or by itself."""
+    """The state dict in a checkpoint of this trainer or of another: below `state_dict`, `model`, ... or by itself. LoRA
+    is merged."""
     inner, found = content, {}
     while True:
         within = {key: value for key, value in inner.items() if isinstance(value, Mapping) and value}
@@ -195,7 +199,7 @@ def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
             break
         inner = within[holding[0]]
     if found:
-        return {name: _whole(value, name, source) for name, value in found.items()}
+        return merged({name: _whole(value, name, source) for name, value in found.items()})
     several = f": {' and '.join(map(str, holding))} each have some; save one of them alone" if holding else ""
     raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}{several}.")
 
@@ -213,6 +217,12 @@ def _whole(value: Tensor, name: str, source: str) -> Tensor:
             "StateDictOptions(full_state_dict=True), of torch.distributed.checkpoint.state_dict."
         )
     return local
+
+
+def check_adapters(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """ModelError for adapters in a file's weights where a model, whose own weights these are, has none."""
+    if any(".adapter_" in name and name not in own for name in state):
+        raise ModelError(f"{source} has bottleneck adapters, which cannot be merged: add --adapter bottleneck.")
 
 
 def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_clip_elip import identity as identities
 from open_clip_elip import weights
+from open_clip_elip.adapters import train_new
 from open_clip_elip.identity import Identity, ModelError
 
 from .distributed import Ranks
@@ -45,7 +46,8 @@ def build_model(
 ) -> Built:  # fmt: skip
     """The model of a run with its weights, its transform for evaluation and its tokenizer, or a UserError.
 
-    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction` and `siglip` where there are any.
+    options: `ModelOptions`, `ImageOptions` and `SpeedOptions`; `token_reduction`, `siglip` and adapters where there are
+        any.
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them.
     filled: False leaves the weights for a checkpoint to fill.
     task: of a fusion model, what it is for instead of pre-training. answers: that a METER model tells apart.
@@ -54,6 +56,8 @@ def build_model(
         logging.warning(f"Most CPUs are slow at --precision {options.precision}; fp32 may be three times as fast.")
     with told():
         identity, cached = identity_of(vars(options)), {"cache_dir": options.cache_dir}
+        if adapter := getattr(options, "adapter", None):
+            identity = identity.with_adapter(adapter, options.adapter_rank)
         if task is not None:
             more = {"task": task} | ({} if answers is None else {"answers": answers})
             identity = replace(identity, config=identity.config | more)
@@ -72,6 +76,8 @@ def build_model(
             model = identities.create(identity, pretrained_text=False, **more)
         transform = identities.transform(identity)
         start(model, options)
+        if adapter and filled and source is None:
+            train_new(model)
     if hasattr(model, "tower"):
         model.tower.shortcuts = options.shortcuts
     if identity.family != "clip":  # else it is compiled whole, see `wrap`; but these texts differ in length
@@ -164,9 +170,11 @@ def identity_of(options: Mapping[str, Any]) -> Identity:
 
 
 def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
-    """The model that a checkpoint of this trainer is of; None: the file does not say. ModelError: it is not known."""
+    """The model that a checkpoint of this trainer is of, but for LoRA, which is merged into the weights as they are
+    read; None: the file does not say. ModelError: it is not known."""
     if isinstance(state.get("model"), Mapping) and "family" in state["model"]:
-        return Identity.from_dict(dict(state["model"]))
+        identity = Identity.from_dict(dict(state["model"]))
+        return identity.with_adapter(None) if identity.config.get("adapter", {}).get("kind") == "lora" else identity
     config = state.get("config")
     if not isinstance(config, Mapping) or not isinstance(config.get("model"), str):
         return None

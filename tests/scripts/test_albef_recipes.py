@@ -17,6 +17,9 @@ FOLDER = Path(__file__).parents[2] / "configs" / "albef"
         ("pretrain", "ALBEF-B-16", 4 * 40, 20, 1000),
         ("pretrain_elip", "ALBEF-B-16-ELIP", 4 * 40, 20, 1000),
         ("pretrain_elip_plus", "ALBEF-B-16-ELIP", 4 * 58, 20, 1000),
+        ("pretrain_elip_amp", "ALBEF-B-16-ELIP", 4 * 40, 20, 1000),
+        ("pretrain_elip_adapter", "ALBEF-B-16-ELIP", 4 * 40, 20, 1000),
+        ("pretrain_elip_lora", "ALBEF-B-16-ELIP", 4 * 40, 20, 1000),
         ("pretrain_upstream", "ALBEF-B-16", 8 * 64, 30, 2000),
     ],
 )
@@ -28,6 +31,8 @@ def test_pretraining(name, model, batch, epochs, warmup, monkeypatch, caplog):
     assert (found.wd, found.beta1, found.beta2, found.eps, found.grad_clip_norm) == (0.02, 0.9, 0.999, 1e-8, None)
     assert (found.queue_size, found.twin_momentum, found.twin_weight, found.twin_dropout) == (65536, 0.995, 0.4, True)
     assert found.train_data.startswith("/data/coco.json::/data/vg.json") and not caplog.messages
+    row = {"amp": ("amp", None), "adapter": ("fp32", "bottleneck"), "lora": ("fp32", "lora")}  # of Table 10
+    assert (found.precision, found.adapter) == row.get(name.rpartition("_")[2], ("fp32", None))
 
 
 @pytest.mark.parametrize(

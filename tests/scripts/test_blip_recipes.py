@@ -18,6 +18,9 @@ FOLDER = Path(__file__).parents[2] / "configs" / "blip"
         ("pretrain", "BLIP-B-16", 4 * 42, 15, 1e-4),
         ("pretrain_elip", "BLIP-B-16-ELIP", 4 * 42, 15, 1e-4),
         ("pretrain_elip_plus", "BLIP-B-16-ELIP", 4 * 56, 15, 1e-4),
+        ("pretrain_elip_amp", "BLIP-B-16-ELIP", 4 * 42, 15, 1e-4),
+        ("pretrain_elip_adapter", "BLIP-B-16-ELIP", 4 * 42, 15, 1e-4),
+        ("pretrain_elip_lora", "BLIP-B-16-ELIP", 4 * 42, 15, 1e-4),
         ("pretrain_upstream", "BLIP-B-16", 8 * 75, 20, 3e-4),
     ],
 )
@@ -30,6 +33,8 @@ def test_pretraining(name, model, batch, epochs, lr, monkeypatch, caplog):
     assert (found.wd, found.beta1, found.beta2, found.eps, found.grad_clip_norm) == (0.05, 0.9, 0.999, 1e-8, None)
     assert (found.queue_size, found.twin_momentum, found.twin_weight, found.twin_dropout) == (57600, 0.995, 0.4, True)
     assert found.train_data.startswith("/data/coco.json::/data/vg.json") and not caplog.messages
+    row = {"amp": ("amp", None), "adapter": ("fp32", "bottleneck"), "lora": ("fp32", "lora")}  # of Table 10
+    assert (found.precision, found.adapter) == row.get(name.rpartition("_")[2], ("fp32", None))
 
 
 @pytest.mark.parametrize(

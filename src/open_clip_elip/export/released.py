@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import weights
+from ..adapters import merged
 from ..identity import ModelError
 
 
@@ -18,11 +19,14 @@ def write_released_form(source: str, out: Path) -> str:
     family, parts = model.get("family"), () if model.get("family") == "meter" else ("twin", "queues")
     if family not in ("albef", "blip", "meter") or "task" in model["config"] or not {*parts} <= task.keys():
         raise ModelError(f"{source} is not of the pre-training of ALBEF, BLIP or METER, which alone has this form.")
+    if model["config"].get("adapter", {}).get("kind") == "bottleneck":
+        raise ModelError(f"{source} has bottleneck adapters, for which this form has no place.")
+    own = merged(state["state_dict"])
     if family == "meter":  # its files are Lightning's
-        content = {"state_dict": write_released(state["state_dict"], {}, METER)}
+        content = {"state_dict": write_released(own, {}, METER)}
     else:
         names = BLIP if family == "blip" else albef(model["config"]["text_cfg"]["fusion_layer"])
-        released = write_released(state["state_dict"], task["twin"], names)
+        released = write_released(own, merged(task["twin"]), names)
         released |= {f"{name}_queue": task["queues"][f"{name}.columns"] for name in ("image", "text")}
         content = {"model": released | {"queue_ptr": task["queues"]["image.pointer"]}}
     torch.save(content, out)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
+from ..adapters import Bottleneck
 from ..blocks import DropPath
 from ..clip import make_reduction
 from ..tower import ImageTower
@@ -69,8 +70,10 @@ class FusionModel(nn.Module):
         from 0 on. 0 changes nothing."""
         blocks = self.visual.transformer.resblocks
         for block, own in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
-            if own:
-                block.ls_1, block.ls_2 = DropPath(own), DropPath(own)
+            for name in ("ls_1", "ls_2") if own else ():
+                end = getattr(block, name)
+                place = (end, "base_layer") if isinstance(end, Bottleneck) else (block, name)
+                setattr(*place, DropPath(own))
 
     def own_names(self, state: Mapping[str, Tensor]) -> Released:
         """Weights of a released file, or of this model, by the names that they have here."""

@@ -210,6 +210,9 @@ def _see(own: nn.Module, query: Tensor, seen: Memory) -> Tensor:
     """Attention of P texts, (P, L, D), to M images, P / M of them to each, as if these were one text."""
     asking = _heads(own, query.reshape(len(seen.keys), -1, query.shape[2]))
     dropout = own.dropout.p if own.training else 0.0
+    if seen.values is None and not all(isinstance(one, nn.Linear) for one in (own.key, own.value)):
+        # LoRA by peft, whose `weight` is that below it.
+        seen = Memory(_heads(own, own.key(seen.keys)), _heads(own, own.value(seen.keys)), seen.mask)
     if seen.values is None:
         out = _look(own, asking, seen, dropout)
     else:

@@ -9,6 +9,7 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from .. import weights
+from ..adapters import is_adapter, merged
 from ..identity import ModelError
 from .base import FusionModel
 
@@ -84,6 +85,7 @@ def start_task(model: FusionModel, content: Mapping[str, Any], source: str) -> S
     """
     found, own = model.own_names(weights.tensors(content, source)), model.state_dict()
     state = model.from_pretraining(found.model)
+    weights.check_adapters(state, own, source)
     unused = [name for name in state if name not in own]
     idle = [name for name in unused if name.startswith(model.IDLE)]
     if wrong := next((name for name in unused if name not in idle and name.startswith(_PARTS)), None):
@@ -100,7 +102,7 @@ def start_task(model: FusionModel, content: Mapping[str, Any], source: str) -> S
 
     state, twin = (
         {name: value for name, value in one.items() if name in own}
-        for one in (state, model.from_pretraining(task.get("twin", found.twin)))
+        for one in (state, model.from_pretraining(merged(task.get("twin", found.twin))))
     )
     key = "visual.positional_embedding"
     before, after = len(state.get(key, ())), len(own[key])
@@ -126,7 +128,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], source: str, parts: str | 
             there = "no weight of that name" if name not in own else f"{tuple(own[name].shape)}"
             raise ModelError(f"{source} does not fit this model: its {name} is {tuple(value.shape)}, here is {there}.")
     model.load_state_dict(state, strict=False)
-    return [name for name in own if name.startswith(parts) and name not in state]
+    return [name for name in own if name.startswith(parts) and name not in state and not is_adapter(name)]
 
 
 def _unavailable(source: str, error: Exception) -> ModelError:

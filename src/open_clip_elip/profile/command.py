@@ -5,6 +5,7 @@
     python -m open_clip_elip.profile ViT-L-14 ViT-L-14-ELIP --no-time --markdown cost.md --plot cost.png
 
 A model is NAME, or NAME:option=value,... with options of the token reduction, such as lam=0.5 or keep_ratio=1,.9,.5,.4;
+adapter=lora,rank=16 or adapter=bottleneck trains nothing but adapters and heads;
 shortcuts=true runs a plain OpenCLIP model with this package's exact shortcuts. Ratios are to the first model.
 """
 from __future__ import annotations

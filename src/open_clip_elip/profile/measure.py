@@ -107,7 +107,7 @@ def peak_bytes(step: TrainStep, inputs: Any) -> int:
     None."""
     model, optimizer = getattr(step, "resident", step.model), step.optimizer
     if not optimizer.state:  # is made by a step on gradients that are zero
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
             p.grad = torch.zeros_like(p)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

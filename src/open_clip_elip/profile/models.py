@@ -15,6 +15,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
+from ..adapters import KINDS
 from ..clip import without_token_reduction
 from ..identity import Identity, create, describe
 from ..text import _pool_type, text_tower
@@ -44,7 +45,11 @@ class Candidate(NamedTuple):
         shortcuts = options.pop("shortcuts", None)
         if shortcuts not in (True, False, None):
             raise ProfileError(f"shortcuts is true or false in {text!r}.")
-        return cls(text, describe(name, token_reduction=options or None, force_image_size=image_size), shortcuts)
+        kind, rank = options.pop("adapter", None), options.pop("rank", None)
+        if kind not in (*KINDS, None) or rank is not None and not (kind and type(rank) is int and rank > 0):
+            raise ProfileError(f"An adapter is {' or '.join(KINDS)}, and has a whole rank, in {text!r}.")
+        identity = describe(name, token_reduction=options or None, force_image_size=image_size)
+        return cls(text, identity.with_adapter(kind, rank), shortcuts)
 
     @property
     def fuses(self) -> bool:

@@ -27,6 +27,8 @@ def asked_once(question: Callable) -> Callable:
 def in_effect(attn: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The weights in effect, with gradient to what makes them up: packed (3D, D) and bias (3D,), then those of the
     output projection, (D, D) and (D,), a module that `attn` does not call either."""
+    if hasattr(attn, "in_effect"):  # this package's own LoRA
+        return attn.in_effect()
     if not is_lora(attn):  # of a parametrized module these are the effective ones
         return attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias
     base, is_merged = attn.base_layer, attn.merged or attn.disable_adapters
@@ -42,7 +44,8 @@ def in_effect(attn: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | 
 
 def is_lora(attn: nn.Module) -> bool:
     """Whether it is peft's wrapper of `nn.MultiheadAttention`, whose own `in_proj_weight` is the one below adapters."""
-    return (type(attn).__module__, type(attn).__name__) == ("peft.tuners.lora.layer", "MultiheadAttention")
+    wrapper = ("peft.tuners.lora.layer", "MultiheadAttention")
+    return any((kind.__module__, kind.__name__) == wrapper for kind in type(attn).__mro__)
 
 
 def check_blocks(blocks: Sequence[nn.Module]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .data import IMAGE_DECODE
 from .fusion import NO_FSDP, ListOptions, QueueOptions, RegularizationOptions, TwinOptions
 from .kinds import COUNT, POSITIVE_COUNT, one_of
-from .model import ImageOptions, ModelOptions, TokenReductionOptions
+from .model import AdapterOptions, ImageOptions, ModelOptions, TokenReductionOptions
 from .parser import Section, forbid, option
 from .run import TrainingOptions
 
@@ -67,7 +67,7 @@ class TaskOptions(Section, title="task"):
 
 @dataclass
 class DownstreamOptions(
-    TaskOptions, ListOptions, ModelOptions, TokenReductionOptions, TwinOptions, QueueOptions,
+    TaskOptions, ListOptions, ModelOptions, AdapterOptions, TokenReductionOptions, TwinOptions, QueueOptions,
     RegularizationOptions, ImageOptions, TrainingOptions,
     command="training.downstream",
 ):  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from .kinds import COUNT, FRACTION, FRACTION_BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, one_of
-from .model import ImageOptions, ModelOptions, TokenReductionOptions
+from .model import AdapterOptions, ImageOptions, ModelOptions, TokenReductionOptions
 from .parser import Section, forbid, option
 from .run import TrainingOptions
 
@@ -80,8 +80,8 @@ class AugmentationOptions(Section, title="augmentation", needs="trains"):
 
 @dataclass
 class FinetuningOptions(
-    LabelledDataOptions, ClassificationOptions, AugmentationOptions, ModelOptions, TokenReductionOptions, ImageOptions,
-    TrainingOptions,
+    LabelledDataOptions, ClassificationOptions, AugmentationOptions, ModelOptions, AdapterOptions,
+    TokenReductionOptions, ImageOptions, TrainingOptions,
     command="training.finetune",
 ):  # fmt: skip
     model: str | None = None
@@ -113,6 +113,7 @@ class FinetuningOptions(
         forbid(not has_weights, missing)
         missing = "--wise-ft starts from the zero-shot classifier, so it needs --head zero-shot."
         forbid(self.wise_ft and named and self.head != "zero-shot", missing)
+        forbid(self.wise_ft and self.adapter, "--wise-ft mixes whole weights, not --adapter's: leave one out.")
         missing = "--wise-ft needs the fine-tuned weights: give their checkpoint in --resume."
         forbid(self.wise_ft and self.evaluate and not loads, missing)
         missing = "--wise-ft-save needs --wise-ft, and a run folder in --logs."

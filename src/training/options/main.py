@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .data import PairOptions
 from .fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
 from .kinds import COUNT, POSITIVE_COUNT, one_of
-from .model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
+from .model import AdapterOptions, ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
 from .parser import Section, forbid, option
 from .run import DURATION, TrainingOptions
 
@@ -71,7 +71,7 @@ class ValidationOptions(Section, title="evaluation"):
 
 @dataclass
 class PretrainingOptions(
-    PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, ImageOptions,
+    PairOptions, ValidationOptions, ModelOptions, AdapterOptions, LockingOptions, TokenReductionOptions, ImageOptions,
     ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, RegularizationOptions, TrainingOptions,
     command="training.main",
 ):  # fmt: skip
@@ -97,3 +97,6 @@ class PretrainingOptions(
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
         data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"
         forbid(not (self.trains or evaluates), f"There is nothing to do: give {data}.")
+        starts = self.pretrained or self.start_image or self.start_text or self.pretrained_image or ":" in self.model
+        given = "--pretrained, or --start-image and --start-text"
+        forbid(self.adapter and not starts, f"--adapter adapts weights that are there: give {given}.")

@@ -45,6 +45,18 @@ def forbid_coca(flag: str, model: str | None) -> None:
 
 
 @dataclass
+class AdapterOptions(Section, title="adapters"):
+    adapter: str | None = option(
+        None, "Train adapters in both towers and the fusion layers, and heads, but nothing else: lora, on attention's "
+        "weights, or bottleneck, behind each attention and MLP. docs/peft.md has more.", one_of("lora", "bottleneck"))
+    adapter_rank: int | None = option(
+        None, "Their rank. Without it: 8 of lora, 64 of bottleneck.", POSITIVE_COUNT, needs="adapter")
+
+    def check(self) -> None:
+        forbid(self.adapter and self.fsdp, "--adapter leaves little to split: leave out --fsdp.")
+
+
+@dataclass
 class LockingOptions(Section, title="locked towers", needs="trains !fusion_models"):
     lock_image: bool = option(False, "Do not train the image tower.")
     lock_image_unlocked_groups: int = option(0, "Train the last N groups of a locked tower.", COUNT, needs="lock_image")

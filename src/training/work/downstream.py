@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # transformers is imported only where such a model is used
     from open_clip_elip.fusion.start import Start
 
 # What a model of a task is. With --evaluate --resume, what is not given of it is as in the checkpoint.
-_OF_MODEL = ("task", "model", "vision_guided_reduction", "ema_decay", *identities.CHANGES)
+_OF_MODEL = ("task", "model", "vision_guided_reduction", "ema_decay", "adapter", "adapter_rank", *identities.CHANGES)
 
 
 def work(options: DownstreamOptions, ranks: Ranks, argv: Sequence[str]) -> None:

@@ -33,7 +33,8 @@ from ..tasks.classification import ClassificationTask, Classifier, add_drop_path
 
 # What a classifier is. With --evaluate and without --model, these options are as in the checkpoint.
 _OF_CLASSIFIER = (
-    "model", "pretrained", "pretrained_image", "head", "vision_guided_reduction", "ema_decay", *identities.CHANGES,
+    "model", "pretrained", "pretrained_image", "head", "vision_guided_reduction", "ema_decay", "adapter",
+    "adapter_rank", *identities.CHANGES,
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ COCA_WEIGHTS = {"coca_caption_loss_weight", "coca_contrastive_loss_weight"}
 REFUSED = {"horovod", "use_bnb_linear", "torchscript", "trace"} | COCA_WEIGHTS
 CHANGED = {"local_loss": True, "gather_with_grad": True}
 NEW_DEFAULTS = dict.fromkeys(
+    "adapter adapter_rank "
     "token_reduction full_tokens_last global_batch zeroshot_data progress duration layer_decay ema_decay "
     "save_every_n_steps save_every_n_minutes keep_last val_rerank start_image start_text text_tokenizer "
     "image_root".split()

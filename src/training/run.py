@@ -138,4 +138,6 @@ def _in_words(parts: Parts) -> str:
     tower = getattr(parts.model, "tower", None)
     if tower is not None and tower.reduction is not None:
         text += f", RRT in training {tower.rrt():.1%} (tokens per layer {tower.token_counts()})"
+    if (texts := getattr(parts.model, "text_reduction", None)) is not None:
+        text += f", {texts.keep:.0%} of the text tokens in the second half of the layers ({texts.rule})"
     return text

@@ -23,6 +23,7 @@ MEAN = 14.5  # tokens, start and end included: web captions such as CC3M's
 SPREAD = 0.4  # standard deviation of the logarithm: 5 in 100 captions have more than twice the median
 SHORTEST = 3
 USUAL_CONTEXT = 77
+TEXT_OPTIONS = (("rule", "reduction"), ("keep", "keep"))  # of text reduction, and their names behind `text_`
 
 
 class ProfileError(ValueError):
@@ -31,7 +32,7 @@ class ProfileError(ValueError):
 
 class Candidate(NamedTuple):
     """A model by the `label` that a person wrote; `shortcuts`: whether it runs with this package's exact shortcuts.
-    None: a model with token reduction does, a plain one runs as OpenCLIP, or the released program, runs it."""
+    None: a model that reduces tokens does, a plain one runs as OpenCLIP, or the released program, runs it."""
 
     label: str
     identity: Identity
@@ -39,8 +40,9 @@ class Candidate(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, image_size: int | None = None) -> Candidate:
-        """`NAME[:option=value,...]`, the options being those of the token reduction; numbers of a list are separated by
-        commas too. Raises ProfileError or ModelError if that cannot be read, or there is no such model."""
+        """`NAME[:option=value,...]`, the options being those of the token reduction, `text_reduction` (a rule),
+        `text_keep` and `shortcuts`; numbers of a list are separated by commas too. Raises ProfileError or ModelError if
+        that cannot be read, or there is no such model."""
         name, _, tail = text.rpartition(":")
         if not name or "=" not in tail:
             name, tail = text, ""
@@ -54,7 +56,9 @@ class Candidate(NamedTuple):
         shortcuts = options.pop("shortcuts", None)
         if shortcuts not in (True, False, None):
             raise ProfileError(f"shortcuts is true or false in {text!r}.")
-        return cls(text, describe(name, token_reduction=options or None, force_image_size=image_size), shortcuts)
+        texts = {key: options.pop(f"text_{old}") for key, old in TEXT_OPTIONS if f"text_{old}" in options}
+        more = {"token_reduction": options or None, "text_reduction": texts or None}
+        return cls(text, describe(name, force_image_size=image_size, **more), shortcuts)
 
     @property
     def fuses(self) -> bool:
@@ -65,14 +69,18 @@ class Candidate(NamedTuple):
         """In this project's trainer: a plain fusion model is the released one."""
         if self.shortcuts is not None:
             return self.shortcuts
-        return not self.fuses or self.identity.token_reduction is not None
+        return not self.fuses or self.reduces
+
+    @property
+    def reduces(self) -> bool:
+        return self.identity.token_reduction is not None or "text_reduction" in self.identity.config
 
     def build(self, device: torch.device | str, precision: str = "fp32") -> nn.Module:
         """In training mode, weights at random; raises ModelError if it cannot be made."""
         model = create(self.identity, device=device, precision=precision, pretrained_text=False)
         if self.shortcuts is not None or self.fuses:
             model.tower.shortcuts = self.takes_shortcuts
-        elif self.identity.token_reduction is None and hasattr(model, "tower"):
+        elif not self.reduces and hasattr(model, "tower"):
             model = without_token_reduction(model)  # OpenCLIP's own class
         return model.train()
 

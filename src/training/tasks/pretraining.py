@@ -11,7 +11,14 @@ from ..options import TrainingOptions
 from ..options.data import PairOptions
 from ..options.fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
 from ..options.kinds import COUNT, POSITIVE_COUNT, one_of
-from ..options.model import ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
+from ..options.model import (
+    ImageOptions,
+    LockingOptions,
+    ModelOptions,
+    TextReductionOptions,
+    TokenReductionOptions,
+    forbid_coca,
+)
 from ..options.parser import Section, forbid, option
 from ..options.run import DURATION
 
@@ -73,8 +80,9 @@ class ValidationOptions(Section, title="evaluation"):
 
 @dataclass
 class PretrainingOptions(
-    PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, ImageOptions,
-    ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, RegularizationOptions, TrainingOptions,
+    PairOptions, ValidationOptions, ModelOptions, LockingOptions, TokenReductionOptions, TextReductionOptions,
+    ImageOptions, ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, RegularizationOptions,
+    TrainingOptions,
     command="training.main",
 ):  # fmt: skip
     @property

@@ -1,4 +1,4 @@
-"""Text tokens that go halfway: the fusion models against a reference in float64, one text at a time, without padding."""
+"""Text tokens that go halfway: fusion models against a reference in float64, one text at a time, without padding."""
 from __future__ import annotations
 
 import copy

@@ -138,6 +138,7 @@ def _settle_batch(options: TrainingOptions, ranks: Ranks, build: Build, resume: 
         else:
             options.batch_size, sentence = find_batch_size(options, ranks, build)
             sentences.append(sentence)
+        options.memory = None  # of no use beside the number
     sentences.append(options.scale_lr(ranks.world_size))
     return [sentence for sentence in sentences if sentence]
 

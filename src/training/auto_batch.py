@@ -91,6 +91,7 @@ class Trials:
     def peak(self, size: int) -> float:
         """Bytes that a step with batches of this size needs; infinity if it does not fit the device."""
         options, trainer = replace(self.trainer.options, batch_size=size), self.trainer
+        self.window = []  # that of the trial before
         self.model.train()
         try:
             batches = replace(self.data, options=options).epoch(0)

@@ -124,9 +124,10 @@ def test_alignment_is_that_of_the_reference(family, rule, shortcuts):
     logits = model.match(states, text, memory, which, texts=of, tokens=tokens, how=how)
     weight, expected = embed.word_embeddings.weight, []
     for p, (b, i) in enumerate(zip(of.tolist(), looks, strict=True)):
-        layers, half, x = model.fusion, 0, states[b, : LENGTHS[b]]
         if blip:
             layers, half, x = encoder, 2, embed(begun[b : b + 1, : LENGTHS[b]])[0]
+        else:
+            layers, half, x = model.fusion, 0, states[b, : LENGTHS[b]]
         x, where = through(rule, layers, half, x, images[i], images[i, 0], DRAWS[12, 9][p])
         assert len(where) == {9: 5, 2: 2, 6: 4, 4: 2}[LENGTHS[b]]
         expected.append(model.itm_head(x[0]))

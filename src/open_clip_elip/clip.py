@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .blocks import is_traced, is_untouched
 from .reduction import METHODS, TokenReduction, check_blocks, resolve
+from .reduction.text import TextReduction
 from .text import TextParts, can_cut, cut_text, encode_parts
 from .tower import ImageTower
 
@@ -34,8 +35,15 @@ class TextFirst(nn.Module):
       without copies (see `blocks.py`); what does not allow it, or was changed, runs as OpenCLIP runs it.
     """
 
-    def __init__(self, *args, token_reduction: dict | None = None, **kwargs):
+    text_reduction: TextReduction | None = None  # how captions lose tokens in training; None: they do not
+
+    def __init__(self, *args, token_reduction: dict | None = None, text_reduction: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if text_reduction is not None:
+            self.text_reduction = TextReduction(**text_reduction)
+            if self.text_reduction.rule == "learned":
+                raise ValueError("A CLIP model reads captions without the image: text reduction is post or random.")
+            self._check_text()
         self._tower = ImageTower(self.visual, make_reduction(self.visual, token_reduction or {"method": "none"}))
 
     @property
@@ -54,8 +62,11 @@ class TextFirst(nn.Module):
         """(B, T) token ids, or what `cut_text` makes of them, to (B, embed_dim), of unit length with `normalize`.
 
         Token ids are cut here, except where a training step would wait for a GPU, or in a compiled graph. Nothing is
-        cut while a graph is traced or exported, which is to fit other captions too.
+        cut while a graph is traced or exported, which is to fit other captions too. In training mode they are reduced.
         """
+        fewer = self.text_reduction if self.training and self.tower.reduces else None
+        if fewer is not None:
+            self._check_text()
         if isinstance(text, TextParts):
             text = text if can_cut(self) else text.whole(self.context_length)
         elif self.tower.shortcuts and not is_traced():
@@ -64,10 +75,18 @@ class TextFirst(nn.Module):
                 text = cut_text(text, self)
             elif can_cut(self):
                 text = TextParts((text,), torch.arange(len(text), device=text.device))
+        if fewer is not None and not isinstance(text, TextParts):
+            text = TextParts((text,), torch.arange(len(text), device=text.device))
         if not isinstance(text, TextParts):
             return super().encode_text(text, normalize=normalize)
-        features = encode_parts(self, text)
+        features = encode_parts(self, text, fewer)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _check_text(self) -> None:
+        if not can_cut(self):
+            raise ValueError(
+                "Text reduction needs OpenCLIP's own text tower, causal, pooled at the end of text and unchanged."
+            )
 
     def encode_image(
         self, image: Tensor, normalize: bool = False, guidance: Tensor | None = None, reduce: bool | None = None

@@ -24,6 +24,7 @@ from torch import nn
 from .adapters import KINDS, adapt
 from .clip import TEXT_FIRST, with_shortcuts
 from .reduction import resolve
+from .reduction.text import TextReduction
 from .registry import model_folder, plain_name, registered
 
 FAMILIES = ("clip", "albef", "blip", "meter")
@@ -39,7 +40,7 @@ class Identity:
 
     family: str  # "clip", or one of fusion/
     name: str  # as a person gave it: ViT-B-16-ELIP, local-dir:FOLDER, hf-hub:REPOSITORY
-    config: dict[str, Any]  # OpenCLIP's, with all changes in it; `token_reduction` with all its options, and `adapter`
+    config: dict[str, Any]  # OpenCLIP's, with all changes in it, all options of token and text reduction, and `adapter`
     preprocess: dict[str, Any]  # OpenCLIP's `preprocess_cfg`: size (height, width), mean, std, ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def describe(
     *,
     pretrained: str | None = None,
     token_reduction: dict[str, Any] | None = None,
+    text_reduction: dict[str, Any] | None = None,
     cache_dir: str | None = None,
     **changes: Any,
 ) -> Identity:
@@ -91,6 +93,7 @@ def describe(
         name: one of `open_clip.list_models()`, `local-dir:FOLDER` or `hf-hub:REPOSITORY`.
         pretrained: a tag of open_clip's brings the preprocessing that its weights were trained with.
         token_reduction: {"method": ..., options}; without a method, options that change the model's own. "none": none.
+        text_reduction: {"rule": ..., "keep": ...}, see `reduction.text.TextReduction`; None: the model's own.
         changes: see `CHANGES`; None or False: no change.
     """
     with creating(name):
@@ -119,6 +122,11 @@ def describe(
     resolved = _resolve_reduction(name, own, token_reduction or own)
     if resolved is not None:
         config["token_reduction"] = resolved
+    if found := text_reduction or config.get("text_reduction"):
+        try:
+            config["text_reduction"] = asdict(TextReduction(**found))
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"Text reduction of {name}: {error}") from error
     config, preprocess = json.loads(json.dumps([config, preprocess]))  # lists for tuples
     return Identity(config.get("family", "clip"), name, config, preprocess)
 

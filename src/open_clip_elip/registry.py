@@ -39,24 +39,27 @@ def plain_name(name: str) -> str:
 
 
 def _builder(plain: type):
-    def build(*args, token_reduction: dict | None = None, family: str = "clip", **kwargs):
+    def build(
+        *args, token_reduction: dict | None = None, text_reduction: dict | None = None, family: str = "clip", **kwargs
+    ):
+        reductions = {"token_reduction": token_reduction, "text_reduction": text_reduction}
         if family != "clip":
-            return _build_fusion(family, token_reduction=token_reduction, **kwargs)
-        if token_reduction is None or token_reduction.get("method") == "none":
+            return _build_fusion(family, **reductions, **kwargs)
+        if text_reduction is None and (token_reduction is None or token_reduction.get("method") == "none"):
             return plain(*args, **kwargs)
         from .clip import TEXT_FIRST  # which may be what imports open_clip, and so this module
 
         if plain not in TEXT_FIRST:
             raise ValueError(f"Token reduction is for contrastive models; {plain.__name__} captions from all tokens.")
-        return TEXT_FIRST[plain](*args, token_reduction=token_reduction, **kwargs)
+        return TEXT_FIRST[plain](*args, **reductions, **kwargs)
 
     build.__name__ = plain.__name__  # create_model logs it
     return build
 
 
 def _build_fusion(
-    family: str, *, token_reduction: dict | None, task: str = "pretraining", answers: list[str] | None = None,
-    **config: Any,
+    family: str, *, token_reduction: dict | None, text_reduction: dict | None, task: str = "pretraining",
+    answers: list[str] | None = None, **config: Any,
 ):  # fmt: skip
     """A model of `fusion/` from what open_clip calls a CLIP model with."""
     try:
@@ -67,7 +70,7 @@ def _build_fusion(
         ) from error
     parts = (config[name] for name in ("embed_dim", "vision_cfg", "text_cfg"))
     reduction = None if (token_reduction or {}).get("method") == "none" else token_reduction
-    return build(family, task, *parts, reduction, answers)
+    return build(family, task, *parts, reduction, answers, text_reduction)
 
 
 @contextmanager

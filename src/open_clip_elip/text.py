@@ -17,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .blocks import is_sharded, is_untouched, run_in_place
 from .reduction.attention import add_attention, add_mlp, asked_once, attention, in_effect, project_some, split_heads
+from .reduction.merge import gather_tokens
+from .reduction.text import TextReduction
 
 MAX_PARTS = 4
 # Of compiled models: each shape of the captions is compiled once, so there must not be too many.
@@ -106,8 +108,9 @@ def end_of_text(tower: nn.Module, text: Tensor) -> Tensor:
     return text.argmax(dim=-1)  # the end-of-text token has the highest number
 
 
-def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
-    """Text features (B, embed_dim), not normalized, in the batch's order, of a model for which `can_cut`.
+def encode_parts(model: nn.Module, text: TextParts, fewer: TextReduction | None = None) -> Tensor:
+    """Text features (B, embed_dim), not normalized, in the batch's order, of a model for which `can_cut`; `fewer`
+    tokens, if that is given, in the second half of the layers.
 
     The captions of all parts are rows of one matrix (R, D), so that a layer is one product with each of its weights;
     only in the attention is each part by itself.
@@ -120,8 +123,11 @@ def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
     places, ends = tower.positional_embedding.to(dtype), [end_of_text(tower, part) for part in text.parts]
     parts = [rows.view(*shape, -1) + places[: shape[1]] for rows, shape in zip(x.split(lengths), shapes, strict=True)]
     x = torch.cat([part.flatten(0, 1) for part in parts])
-    *before, last = transformer.resblocks
-    for block, function, more in (*((block, _run, ()) for block in before), (last, _run_at, (ends,))):
+    layers = len(transformer.resblocks)
+    for number, block in enumerate(transformer.resblocks):
+        if fewer is not None and number == layers // 2:
+            x, shapes, ends = _leave(fewer, x, shapes, ends)
+        function, more = (_run_at, (ends,)) if number == layers - 1 else (_run, ())
         run = partial(run_in_place, function=function) if hasattr(block, "unshard") else function
         if transformer.grad_checkpointing and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
@@ -130,6 +136,21 @@ def encode_parts(model: nn.Module, text: TextParts) -> Tensor:
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _leave(
+    fewer: TextReduction, x: Tensor, shapes: Sequence[tuple[int, int]], ends: Sequence[Tensor]
+) -> tuple[Tensor, list[tuple[int, int]], list[Tensor]]:
+    """Of `x` (R, D), as in `_run`, what is left, in order; its shapes, and where the captions end in it."""
+    parts, short, places = [], [], []
+    for rows, (b, t), end in zip(x.split([b * t for b, t in shapes]), shapes, ends, strict=True):
+        place = torch.arange(t, device=x.device)
+        columns, kept = fewer.choose(place <= end[:, None], place == end[:, None])
+        columns = columns.masked_fill(~kept, t).sort(dim=1).values.clamp(max=t - 1)  # a token sees those before it
+        parts.append(gather_tokens(rows.view(b, t, -1), columns).flatten(0, 1))
+        short.append(tuple(columns.shape))
+        places.append(kept.sum(dim=1) - 1)
+    return torch.cat(parts), short, places
 
 
 def _run(block: nn.Module, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:

@@ -166,7 +166,12 @@ def identity_of(options: Mapping[str, Any]) -> Identity:
     changes = {name: options.get(name) for name in (*identities.CHANGES, "pretrained", "cache_dir")}
     if options.get("siglip"):
         changes |= {"init_logit_scale": math.log(10), "init_logit_bias": -10}  # the SigLIP paper's
-    return identities.describe(options["model"], token_reduction=reduction_of(options), **changes)
+    texts = None
+    if options.get("text_reduction"):
+        texts = {"rule": options["text_reduction"], "keep": options["text_keep"]}
+    return identities.describe(
+        options["model"], token_reduction=reduction_of(options), text_reduction=texts, **changes
+    )
 
 
 def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:

@@ -14,6 +14,7 @@ from torch import nn
 from open_clip_elip.identity import Identity
 
 from . import checkpoint, run_folder
+from .auto_batch import find_batch_size
 from .data import TrainData
 from .distributed import Ranks
 from .ema import Ema
@@ -22,6 +23,7 @@ from .log import RunLog, setup_logging
 from .models import check_words, wrap
 from .optim import create_optimizer
 from .options import TrainingOptions, resolved
+from .options.run import AUTO
 from .remote import RemoteSync
 from .sharding import check_optimizer
 from .tasks.base import Engine, Task
@@ -69,6 +71,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
                 resume = run_folder.find_resume(options, folder)
         resume = ranks.broadcast(resume)
 
+        sentences = _settle_batch(options, ranks, build, resume)
         parts = build(options, ranks, resume)
         model, task = parts.model, parts.task
         described = {"config": resolved(options), "model": parts.identity.to_dict()}
@@ -96,7 +99,8 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
             log_file = folder / (f"out-{ranks.rank}" if options.log_local else "out.log")
         setup_logging(logging.DEBUG if options.debug else logging.INFO, log_file, console=ranks.is_main)
         logging.info(f"{ranks.world_size} process(es), {ranks.device}, precision {options.precision}.")
-        logging.info(_in_words(parts))
+        for sentence in (_in_words(parts), *sentences):
+            logging.info(sentence)
         if resume is not None:
             logging.info(f"Continuing from {resume}" + (f", after step {trainer.steps}." if trainer else "."))
         with ranks.agree():
@@ -121,6 +125,24 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
         logging.info(f"The run is in {folder}.")
 
 
+def _settle_batch(options: TrainingOptions, ranks: Ranks, build: Build, resume: str | None) -> list[str]:
+    """Gives the options the numbers behind `--batch-size auto`, a continued run's own, and `--lr-base-batch`; returns
+    what to say of it."""
+    sentences: list[str | None] = []
+    if options.batch_size == AUTO:
+        with ranks.agree():
+            plan = checkpoint.load(resume).get("plan") if ranks.is_main and resume is not None else None
+        if (plan := ranks.broadcast(plan)) is not None:
+            options.batch_size = plan["batch_size"]
+            sentences.append(f"--batch-size auto: {options.batch_size}, as in the run that goes on.")
+        else:
+            options.batch_size, sentence = find_batch_size(options, ranks, build)
+            sentences.append(sentence)
+        options.memory = None  # of no use beside the number
+    sentences.append(options.scale_lr(ranks.world_size))
+    return [sentence for sentence in sentences if sentence]
+
+
 def _continue(resume: str, trainer: Trainer | None, parts: Parts, options: TrainingOptions) -> Ema | None:
     """Loads a checkpoint to train on from, or without a trainer to evaluate, with its averages."""
     state = checkpoint.load(resume)
@@ -138,4 +160,6 @@ def _in_words(parts: Parts) -> str:
     tower = getattr(parts.model, "tower", None)
     if tower is not None and tower.reduction is not None:
         text += f", RRT in training {tower.rrt():.1%} (tokens per layer {tower.token_counts()})"
+    if (texts := getattr(parts.model, "text_reduction", None)) is not None:
+        text += f", {texts.keep:.0%} of the text tokens in the second half of the layers ({texts.rule})"
     return text

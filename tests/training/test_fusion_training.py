@@ -33,12 +33,14 @@ def albef(shards, logs, model, *more, name="run"):
 
 SETTINGS = {
     "plain": ([], [3, 7]),
-    "accumulation, last step of an epoch": (["--batch-size", "4", "--accum-freq", "2", "--workers", "2"], [5]),
+    "accumulation, last step of an epoch, fewer text tokens": (
+        ["--batch-size", "4", "--accum-freq", "2", "--workers", "2", "--text-reduction", "random"], [5],
+    ),
     "amp_bf16, checkpointing, averages": (
         ["--precision", "amp_bf16", "--grad-checkpointing", "--ema-decay", "0.9", "--grad-clip-norm", "1"], [6],
     ),
-    "evit, no answers of the twin, no dropout of it": (
-        ["--token-reduction", "evit", "--twin-weight", "0", "--no-twin-dropout"], [4],
+    "evit, no answers of the twin, no dropout of it, the image chooses among text tokens": (
+        ["--token-reduction", "evit", "--twin-weight", "0", "--no-twin-dropout", "--text-reduction", "learned"], [4],
     ),
 }  # fmt: skip
 

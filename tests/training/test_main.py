@@ -82,6 +82,7 @@ def test_an_openclip_checkpoint_is_continued(shards, tmp_path):
         ["--token-reduction", "none"],
         ["--token-reduction", "lam=0.3", "keep_count=16,12,8,4", "merge=false", "text_scale=none"],
         ["--force-patch-dropout", "0.5"],
+        ["--text-reduction", "post", "--text-keep", "0.5"],
         ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--opt", "timm/lamb", "--lr", "1e-3"],
         ["--distill-model", "Tiny", "--distill-pretrained", ""],
     ],

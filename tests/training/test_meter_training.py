@@ -44,7 +44,7 @@ def meter(data, logs, model, *more, name="run"):
 def test_a_run_interrupted_within_an_epoch_of_accumulation_is_the_uninterrupted_one(lists, model, tmp_path, capsys):
     data = f"{lists / 'a.json'}::{lists / 'b.json'}"
     flags = ["--batch-size", "4", "--accum-freq", "2", "--val-data", str(lists / "val.json"), "--precision", "amp_bf16"]
-    flags += ["--grad-checkpointing", "--ema-decay", "0.9"]
+    flags += ["--grad-checkpointing", "--ema-decay", "0.9", "--text-reduction", "random"]
     assert main(meter(data, tmp_path, model, *flags, "--queue-size", "24", name="straight")) == 0
     assert "--queue-size: no effect without momentum twin." in capsys.readouterr().err
     for stop in (2, 5):

@@ -41,7 +41,9 @@ def evaluation(pretrained, **changes) -> argparse.Namespace:
 def test_a_model_from_options_and_back_from_its_checkpoint(tmp_path, caplog):
     torch.manual_seed(0)
     changes = {"siglip": True, "force_image_size": [48], "image_mean": [0.5] * 3}
+    changes |= {"text_reduction": "post", "text_keep": 0.5}
     built = build_model(options(token_reduction={"lam": 0.3}, **changes), CPU)
+    assert built.identity.config["text_reduction"] == {"rule": "post", "keep": 0.5}
     assert built.model.reduction.config.lam == 0.3 and built.model.logit_bias.item() == -10
     state = {"model": built.identity.to_dict(), "state_dict": built.model.state_dict(), "config": {"model": "other"}}
     torch.save(state, tmp_path / "c.pt")

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..reduction.text import TextReduction
 from .albef import Albef, AlbefAnswerer, AlbefAssigner, AlbefClassifier
 from .blip import Blip, BlipAnswerer, BlipCaptioner, BlipPairClassifier
 from .meter import Meter, MeterClassifier, MeterRetriever
@@ -16,8 +17,10 @@ VQA_ANSWERS = 3129  # of METER's vocabulary
 def build(
     family: str, task: str, embed_dim: int, vision_cfg: dict[str, Any], text_cfg: dict[str, Any],
     token_reduction: dict[str, Any] | None, answers: list[str] | None = None,
+    text_reduction: dict[str, Any] | None = None,
 ) -> nn.Module:  # fmt: skip
-    """A model of a family, for pre-training or for what comes after it; `answers`: of VQA, that a METER tells apart.
+    """A model of a family, for pre-training or for what comes after it, which reduces no texts; `answers`: of VQA, that
+    a METER tells apart.
 
     Raises:
         ValueError: the family is not known, or has no such task.
@@ -44,4 +47,7 @@ def build(
     if (family, task) not in models:
         known = ", ".join(" ".join(one) for one in models)
         raise ValueError(f"There is no {family} model for {task}; there are {known}.")
-    return models[family, task]()
+    model = models[family, task]()
+    if text_reduction is not None and task == PRETRAINING:
+        model.reduce_texts(TextReduction(**text_reduction))
+    return model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import released
 from .base import AligningModel, FusionModel
 from .bert import Memory, Tokens, fusion_layers, read, run, text_encoder
+from .shorter import Shortening, run_shorter
 
 
 class Encoders(FusionModel):
@@ -52,16 +53,21 @@ class Encoders(FusionModel):
 
     IDLE = ("vision_proj.", "text_proj.", "itm_head.", "mlm_head.", "temp", "head.weight", "head.bias")
 
+    @property
+    def half(self) -> int:
+        return (len(self.text.encoder.layer) + len(self.fusion)) // 2
+
     def read(self, image_states: Tensor, once: bool = True) -> list[Memory]:
         return read(self.fusion, image_states, once=once and self.tower.shortcuts)
 
     def fuse(
         self, states: Tensor, text: Tensor, memory: Sequence[Memory], which: Tensor | None = None,
-        tokens: Tokens | None = None, **more: Any,
+        tokens: Tokens | None = None, how: Shortening | None = None, **more: Any,
     ) -> Tensor:  # fmt: skip
-        """See `bert.run`; `states` (B, L, D) are those of `text` (B, L)."""
-        tokens, shortcuts = tokens or Tokens(self.mask(text)), self.tower.shortcuts
-        return run(self.fusion, states, tokens, memory, which, shortcuts=shortcuts, **more)
+        """See `run_shorter`; `states` (B, L, D) are those of `text` (B, L)."""
+        tokens, first = tokens or Tokens(self.mask(text)), self.half - len(self.text.encoder.layer)
+        more["shortcuts"] = self.tower.shortcuts
+        return run_shorter(how, first, self.fusion, states, tokens, memory, which, **more)
 
 
 class Albef(Encoders, AligningModel):
@@ -79,18 +85,30 @@ class Albef(Encoders, AligningModel):
         super().__init__(*args, language_head=language_head, **kwargs)
         self.add_heads(embed_dim, self.width)
 
+    def reduce_texts(self, reduction):
+        if self.half < len(self.text.encoder.layer):
+            raise ValueError(
+                "Text reduction begins in the middle of BERT's layers, where an ALBEF fuses already: take a "
+                f"fusion_layer of at most {self.half}."
+            )
+        super().reduce_texts(reduction)
+
     def match(self, states, text, memory, which=None, **more):
         return self.itm_head(self.fuse(states, text, memory, which, only_first=True, **more)[:, 0])
 
-    def words(self, masked: Tensor, chosen: Tensor, memory: Sequence[Memory], tokens: Tokens) -> Tensor:
+    def words(
+        self, masked: Tensor, chosen: Tensor, memory: Sequence[Memory], tokens: Tokens, how: Shortening | None = None
+    ) -> Tensor:
         """Logits (n, vocabulary) of what is at the places `chosen` (n,) of texts (B, L), counted through all rows.
 
         Args:
             masked: (B, L) token ids, each text looking at its own image.
             memory, tokens: see `bert.run`.
+            how: texts lose tokens, but none of the chosen ones; None: they do not.
         """
+        how = None if how is None else how._replace(stays=chosen)
         only, states = chosen if self.tower.shortcuts else None, self.text_states(masked, tokens)
-        logits = self.mlm_head(self.fuse(states, masked, memory, tokens=tokens, only=only))
+        logits = self.mlm_head(self.fuse(states, masked, memory, tokens=tokens, only=only, how=how))
         return logits if self.tower.shortcuts else logits.flatten(0, 1)[chosen]
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ..adapters import Bottleneck
 from ..blocks import DropPath
 from ..clip import make_reduction
+from ..reduction.text import TextReduction
 from ..tower import ImageTower
-from .bert import Memory, Tokens, run
+from .bert import Memory, Tokens
 from .released import Names, Released, read_released
+from .shorter import Shortening, run_shorter
 
 
 class FusionModel(nn.Module):
@@ -38,6 +40,7 @@ class FusionModel(nn.Module):
     UNTAUGHT: tuple[str, ...] = ()  # parts that a momentum twin does without
     NEW: tuple[str, ...] = ()  # how the names of weights begin that pre-training has none for
     IDLE: tuple[str, ...] = ()  # and of those of pre-training that a model of a task may have no use for
+    text_reduction: TextReduction | None = None  # how texts lose tokens in pre-training; None: they do not
 
     def __init__(self, vision_cfg: dict[str, Any], token_reduction: dict[str, Any] | None = None):
         super().__init__()
@@ -58,6 +61,19 @@ class FusionModel(nn.Module):
         if self._tower.visual is not self.visual:  # this is a copy
             self._tower.visual = self.visual
         return self._tower
+
+    @property
+    def half(self) -> int:
+        """Layers that see all of a text's tokens: the first half of those of BERT's."""
+        return len(self.text.encoder.layer) // 2
+
+    def reduce_texts(self, reduction: TextReduction) -> None:
+        """Sets `text_reduction`; ValueError if the model has no part in which it can be."""
+        self.text_reduction = reduction
+
+    def shortening(self) -> Shortening | None:
+        """Of texts, in a step of pre-training."""
+        return Shortening(self.text_reduction) if self.text_reduction is not None and self.training else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.visual.set_grad_checkpointing(enable)
@@ -111,10 +127,14 @@ class FusionModel(nn.Module):
         See `ImageTower.tokens`."""
         return self.visual.ln_post(self.tower.tokens(image, guidance, **more))
 
-    def text_states(self, text: Tensor, tokens: Tokens | None = None, *, only_first: bool = False) -> Tensor:
-        """(B, L) token ids to (B, L, D); `tokens`: those that layers run on, `only_first`: see `bert.run`."""
-        tokens = tokens or Tokens(self.mask(text))
-        return run(self.text.encoder.layer, self.text.embeddings(text), tokens, only_first=only_first)
+    def text_states(
+        self, text: Tensor, tokens: Tokens | None = None, *, only_first: bool = False, how: Shortening | None = None
+    ) -> Tensor:
+        """(B, L) token ids to (B, L, D); `tokens`: those that layers run on, `only_first`: see `bert.run`; `how` tokens
+        are lost, if there are layers here behind the first half."""
+        layers, tokens = self.text.encoder.layer, tokens or Tokens(self.mask(text))
+        how = how if self.half < len(layers) else None
+        return run_shorter(how, self.half, layers, self.text.embeddings(text), tokens, only_first=only_first)
 
     def guidance(self, states: Tensor) -> Tensor:
         """What guides the image tower, (B, its width), of texts' states (B, L, D): the first."""
@@ -151,9 +171,18 @@ class AligningModel(FusionModel):
             return first
         return F.normalize(self.text_proj(first), dim=-1) @ self.vision_proj.weight
 
+    @torch.no_grad()
+    def clue(self, image_states: Tensor) -> Tensor:
+        """What chooses among the tokens of texts, (B, their width), of images' states (B, N, D): the first, or the
+        unit-length image feature by the transposed text projection; as `guidance`, the other way round."""
+        first = image_states[:, 0]
+        if first.shape[1] == self.text_proj.in_features:
+            return first
+        return F.normalize(self.vision_proj(first), dim=-1) @ self.text_proj.weight
+
     def match(
         self, states: Tensor, text: Tensor, memory: Sequence[Memory], which: Tensor | None = None, *,
-        texts: Tensor | None = None, tokens: Tokens | None = None,
+        texts: Tensor | None = None, tokens: Tokens | None = None, how: Shortening | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits (P, 2) that a text and the image it looks at do not belong together, or do.
 
@@ -161,6 +190,7 @@ class AligningModel(FusionModel):
             states: (B, L, D) `text_states` of the text.
             text: (B, L) token ids.
             memory, which, texts, tokens: see `bert.run`.
+            how: texts lose tokens; None: they do not.
         """
         raise NotImplementedError
 

@@ -18,6 +18,7 @@ from .base import AligningModel, FusionModel
 from .bert import Memory, Tokens, read, run
 from .generate import beam_search, sample
 from .released import BLIP
+from .shorter import Shortening, run_shorter
 
 _LOOKS = re.compile(r"decoder\..*\.crossattention\.self\.(key|value)\.weight")
 MERGED_FROM = 6  # NLVR2: the layers from here on merge what they find in two images
@@ -70,12 +71,12 @@ class MixedEncoderDecoder(FusionModel):
 
     def look(
         self, text: Tensor, memory: Sequence[Memory], which: Tensor | None = None, tokens: Tokens | None = None,
-        **more: Any,
+        how: Shortening | None = None, **more: Any,
     ) -> Tensor:  # fmt: skip
-        """States of texts (B, L), token ids, that look at images; see `bert.run`."""
+        """States of texts (B, L), token ids, that look at images; see `run_shorter`."""
         text, tokens = beginning_with(self.encode_id, text), tokens or Tokens(self.mask(text))
-        more["shortcuts"] = self.tower.shortcuts
-        return run(self.text.encoder.layer, self.text.embeddings(text), tokens, memory, which, **more)
+        more["shortcuts"], x = self.tower.shortcuts, self.text.embeddings(text)
+        return run_shorter(how, self.half, self.text.encoder.layer, x, tokens, memory, which, **more)
 
     def next_words(
         self, text: Tensor, places: Tensor, memory: Sequence[Memory], which: Tensor | None = None,

@@ -17,6 +17,7 @@ from transformers.models.bert.modeling_bert import BertLayer, BertPooler, BertPr
 from .base import FusionModel, init
 from .bert import Memory, Tokens, fusion_layers, read, run
 from .released import METER
+from .shorter import Shortening, Shorter, shorten
 
 _TEXT = {"bert": (BertConfig, BertModel), "roberta": (RobertaConfig, RobertaModel)}
 
@@ -152,6 +153,23 @@ class Meter(CoAttention):
     def add_task(self, embed_dim: int) -> None:
         words = nn.Linear(embed_dim, self.text.config.vocab_size)  # not tied to the text encoder's
         self.add(mlm_head=nn.Sequential(BertPredictionHeadTransform(self.config), words))
+
+    def reduce_texts(self, reduction):
+        if reduction.rule == "learned" and self.visual.output_dim != self.width:
+            raise ValueError(
+                f"The image chooses among the text's tokens at their width ({self.width}), and vision_cfg has another "
+                f"({self.visual.output_dim}): take --text-reduction post or random."
+            )
+        super().reduce_texts(reduction)
+
+    def read_text(self, text: Tensor, tokens: Tokens, how: Shortening | None = None) -> Shorter:
+        """States of texts (B, L), token ids, and what the streams go on with."""
+        if how is None:
+            return Shorter(self.text_states(text, tokens), tokens)
+        layers = self.text.encoder.layer
+        x = run(layers[: self.half], self.text.embeddings(text), tokens)
+        left = shorten(how, layers[self.half], x, tokens)
+        return left._replace(states=run(layers[self.half :], left.states, left.tokens))
 
     def words(self, states: Tensor, tokens: Tokens, image: Tensor, chosen: Tensor) -> Tensor:
         """Logits (n, vocabulary) of what is at the places `chosen` (n,) of texts (B, L), counted through all rows;

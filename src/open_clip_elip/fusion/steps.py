@@ -15,6 +15,7 @@ from .blip import Blip
 from .meter import Meter, MeterRetriever
 from .momentum import Queue
 from .objectives import FLOOR, distilled, draw, mixed_targets, negative_weights, similarities
+from .shorter import Shortening
 
 SMOOTHING = 0.1  # of the labels of BLIP's language modelling
 
@@ -32,6 +33,7 @@ class Aligned(NamedTuple):
 
     losses: dict[str, Tensor]
     memory: list[Memory]
+    how: Shortening | None = None  # texts have lost tokens
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def teach(
     twin: AligningModel, image: Tensor, text: Tensor, tokens: Tokens | None = None, masked: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Taught:  # fmt: skip
-    """Arguments as `align` and `albef_losses`; the twin sees all tokens of the images."""
+    """Arguments as `align` and `albef_losses`; the twin sees all tokens of images and texts."""
     t = twin.encode_text(text, normalize=True, tokens=tokens)
     if masked is None:
         return Taught(twin.encode_image(image, normalize=True, reduce=False), t)
@@ -52,7 +54,7 @@ def align(
     model: AligningModel, taught: Taught, queues: Mapping[str, Queue], image: Tensor, text: Tensor, *, alpha: float,
     numbers: Tensor | None = None, remembered: Tensor | None = None, negatives: Sequence[Tensor] | None = None,
     floor: float = FLOOR, reduce: bool | None = None, tokens: Tokens | None = None,
-    everywhere: Callable[[Tensor], Tensor] | None = None,
+    everywhere: Callable[[Tensor], Tensor] | None = None, how: Shortening | None = None,
 ) -> Aligned:  # fmt: skip
     """Contrast (ITA) of B pairs with the twin's features and queues of these, and matching (ITM).
 
@@ -69,10 +71,19 @@ def align(
         everywhere: negatives are those of the rows that this makes of the batch's, all processes' maybe, with their
             gradient, by the model's own features and `numbers` (BLIP's retrieval); then `negatives` are rows of these.
             None: those of the batch, by what contrast computes.
+        how: texts lose tokens; None: they do not. Where the image chooses before the text is read, it is reduced by
+            itself.
     """
     tokens = tokens or Tokens(model.mask(text))
-    states = model.text_states(text, tokens)
-    image_states = model.image_states(image, model.guidance(states) if reduce else None, reduce=reduce)
+    chooses = how is not None and how.reduction.rule == "learned"
+    waits = chooses and model.half < len(model.text.encoder.layer)
+    states = None if waits else model.text_states(text, tokens, how=how)
+    guidance = model.guidance(states) if reduce and not waits else None
+    image_states = model.image_states(image, guidance, reduce=reduce)
+    if chooses:
+        how = how._replace(clue=model.clue(image_states))
+    if waits:
+        states = model.text_states(text, tokens, how=how)
     t, i = (F.normalize(x, dim=-1) for x in (model.text_proj(states[:, 0]), model.vision_proj(image_states[:, 0])))
 
     pairs = torch.eye(len(text), dtype=torch.bool, device=text.device)
@@ -109,27 +120,28 @@ def align(
     if negatives is None:
         negatives = [draw(negative_weights(logits[:, : len(text)], own, floor)) for logits in (t2i, i2t)]
     memory = model.read(image_states)
-    return Aligned({"ita": ita, "itm": matching(model, states, text, tokens, memory, *negatives)}, memory)
+    return Aligned({"ita": ita, "itm": matching(model, states, text, tokens, memory, *negatives, how)}, memory, how)
 
 
 def matching(
     model: AligningModel, states: Tensor, text: Tensor, tokens: Tokens, memory: list[Memory], images: Tensor,
-    texts: Tensor,
+    texts: Tensor, how: Shortening | None = None,
 ) -> Tensor:  # fmt: skip
     """ITM: pairs, texts with negative images, images with negative texts, in one pass of the fusion layers.
 
     Args:
         images: (B,) the negative image of each text; -1: it has none, and is left out. texts: likewise.
+        others: see `AligningModel.match`.
     """
-    own = torch.arange(len(text), device=images.device)
+    own, more = torch.arange(len(text), device=images.device), {"tokens": tokens, "how": how}
     if model.tower.shortcuts:  # an image's own text and its negative one side by side: for them it is not copied
         of = torch.cat([torch.stack([own, texts], dim=1).flatten(), own])
-        logits = model.match(states, text, memory, images, texts=of, tokens=tokens)
+        logits = model.match(states, text, memory, images, texts=of, **more)
         logits = torch.cat([logits[: 2 * len(text) : 2], logits[2 * len(text) :], logits[1 : 2 * len(text) : 2]])
     else:
         which, of = torch.cat([images, own]), torch.cat([own, texts])
-        pairs = model.match(states, text, memory, tokens=tokens)
-        logits = torch.cat([pairs, model.match(states, text, memory, which, texts=of, tokens=tokens)])
+        pairs = model.match(states, text, memory, **more)
+        logits = torch.cat([pairs, model.match(states, text, memory, which, texts=of, **more)])
     return matched(logits, images, texts)
 
 
@@ -144,16 +156,16 @@ def albef_losses(
     model: Albef, taught: Taught, queues: Mapping[str, Queue], image: Tensor, text: Tensor, *, masked: Tensor,
     chosen: Tensor, labels: Tensor, alpha: float, tokens: Tokens | None = None, **more,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """ITA + ITM + MLM (ALBEF, Eq. 6), with the tokens of images reduced if the model does so.
+    """ITA + ITM + MLM (ALBEF, Eq. 6), with the tokens of images and texts reduced if the model does so.
 
     Args:
         masked, chosen, labels: see `objectives.mask_tokens`.
         others: see `align`.
     """
     tokens = tokens or Tokens(model.mask(text))
-    more |= {"alpha": alpha, "tokens": tokens, "reduce": model.tower.reduces}
-    losses, memory = align(model, taught, queues, image, text, **more)
-    logits = model.words(masked, chosen, memory, tokens)
+    more |= {"alpha": alpha, "tokens": tokens, "reduce": model.tower.reduces, "how": model.shortening()}
+    losses, memory, how = align(model, taught, queues, image, text, **more)
+    logits = model.words(masked, chosen, memory, tokens, how)
     return losses | {"mlm": distilled(logits, labels, taught.words, alpha)}
 
 
@@ -161,14 +173,16 @@ def blip_losses(
     model: Blip, taught: Taught, queues: Mapping[str, Queue], image: Tensor, text: Tensor, *, chosen: Tensor,
     tokens: Tokens | None = None, **more,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """ITC + ITM + LM (BLIP, Sec. 3.2), with the tokens of images reduced if the model does so.
+    """ITC + ITM + LM (BLIP, Sec. 3.2), with the tokens of images and, for ITC and ITM, of texts reduced if the model
+    does so.
 
     Args:
         chosen: (n,) places of the texts, counted through all rows, whose next tokens are to be written.
         others: see `align`.
     """
     tokens = tokens or Tokens(model.mask(text))
-    losses, memory = align(model, taught, queues, image, text, tokens=tokens, reduce=model.tower.reduces, **more)
+    more |= {"tokens": tokens, "reduce": model.tower.reduces, "how": model.shortening()}
+    losses, memory, _ = align(model, taught, queues, image, text, **more)
     return losses | {"lm": written(model.next_words(text, chosen, memory, tokens=tokens), text, chosen)}
 
 
@@ -191,7 +205,8 @@ def meter_logits(
     tokens: Tokens | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Logits (n, vocabulary) of masked words, (B, 2) of matching. If the model reduces the tokens of images, it does so
-    by masked captions for the words, and for matching by captions that may be another image's.
+    by masked captions for the words, and for matching by captions that may be another image's; where images choose
+    the tokens of texts, each by itself.
 
     Args:
         image: (M, 3, H, W), first those of the B pairs, then maybe others.
@@ -201,10 +216,20 @@ def meter_logits(
         tokens: of the text; None: layers run on all columns.
     """
     tokens, count, own = tokens or Tokens(model.mask(text)), len(text), torch.arange(len(text), device=text.device)
-    states = torch.cat([model.text_states(one, tokens) for one in (masked, text)])
-    images = stream_of(model, image, states, torch.cat([own, seen]), reduce=model.tower.reduces)
-    words = model.words(states[:count], tokens, images[:count], chosen)
-    return words, model.judge(model.pooled(states[count:], tokens, images[count:]))
+    which, reduce, how = torch.cat([own, seen]), model.tower.reduces, model.shortening()
+    if how is not None and how.reduction.rule == "learned":
+        images, clues = stream_of(model, image, None, which, reduce=reduce)
+        ways = [how._replace(clue=one) for one in clues.split(count)]
+    else:
+        images, ways = None, [how, how]
+    if how is not None:
+        ways[0] = ways[0]._replace(stays=chosen)
+    masks, texts = (model.read_text(one, tokens, way) for one, way in zip((masked, text), ways, strict=True))
+    if images is None:
+        firsts = torch.cat([masks.states[:, 0], texts.states[:, 0]])
+        images, _ = stream_of(model, image, firsts, which, reduce=reduce)
+    words = model.words(masks.states, masks.tokens, images[:count], masks.find(chosen))
+    return words, model.judge(model.pooled(texts.states, texts.tokens, images[count:]))
 
 
 def ranking_losses(
@@ -223,20 +248,27 @@ def ranking_losses(
     each, own = len(text) // count, torch.arange(0, len(text), len(text) // count, device=text.device)
     states = model.text_states(text, tokens)
     which = torch.cat([torch.arange(count, device=text.device).repeat_interleave(each), seen])
-    images = stream_of(model, image, torch.cat([states, states[own]]), which, reduce=reduce)
+    images, _ = stream_of(model, image, torch.cat([states, states[own]])[:, 0], which, reduce=reduce)
     scores = model.judge(model.pooled(states, tokens, images[: len(text)]))[:, 1].view(count, each)
     matching = model.pooled(states[own], Tokens(tokens.mask[own]), images[len(text) :])
     rank = F.cross_entropy(scores, torch.zeros_like(seen))
     return {"rank": rank, "itm": F.cross_entropy(model.itm_head(matching), matches)}
 
 
-def stream_of(model: Meter, image: Tensor, states: Tensor, which: Tensor, *, reduce: bool) -> Tensor:
-    """(P, N, H) what the streams begin with, of texts' `states` (P, L, D), each with the image `which` (P,)."""
+def stream_of(
+    model: Meter, image: Tensor, guidance: Tensor | None, which: Tensor, *, reduce: bool
+) -> tuple[Tensor, Tensor]:
+    """(P, N, H) what the streams begin with, and (P, D) the first states, of the image `which` (P,) of each text.
+
+    guidance: (P, D) the texts' first states, by which images are reduced; None: by themselves.
+    """
     if not model.tower.shortcuts:  # as the release: an image is read for each text anew
         image, which = image[which], torch.arange(len(which), device=which.device)
-    if not reduce:
-        return model.image_stream(model.image_states(image, reduce=False))[which]
-    return model.image_stream(model.image_states(image, states[:, 0].contiguous(), reduce=True, which=which))
+    if not reduce or guidance is None:
+        states = model.image_states(image, reduce=reduce)
+        return model.image_stream(states)[which], states[which, 0]
+    states = model.image_states(image, guidance.contiguous(), reduce=True, which=which)
+    return model.image_stream(states), states[:, 0]
 
 
 def written(logits: Tensor, text: Tensor, chosen: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..fusion.meter import Meter
 from ..fusion.momentum import Queue, follow, twin_of
 from ..fusion.objectives import CHOSEN, places_to_write
 from ..fusion.steps import albef_losses, blip_losses, meter_losses, stream_of, teach
+from ..reduction.text import TextReduction
 from .flops import Flops, count
 from .measure import TrainStep
 
@@ -89,8 +90,9 @@ class MeterStep(TrainStep):
         self.more["tokens"] = tokens
 
     def pictures(self) -> Tensor:
-        states = self.batch[0].new_empty(len(self.seen), 1, self.model.width)
-        return stream_of(self.model, self.batch[0], states, self.seen, reduce=self.model.tower.reduces)
+        guidance = self.batch[0].new_empty(len(self.seen), self.model.width)
+        guidance = None if chooses(self.model.text_reduction) else guidance
+        return stream_of(self.model, self.batch[0], guidance, self.seen, reduce=self.model.tower.reduces)[0]
 
     def compile(self) -> None:
         self.model.tower.compiles = True
@@ -120,14 +122,23 @@ def on(device: torch.device, tokens: Tokens) -> Tokens:
 
 def count_fusion(model: FusionModel, image: Tensor, text: Tensor) -> Flops:
     """As `flops.count_flops`; what is not the image tower's is counted as text, and other work without gradient than
-    its scoring pass as the twin's."""
-    step = make_step(model, image, text)
-    pictures = count(model, step.pictures)
-    whole = count(model, step.losses)
+    the scoring of images and texts as the twin's."""
+    step, reduction = make_step(model, image, text), model.text_reduction
+    pictures, whole = count(model, step.pictures), count(model, step.losses)
+    scoring = whole.scoring
+    if isinstance(step, FusionStep):
+        model.text_reduction = None
+        unscored = count(model, step.losses) if chooses(reduction) else whole
+        model.text_reduction, scoring = reduction, whole.scoring - unscored.scoring + pictures.scoring
     return Flops(
-        whole.forward, whole.backward, pictures.scoring, whole.forward - pictures.forward,
-        whole.backward - pictures.backward, whole.scoring - pictures.scoring,
+        whole.forward, whole.backward, scoring, whole.forward - pictures.forward, whole.backward - pictures.backward,
+        whole.scoring - scoring,
     )  # fmt: skip
+
+
+def chooses(reduction: TextReduction | None) -> bool:
+    """Whether images score the tokens of texts."""
+    return reduction is not None and reduction.rule == "learned"
 
 
 def words(lengths: Sequence[int], model: FusionModel | None = None) -> Tensor:

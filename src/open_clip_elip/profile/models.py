@@ -24,11 +24,12 @@ from . import ProfileError
 SPREAD = 0.4  # standard deviation of the logarithm: 5 in 100 captions have more than twice the median
 SHORTEST = 3  # tokens, start and end included
 USUAL_CONTEXT = 77
+TEXT_OPTIONS = (("rule", "reduction"), ("keep", "keep"))  # of text reduction, and their names behind `text_`
 
 
 class Candidate(NamedTuple):
     """A model by the `label` that a person wrote; `shortcuts`: whether it runs with this package's exact shortcuts.
-    None: a model with token reduction does, a plain one runs as OpenCLIP, or the released program, runs it."""
+    None: a model that reduces tokens does, a plain one runs as OpenCLIP, or the released program, runs it."""
 
     label: str
     identity: Identity
@@ -36,8 +37,9 @@ class Candidate(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, image_size: int | None = None) -> Candidate:
-        """`NAME[:option=value,...]`, the options being those of the token reduction; numbers of a list are separated by
-        commas too. Raises ProfileError or ModelError if that cannot be read, or there is no such model."""
+        """`NAME[:option=value,...]`, the options being those of the token reduction, `text_reduction` (a rule),
+        `text_keep` and `shortcuts`; numbers of a list are separated by commas too. Raises ProfileError or ModelError if
+        that cannot be read, or there is no such model."""
         name, _, tail = text.rpartition(":")
         if not name or "=" not in tail:
             name, tail = text, ""
@@ -48,7 +50,9 @@ class Candidate(NamedTuple):
         kind, rank = options.pop("adapter", None), options.pop("rank", None)
         if kind not in (*KINDS, None) or rank is not None and not (kind and type(rank) is int and rank > 0):
             raise ProfileError(f"An adapter is {' or '.join(KINDS)}, and has a whole rank, in {text!r}.")
-        identity = describe(name, token_reduction=options or None, force_image_size=image_size)
+        texts = {key: options.pop(f"text_{old}") for key, old in TEXT_OPTIONS if f"text_{old}" in options}
+        more = {"token_reduction": options or None, "text_reduction": texts or None}
+        identity = describe(name, force_image_size=image_size, **more)
         return cls(text, identity.with_adapter(kind, rank), shortcuts)
 
     @property
@@ -60,14 +64,18 @@ class Candidate(NamedTuple):
         """In this project's trainer: a plain fusion model is the released one."""
         if self.shortcuts is not None:
             return self.shortcuts
-        return not self.fuses or self.identity.token_reduction is not None
+        return not self.fuses or self.reduces
+
+    @property
+    def reduces(self) -> bool:
+        return self.identity.token_reduction is not None or "text_reduction" in self.identity.config
 
     def build(self, device: torch.device | str, precision: str = "fp32") -> nn.Module:
         """In training mode, weights at random; raises ModelError if it cannot be made."""
         model = create(self.identity, device=device, precision=precision, pretrained_text=False)
         if self.shortcuts is not None or self.fuses:
             model.tower.shortcuts = self.takes_shortcuts
-        elif self.identity.token_reduction is None and hasattr(model, "tower"):
+        elif not self.reduces and hasattr(model, "tower"):
             model = without_token_reduction(model)  # OpenCLIP's own class
         return model.train()
 

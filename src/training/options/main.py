@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from .data import PairOptions
 from .fusion import DrawingOptions, QueueOptions, RegularizationOptions, StartOptions, TwinOptions
 from .kinds import COUNT, POSITIVE_COUNT, one_of
-from .model import AdapterOptions, ImageOptions, LockingOptions, ModelOptions, TokenReductionOptions, forbid_coca
+from .model import (
+    AdapterOptions,
+    ImageOptions,
+    LockingOptions,
+    ModelOptions,
+    TextReductionOptions,
+    TokenReductionOptions,
+    forbid_coca,
+)
 from .parser import Section, forbid, option
 from .run import DURATION, TrainingOptions
 
@@ -71,8 +79,9 @@ class ValidationOptions(Section, title="evaluation"):
 
 @dataclass
 class PretrainingOptions(
-    PairOptions, ValidationOptions, ModelOptions, AdapterOptions, LockingOptions, TokenReductionOptions, ImageOptions,
-    ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions, RegularizationOptions, TrainingOptions,
+    PairOptions, ValidationOptions, ModelOptions, AdapterOptions, LockingOptions, TokenReductionOptions,
+    TextReductionOptions, ImageOptions, ContrastiveOptions, StartOptions, TwinOptions, QueueOptions, DrawingOptions,
+    RegularizationOptions, TrainingOptions,
     command="training.main",
 ):  # fmt: skip
     @property

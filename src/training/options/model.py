@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .kinds import COUNT, FRACTION_BELOW_1, NAME, NUMBER, POSITIVE, POSITIVE_COUNT, Kind, key_value, one_of
+from .kinds import COUNT, FRACTION_BELOW_1, NAME, NUMBER, POSITIVE, POSITIVE_COUNT, SHARE, Kind, key_value, one_of
 from .parser import Section, forbid, option
 
 
@@ -91,6 +91,14 @@ class TokenReductionOptions(Section, title="token reduction"):
         "alone change the model's own method. docs/methods.md lists them.",
         Kind(_setting, "given as key=value", "METHOD|KEY=VALUE", gather=_settings), nargs="+")
     gone = {old: f"is written --token-reduction [METHOD] {new}={{value}} now" for old, new in _MOVED.items()}
+
+
+@dataclass
+class TextReductionOptions(Section, title="token reduction", needs="trains"):
+    text_reduction: str | None = option(
+        None, "Remove tokens of texts too, in the second half of the layers: at random, the last ones first, or those "
+        "that the image attends to least (fusion models alone).", one_of("random", "post", "learned"))
+    text_keep: float = option(0.6, "Share of a text's tokens that stay.", SHARE, needs="text_reduction trains")
 
 
 def reduction_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

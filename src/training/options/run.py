@@ -18,6 +18,10 @@ PRECISION = one_of("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16
 DURATION = Kind(
     lambda word: int(word) if word.isdecimal() else word, "a length like 500, 2ep, 1e6samples or 5%", "N|NUNIT",
     lambda value: durations.parse(str(value)))  # fmt: skip
+AUTO = "auto"
+BATCH = Kind(
+    lambda word: AUTO if word == AUTO else int(word), f"{POSITIVE_COUNT.phrase}, or {AUTO}", "N|auto",
+    lambda value: value == AUTO or POSITIVE_COUNT.allowed(value))  # fmt: skip
 OPTIMIZER = Kind(
     str, "adamw, or timm/NAME for an optimizer of timm", "NAME",
     lambda value: re.fullmatch("adamw|timm/.+", value.lower()))  # fmt: skip
@@ -30,13 +34,20 @@ REPORTERS = Kind(
 class OptimizationOptions(Section, title="optimisation", needs="trains"):
     epochs: int = option(32, "Epochs in all.", COUNT, needs="trains !duration")
     duration: int | str | None = option(None, "Instead of --epochs: steps, or 2.5ep, 1e7samples.", DURATION)
-    batch_size: int | None = option(
-        None, "Samples of a batch, for each process. Without it and --global-batch: 64.", POSITIVE_COUNT, needs="")
+    batch_size: int | str | None = option(
+        None, "Samples of a batch, for each process. Without it and --global-batch: 64. auto: the largest of which a "
+        "step, tried before the run, fits the memory less a tenth.", BATCH, needs="")
+    memory: float | None = option(
+        None, "Memory of a process in GB (10^9 bytes), for --batch-size auto. Without it: what the GPU has free.",
+        POSITIVE, metavar="GB", needs="batch_size=auto trains")
     global_batch: int | None = option(
         None, "Samples of a step over all processes, instead of --batch-size.", POSITIVE_COUNT, needs="!batch_size")
     accum_freq: int = option(1, "Batches that make one optimizer step.", POSITIVE_COUNT)
     opt: str = option("adamw", "Optimizer: adamw, or any of timm's as timm/NAME.", OPTIMIZER)
     lr: float | None = option(None, "Highest learning rate. Without it: 5e-4 (timm's have no default).", POSITIVE)
+    lr_base_batch: int | None = option(
+        None, "The step of N samples that --lr is meant for; it is multiplied by the samples of a step here / N.",
+        POSITIVE_COUNT)
     beta1: float | None = option(None, "Adam's first beta. Without it: 0.9.", FRACTION_BELOW_1)
     beta2: float | None = option(None, "Adam's second beta. Without it: 0.98 for ViTs, else 0.999.", FRACTION_BELOW_1)
     eps: float | None = option(None, "Adam's epsilon. Without it: 1e-6 for ViTs, else 1e-8.", POSITIVE)
@@ -94,6 +105,14 @@ class OptimizationOptions(Section, title="optimisation", needs="trains"):
             advice = "change one of them, or give --batch-size"
             raise UserError(f"The global batch of {self.global_batch} cannot be divided by {among}: {advice}.")
 
+    def scale_lr(self, world_size: int) -> str | None:
+        """Brings `lr` from `lr_base_batch`, which is then None, to the samples of a step; tells of it."""
+        if self.lr_base_batch is None:
+            return None
+        base, step = (self.lr, self.lr_base_batch), self.batch_size * self.accum_freq * world_size
+        self.lr, self.lr_base_batch = self.lr * step / self.lr_base_batch, None
+        return f"--lr {base[0]:g} is for {base[1]} samples in a step; for {step} it is {self.lr:g}."
+
     @property
     def _timm(self) -> bool:
         return self.opt.lower().startswith("timm/")
@@ -109,6 +128,9 @@ class OptimizationOptions(Section, title="optimisation", needs="trains"):
             forbid(one_beta, f"--opt {self.opt} needs both --beta1 and --beta2, or neither.")
             missing = self.trains and self.lr is None and not self.skip_scheduler
             forbid(missing, f"--opt {self.opt} has no default learning rate to schedule: give --lr.")
+        forbid(self.lr_base_batch is not None and self.lr is None, "--lr-base-batch scales --lr: give that too.")
+        forbid(self.batch_size == AUTO and not self.trains, "--batch-size auto is for training: give a number.")
+        forbid(self.batch_size == AUTO and self.fsdp, "--batch-size auto cannot try a sharded step: give a number.")
         whole = "--duration is the whole run: give it in steps, epochs (ep) or samples, not in %."
         forbid(str(self.duration).endswith("%"), whole)
 

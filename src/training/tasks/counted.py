@@ -30,9 +30,11 @@ class CountedTask(DistilledTask):
         0.4 % for METER-B-32-ELIP, 0.1 % for METER-B-16-ELIP, and exact for METER-B-16.
         """
         if self.coefficients is None:
-            shapes, short = self.on_meta(), self.lengths[0]
-            sizes = [(length, 2 * length, 1, 0) for length in self.lengths]
-            sizes += [(short, 2 * short - 1, 1, 0), (short, 2 * short, 2, 0), (short, 2 * short, 1, 1)]
+            shapes, lengths, fewer = self.on_meta(), self.lengths, 1
+            if self.model.text_reduction is not None:
+                lengths, fewer = (11, 21, 31), 10  # tokens beside the first of which a share in tenths is whole
+            short, sizes = lengths[0], [(length, 2 * length, 1, 0) for length in lengths]
+            sizes += [(short, 2 * short - fewer, 1, 0), (short, 2 * short, 2, 0), (short, 2 * short, 1, 1)]
             sizes = sizes[: self.TERMS]
             counts = torch.tensor([shapes.count_two(*one) / 2 for one in sizes], dtype=torch.double)
             rows = torch.stack([self._terms(length, *(n / 2 for n in others)) for length, *others in sizes])

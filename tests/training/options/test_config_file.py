@@ -100,7 +100,7 @@ READ = "Cannot read the config file"
         ("batchsize: 3", "Unknown option batchsize in {file}; did you mean batch_size?"),
         ("no-siglip: true", "Unknown option no-siglip in {file}; did you mean siglip?"),
         ("config: a.yaml", "Unknown option config in {file}; --help lists all options."),
-        ("batch-size: 0", "{file}: --batch-size must be a whole number from 1 to 10**15, not '0'."),
+        ("batch-size: 0", "{file}: --batch-size must be a whole number from 1 to 10**15, or auto, not '0'."),
         ("siglip: 2", "{file}: --siglip must be true or false, not '2'."),
         ("siglip: [true]", "{file}: siglip cannot be ['true']: it takes a single value."),
         ("train-data: {a: b}", "{file}: train_data cannot be {'a': 'b'}: it takes a value or a list of values."),

@@ -29,6 +29,7 @@ NEW_DEFAULTS |= {"queue_size": 65536, "twin_momentum": 0.995, "twin_weight": 0.4
 NEW_DEFAULTS |= {"drop_path": 0.0, "visualize_frequency": 0}
 NEW_DEFAULTS |= {"lr_start": 0.0, "lr_end": 0.0, "lr_decay": 0.9}
 NEW_DEFAULTS |= {"whole_words": True, "own_images": True, "decay_norms": True}
+NEW_DEFAULTS |= {"text_reduction": None, "text_keep": 0.6, "memory": None, "lr_base_batch": None}
 NEW = set(NEW_DEFAULTS)
 
 # Each OpenCLIP option that is carried over, with a value that is not its default.

@@ -168,7 +168,7 @@ TEACHER = "ViT-B-16 --distill-pretrained openai"
         ("--distill-model hf-hub:laion/CoCa-B --distill-pretrained x", f"hf-hub:laion/CoCa-B {COCA_MODEL}"),
         ("--batch-size --siglip", "needs a value."),
         ("--local-loss=true", "takes no value, but was given 'true'."),
-        ("--batch-size 0", "must be a whole number from 1 to 10**15, not '0'."),
+        ("--batch-size 0", "must be a whole number from 1 to 10**15, or auto, not '0'."),
         ("--image-mean", "needs 1 or 3 values."),
         ("--token-reduction tome =8", "must be given as key=value, not '=8'."),
         ("--token-reduction tome elip", "takes one method, and settings as key=value, each once."),

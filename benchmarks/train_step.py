@@ -322,7 +322,7 @@ class OurSide:
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
         if spec.fuses:
-            words += ["--text-tokenizer", vocabulary().name]
+            words += ["--text-tokenizer", vocabulary(int(text[0, 0])).name]
         options, ranks = parse(PretrainingOptions, words), Ranks(device)
         options.token_reduction = spec.identity.token_reduction or NONE
         options.shortcuts = spec.takes_shortcuts
@@ -368,10 +368,13 @@ class OurSide:
 
 
 @cache
-def vocabulary() -> tempfile.TemporaryDirectory:
-    """A folder with no more words than masking needs; as long as the program runs."""
+def vocabulary(start: int) -> tempfile.TemporaryDirectory:
+    """A folder with no more words than masking needs, for captions of `profile.fusion.words`, which begin with the id
+    `start`: that before it pads, that behind it is a word. As long as the program runs."""
     folder = tempfile.TemporaryDirectory()
-    (Path(folder.name) / "vocab.txt").write_text("[PAD]\n[CLS]\n[UNK]\n[SEP]\n[MASK]\n")
+    words = ["[PAD]", "[CLS]", "a", "[SEP]", "[MASK]"]
+    words.insert(0 if start > 1 else len(words), "[UNK]")  # BERT pads with 0, RoBERTa with 1
+    (Path(folder.name) / "vocab.txt").write_text("\n".join(words))
     (Path(folder.name) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     return folder
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import product
 
 import pytest
@@ -59,3 +60,10 @@ def test_negatives_that_are_drawn_change_it_by_the_lengths_of_their_texts(family
     real.targets["negatives"] = None
     assert bounds[0] < bounds[1]
     assert all(bounds[0] <= kept(real) <= bounds[1] for _ in range(3))
+
+
+def test_what_autocast_would_keep_is_not_told(tmp_path):
+    out = tmp_path / "cost.json"
+    for precision in ("fp32", "amp_bf16"):
+        assert command.main([TINY, "--no-time", "--device", "cpu", "--precision", precision, "--json", str(out)]) == 0
+        assert ("saved" in json.loads(out.read_text())["models"][0]) == (precision == "fp32")

@@ -185,7 +185,7 @@ def _running(one: Candidate, args: argparse.Namespace) -> Iterator[None]:
 def _describe(first: Figures, args: argparse.Namespace) -> str:
     compiled = ", compiled" if args.compile else ""
     captions = "Captions of {min}-{max} tokens, {mean:.1f} on average.".format(**first["caption_tokens"])
-    where = report.describe_machine(report.machine(args.device)) if args.time else "Counted, not run, as of a CPU"
+    where = report.describe_machine(report.machine(args.device)) if args.time else "Counted as for a CPU, not run"
     return (
         f"Training step, batch {args.batch_size}, {args.precision}{compiled}. {captions}\n"
         f"{where}.\nIn brackets: the ratio to {first['label']}."

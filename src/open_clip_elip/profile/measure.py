@@ -117,15 +117,14 @@ def _attend(
     is_causal: bool = False, *, attend: Callable[..., Tensor] = F.scaled_dot_product_attention, **more: Any,
 ) -> Tensor:  # fmt: skip
     """torch's, which knows no fused kernel for shapes: the one that these would have on a CPU."""
-    tensors = query, key, value, attn_mask
-    if query.is_meta:
-        real = [one if one is None else torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in tensors]
-        if torch._fused_sdp_choice(*real, dropout_p, is_causal, **more) == SDPBackend.FLASH_ATTENTION.value:
-            if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = torch.empty_like(attn_mask, dtype=query.dtype, device="meta")
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=more.get("scale"))[0]
-    return attend(*tensors, dropout_p, is_causal, **more)
+    tensors, fused = (query, key, value, attn_mask), SDPBackend.FLASH_ATTENTION.value
+    real = (one if one is None else torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in tensors)
+    if not query.is_meta or torch._fused_sdp_choice(*real, dropout_p, is_causal, **more) != fused:
+        return attend(*tensors, dropout_p, is_causal, **more)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype, device="meta")
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=more.get("scale"))[0]
 
 
 def peak_bytes(step: TrainStep, inputs: Any) -> int:

@@ -13,7 +13,8 @@ ratio of times is the median over the rounds of ours / OpenCLIP's in the same ro
 step's operations to that of a large matrix product, which has its turn in each round too.
 
 A fusion model, of which OpenCLIP has none, is compared with itself as the released program runs it: no token reduction,
-`--no-shortcuts`, in our trainer too.
+`--no-shortcuts`, in our trainer too. All models of such a contest share one set of weights and one optimizer, since
+memory seldom holds several; each one's peak is measured as if it were alone.
 """
 from __future__ import annotations
 
@@ -158,7 +159,11 @@ def compare(
 
     sides, figures = {}, {}
     for label, spec in {"": plain, **{spec.label: spec for spec in ours}}.items():
-        sides[label] = side = (OurSide if label or spec.fuses else OpenClipSide)(spec, image, text, args, device)
+        if label or spec.fuses:
+            side = OurSide(spec, image, text, args, device, like=sides[""] if plain.fuses and label else None)
+        else:
+            side = OpenClipSide(spec, image, text, args, device)
+        sides[label] = side
         flops = count(spec, args, side.text()).total
         figures[label] = memory(side, [image, text], device) | {"flops": flops}
     product = MatrixProduct(args.precision, device)
@@ -324,9 +329,12 @@ class _Batches(list):
 
 
 class OurSide:
-    """Our model in our trainer, as the flags make them."""
+    """Our model in our trainer, as the flags make them; `like`: with the weights and the optimizer of this one."""
 
-    def __init__(self, spec: Candidate, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device):
+    def __init__(
+        self, spec: Candidate, image: Tensor, text: Tensor, args: argparse.Namespace, device: torch.device,
+        like: OurSide | None = None,
+    ):  # fmt: skip
         pairs = str(args.batch_size)
         words = ["--model", spec.identity.name, "--dataset-type", "synthetic", "--train-num-samples", pairs]
         words += ["--workers", "0"]
@@ -336,12 +344,16 @@ class OurSide:
         words += ["--force-image-size", str(args.image_size)] if args.image_size else []
         words += ["--torchcompile"] if args.compile else []
         if spec.fuses:
-            words += ["--text-tokenizer", vocabulary().name]
+            words += ["--text-tokenizer", vocabulary(int(text[0, 0])).name]
         options, ranks = parse(PretrainingOptions, words), Ranks(device)
         options.token_reduction = spec.identity.token_reduction or NONE
         options.shortcuts = spec.takes_shortcuts
         parts = pretraining(options, ranks, None)
         self.model = parts.model.train()
+        if like is not None:
+            for name, parameter in like.model.named_parameters(remove_duplicate=False):
+                module, _, own = name.rpartition(".")
+                setattr(self.model.get_submodule(module), own, parameter)
         self.batch = {"image": Images(image), "text": text, "key": [str(i) for i in range(args.batch_size)]}
         if spec.fuses:
             models = [one for one in (self.model, parts.task.twin) if one is not None]
@@ -350,7 +362,7 @@ class OurSide:
             self.set_compiles(False)
         if spec.identity.family == "meter":  # whose data draw as many
             self.batch["false_images"] = Images(image.flip(0))
-        self.optimizer = create_optimizer(self.model, options)
+        self.optimizer = create_optimizer(self.model, options) if like is None else like.optimizer
         self.trainer = Trainer(
             options, ranks, self.model, self.model, parts.task, parts.train_data, self.optimizer, None, {}
         )
@@ -378,10 +390,13 @@ class OurSide:
 
 
 @cache
-def vocabulary() -> tempfile.TemporaryDirectory:
-    """A folder with no more words than masking needs; as long as the program runs."""
+def vocabulary(start: int) -> tempfile.TemporaryDirectory:
+    """A folder with no more words than masking needs, for captions of `profile.fusion.words`, which begin with the id
+    `start`: that before it pads, that behind it is a word. As long as the program runs."""
     folder = tempfile.TemporaryDirectory()
-    (Path(folder.name) / "vocab.txt").write_text("[PAD]\n[CLS]\n[UNK]\n[SEP]\n[MASK]\n")
+    words = ["[PAD]", "[CLS]", "a", "[SEP]", "[MASK]"]
+    words.insert(0 if start > 1 else len(words), "[UNK]")  # BERT pads with 0, RoBERTa with 1
+    (Path(folder.name) / "vocab.txt").write_text("\n".join(words))
     (Path(folder.name) / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     return folder
 

@@ -11,7 +11,7 @@ import train_step as script
 
 from open_clip_elip.profile.models import Candidate, caption_lengths
 
-from ..training.fusion_runs import write_albef
+from ..training.fusion_runs import METER, write_albef, write_fusion
 
 TINY = "ViT-Ti-8-64-ELIP"
 CPU = torch.device("cpu")
@@ -95,10 +95,25 @@ def test_a_fusion_model_is_compared_with_itself_as_released(tmp_path):
     released, _ = next(script.by_shape([Candidate.parse(name)]))
     text = script.captions(released, None, args)
     both = released, Candidate.parse(name)
-    sides = [script.OurSide(one, torch.randn(4, 3, 32, 32), text, args, CPU) for one in both]
+    sides: list[script.OurSide] = []
+    for one in both:
+        sides.append(script.OurSide(one, torch.randn(4, 3, 32, 32), text, args, CPU, like=sides[0] if sides else None))
     assert [side.model.tower.shortcuts for side in sides] == [False, True]
     assert [side.trainer.task.twin.tower.shortcuts for side in sides] == [False, True]
     assert sides[0].model.tower.reduction is None
+    assert all(a is b for a, b in zip(*(side.model.parameters() for side in sides), strict=True))
+    assert sides[1].trainer.parameters == sides[0].trainer.parameters and sides[1].optimizer is sides[0].optimizer
+
+
+@pytest.mark.parametrize("pad", [0, 1])  # BERT's, RoBERTa's
+def test_words_of_a_meter_are_masked(pad, tmp_path):
+    config = METER | {"text_cfg": METER["text_cfg"] | {"bert": METER["text_cfg"]["bert"] | {"pad_token_id": pad}}}
+    one = Candidate.parse(write_fusion(tmp_path, config))
+    args = options(caption_length="8")
+    text = script.captions(one, one.build("meta"), args)
+    side = script.OurSide(one, torch.randn(4, 3, 32, 32), text, args, CPU)
+    torch.manual_seed(0)
+    assert sum(len(side.trainer.task.prepare(side.batch)["labels"]) for _ in range(20))
 
 
 def test_models_of_one_shape_take_their_turns_together():

@@ -268,7 +268,9 @@ def test_counts_as_table_json_and_markdown(tmp_path, capsys):
     assert gflops["forward"] + gflops["backward"] + gflops["scoring"] == pytest.approx(gflops["total"])
     assert shallow["gflops_per_pair"]["scoring"] < gflops["scoring"] / 100
     assert ours["text_tokens"] < plain["text_tokens"]
-    assert not {"seconds", "peak", "saved", "hours_per_epoch"} & {*ours}
+    assert not {"seconds", "peak", "hours_per_epoch"} & {*ours}
+    assert ours["saved"] == shallow["saved"] < plain["saved"]
+    assert f"({ours['saved'] / plain['saved']:.3f})" in told
     ratio = gflops["total"] / plain["gflops_per_pair"]["total"]
     assert ratio < 1 and f"({ratio:.3f})" in told and "step, s" not in told
     assert f"({ratio:.3f})" in paths[1].read_text() and f"| {TINY} |" in paths[1].read_text()

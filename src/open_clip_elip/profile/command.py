@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, metavar="N", help="steps in one measurement; default: 1 on a CPU, 10 on a GPU")
     add("--memory", type=float, metavar="GB", help="tell the largest batch that fits (1 GB = 10^9 bytes)")
     add("--compile", "--torchcompile", action="store_true", help="for the times, and on CUDA for the peak memory")
-    add("--no-time", dest="time", action="store_false", help="counts only: no step is run, no memory measured")
+    add("--no-time", dest="time", action="store_false", help="counts only: no step is run, nothing is measured")
     add("--json", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="FILE.png")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..identity import ModelError, tokenizer
 from ..text import COMPILED_MULTIPLE, COMPILED_PARTS, TextParts, count_columns, cut_text
 from . import ProfileError, report
-from .flops import count_flops
-from .measure import SavedBytes, TrainStep, in_turn, largest_batch, peak_bytes, ratios, spread
+from .flops import Flops, count_flops
+from .measure import SavedBytes, TrainStep, in_turn, largest_batch, peak_bytes, ratios, saved_bytes, spread
 from .models import Candidate, caption_ids, caption_lengths, context_length, find_device
 from .report import Figures
 
@@ -51,14 +51,12 @@ def compare(args: argparse.Namespace) -> None:
 def count(one: Candidate, args: argparse.Namespace) -> Figures:
     """What needs no step: parameters, tokens, operations. The model has shapes only, so any size will do."""
     model, pairs = one.build("meta"), args.batch_size
-    image, text = _batch(model, one, args, pairs, "meta")
-    lengths = _lengths(model, one, args, pairs)
-    columns = sum(lengths) if one.fuses and model.tower.shortcuts else count_columns(text)
-    counted = fusion().count_fusion if one.fuses else count_flops
+    batch, lengths = _batch(model, one, args, pairs, "meta"), _lengths(model, one, args, pairs)
+    columns = sum(lengths) if one.fuses and model.tower.shortcuts else count_columns(batch[1])
     try:
-        flops = counted(model, image, text)
+        flops, saved = _count(model, batch, one, args)
     except (NotImplementedError, RuntimeError):  # a tower that looks at the numbers: a real step, then
-        flops = counted(one.build("cpu"), *_batch(model, one, args, pairs, "cpu"))
+        flops, saved = _count(one.build("cpu"), _batch(model, one, args, pairs, "cpu"), one, args)
     parts = ("forward", "backward", "scoring", "teacher", "total", "text_forward", "text_backward", "text", "image")
     vision = sum(p.numel() for p in model.visual.parameters())
     others = sum(p.numel() for name, p in model.named_parameters() if p.ndim and "visual." not in name)
@@ -74,7 +72,19 @@ def count(one: Candidate, args: argparse.Namespace) -> Figures:
         "flops": asdict(flops),
         "tflops_per_step": flops.total / 1e12,
         "gflops_per_pair": {part: getattr(flops, part) / pairs / 1e9 for part in parts},
+        **saved,
     }
+
+
+def _count(model: nn.Module, batch: tuple, one: Candidate, args: argparse.Namespace) -> tuple[Flops, Figures]:
+    """Operations of a step, and if it is not measured, what it keeps."""
+    flops = (fusion().count_fusion if one.fuses else count_flops)(model, *batch)
+    counted = not args.time and args.precision == "fp32"  # there is no autocast for shapes
+    return flops, {"saved": saved_bytes(_step(model, batch, one))} if counted else {}
+
+
+def _step(model: nn.Module, batch: tuple, one: Candidate, precision: str = "fp32") -> TrainStep:
+    return (fusion().make_step if one.fuses else TrainStep)(model, *batch, precision)
 
 
 def measure(models: Sequence[Candidate], figures: Sequence[Figures], args: argparse.Namespace) -> None:
@@ -83,7 +93,7 @@ def measure(models: Sequence[Candidate], figures: Sequence[Figures], args: argpa
     for one, found in zip(models, figures, strict=True):
         model = one.build(args.device, args.precision)
         batch = _batch(model, one, args, args.batch_size, args.device)
-        steps[one.label] = step = (fusion().make_step if one.fuses else TrainStep)(model, *batch, args.precision)
+        steps[one.label] = step = _step(model, batch, one, args.precision)
         with _running(one, args):
             found |= _memory(step, one, args)
         step.optimizer.zero_grad(set_to_none=True)
@@ -162,7 +172,7 @@ def _running(one: Candidate, args: argparse.Namespace) -> Iterator[None]:
 def _describe(first: Figures, args: argparse.Namespace) -> str:
     compiled = ", compiled" if args.compile else ""
     captions = "Captions of {min}-{max} tokens, {mean:.1f} on average.".format(**first["caption_tokens"])
-    where = report.describe_machine(report.machine(args.device)) if args.time else "Counted, not run"
+    where = report.describe_machine(report.machine(args.device)) if args.time else "Counted as for a CPU, not run"
     return (
         f"Training step, batch {args.batch_size}, {args.precision}{compiled}. {captions}\n"
         f"{where}.\nIn brackets: the ratio to {first['label']}."

@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from statistics import median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from open_clip import get_input_dtype
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -98,6 +101,30 @@ def _origin(tensor: Tensor) -> Tensor:
     while node is not None and node.name() in _RESHAPES:
         node = node.next_functions[0][0]
     return getattr(node, "variable", tensor)  # a leaf's
+
+
+def saved_bytes(step: TrainStep) -> int:
+    """What `SavedBytes` finds in a step, of which the forward pass and the loss are run; on shapes (the device "meta")
+    what it would find on a CPU."""
+    saved = SavedBytes(getattr(step, "resident", step.model))
+    with torch.random.fork_rng(devices=[]), patch.object(F, "scaled_dot_product_attention", _attend), saved:
+        step.losses()
+    return saved.bytes
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, attend: Callable[..., Tensor] = F.scaled_dot_product_attention, **more: Any,
+) -> Tensor:  # fmt: skip
+    """torch's, which knows no fused kernel for shapes: the one that these would have on a CPU."""
+    tensors, fused = (query, key, value, attn_mask), SDPBackend.FLASH_ATTENTION.value
+    real = (one if one is None else torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in tensors)
+    if not query.is_meta or torch._fused_sdp_choice(*real, dropout_p, is_causal, **more) != fused:
+        return attend(*tensors, dropout_p, is_causal, **more)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype, device="meta")
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=more.get("scale"))[0]
 
 
 def peak_bytes(step: TrainStep, inputs: Any) -> int:

@@ -104,7 +104,7 @@ def table(models: Sequence[Figures]) -> list[list[str]]:
     add("  quartiles, s", "", lambda one: "{low:.4g} - {high:.4g}".format(**one["seconds"]))
     add("samples/s", ".4g", lambda one: one["samples_per_second"])
     add(f"peak memory, GB ({batch})", ".2f", lambda one: one["peak"] / 1e9, compared=True)
-    add("saved activations, MB a pair", ".2f", lambda one: one["saved"] / one["batch_size"] / 1e6, compared=True)
+    add(f"saved activations, GB ({batch})", ".4g", lambda one: one["saved"] / 1e9, compared=True)
     add(f"largest batch in {limit}", ",.0f", lambda one: one["largest_batch"], compared=True)
     for data in EPOCHS:
         add(f"{data} epoch, h:min", "", lambda one, data=data: _clock(one["hours_per_epoch"][data]))
@@ -171,8 +171,9 @@ def plot(models: Sequence[Figures], path: Path, title: str) -> None:
         panels |= {
             "seconds a step": {"": [found["seconds"]["median"] for found in models]},
             "peak memory, GB": {"": [found["peak"] / 1e9 for found in models]},
-            "saved activations, MB a pair": {"": [found["saved"] / found["batch_size"] / 1e6 for found in models]},
         }
+    if "saved" in models[0]:
+        panels["saved activations, GB"] = {"": [found["saved"] / 1e9 for found in models]}
     figure = Figure(figsize=(4 * len(panels) + 2, 0.5 * len(models) + 1.6), layout="constrained")
     figure.suptitle(title)
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]

@@ -10,6 +10,7 @@ from open_clip_elip import weights as files
 from open_clip_elip.adapters import is_adapter
 from training import downstream, finetune, linear_probe, main, retrieval
 from training.control import EXIT_INTERRUPTED
+from training.work import downstream as work
 
 from .. import processes
 from .colours import finetune_command, write_colours
@@ -165,7 +166,7 @@ def test_a_task_with_adapters_is_evaluated_by_its_file_alone(kind, albef, data, 
         resume = ["--evaluate", "--resume", str(tmp_path / task / "checkpoints" / "epoch_2.pt")]
         lists = ["--val-data", str(data / f"{task}_val.json"), "--image-root", str(data / "images")]
         common = ["--workers", "0", "--precision", "fp32", "--device", "cpu", "--batch-size", "4"]
-        built = downstream.downstream
+        built = work.downstream
         seen = []
 
         def look(options, ranks, resume, built=built, seen=seen, task=task):
@@ -175,7 +176,7 @@ def test_a_task_with_adapters_is_evaluated_by_its_file_alone(kind, albef, data, 
             return parts
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(downstream, "downstream", look)
+            patch.setattr(work, "downstream", look)
             shortlist = ["--shortlist", "10"] * (task == "retrieval")
             assert downstream.main([*resume, *lists, *common, *shortlist]) == 0
         assert figures(seen[0]) == figures(found)

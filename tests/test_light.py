@@ -21,7 +21,8 @@ except SystemExit as end:
 json.dump([code, sorted(name for name in {heavy!r} if name in sys.modules)], sys.stderr)
 """
 COMMANDS = [f"training.{name}" for name in "main finetune downstream zero_shot linear_probe retrieval caption".split()]
-OTHERS = ["training.count_shards", "training.summary", "open_clip_elip.profile.command"]
+OTHERS = ["training.count_shards", "training.summary"]
+OTHERS += [f"open_clip_elip.{name}.command" for name in ("profile", "visualize", "export")]
 
 
 def python(code: str) -> subprocess.CompletedProcess:

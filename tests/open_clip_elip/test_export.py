@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from open_clip_elip.clip import TextFirst
-from open_clip_elip.export import command, graphs
+from open_clip_elip.export import graphs
+from open_clip_elip.export import write as writing
 from open_clip_elip.export.command import main
 from open_clip_elip.identity import Identity, create, describe, tokenizer, transform
 from open_clip_elip.weights import load, read
@@ -207,7 +208,7 @@ def test_what_cannot_be_written_is_one_sentence(changes, flags, sentence, run, t
 def test_the_place_and_the_source(run, tmp_path, monkeypatch, capsys):
     model = write(tmp_path / "w.pt", identity())
     assert "exists already" in run("timm", out="w.pt", code=2)
-    monkeypatch.setattr(command, "TOLERANCE", -1)
+    monkeypatch.setattr(writing, "TOLERANCE", -1)
     assert "other features" in run("open_clip", code=2)
     monkeypatch.setattr(graphs, "find_spec", lambda name: None)
     assert "pip install 'open_clip_elip[export]'" in run("onnx", code=2)

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from open_clip_elip.profile import command
+from open_clip_elip.profile import compare
 from open_clip_elip.profile.measure import SavedBytes, TrainStep, saved_bytes
 from open_clip_elip.profile.models import Candidate
 
@@ -26,7 +26,7 @@ def steps(name: str) -> tuple[TrainStep, TrainStep]:
     one, found = Candidate.parse(name), []
     for device in ("meta", "cpu"):
         model = one.build(device)
-        found.append(command._step(model, command._batch(model, one, ARGS, 4, device), one))
+        found.append(compare._step(model, compare._batch(model, one, ARGS, 4, device), one))
     shapes, real = found
     if hasattr(real, "targets"):
         real.targets["negatives"] = shapes.targets["negatives"]

@@ -11,11 +11,9 @@ from typing import NamedTuple
 import webdataset
 from PIL import Image, UnidentifiedImageError
 
+from . import VisualizeError
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-class VisualizeError(ValueError):
-    """Something a person can mend; the message is one sentence that says what is wrong and what to do."""
 
 
 class Pair(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import run_block
 from ..reduction.elip import cls_attention
-from .pictures import VisualizeError
+from . import VisualizeError
 from .trace import Stage, trace
 
 

@@ -1,0 +1,110 @@
+"""From a checkpoint and pictures to files that show what is kept."""
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import weights
+from ..identity import Identity, ModelError, create, describe, reduced, tokenizer, transform
+from ..profile import ProfileError
+from ..profile.models import find_device, parse_options
+from . import VisualizeError, statistics
+from .draw import sheet, views
+from .page import page
+from .pictures import Pair, read_pairs
+from .trace import trace
+
+BATCH = 32
+
+
+def visualize(args: argparse.Namespace) -> list[Path]:
+    """Writes what the options of the command ask for; VisualizeError: what a person can mend."""
+    torch.manual_seed(0)  # for methods that draw
+    try:
+        pairs = read_pairs(args.image, args.count or (None if args.statistics else 8))
+        identity, model = load(args)
+        batches = batched(pairs, args.captions, transform(identity), tokenizer(identity))
+        title = f"{identity.name}, {_settings(identity.token_reduction)}"
+        with torch.no_grad():
+            return (_statistics if args.statistics else _pictures)(model, batches, title, args.out)
+    except (ModelError, ProfileError) as error:
+        raise VisualizeError(str(error)) from error
+    except OSError as error:
+        told = f"{args.out} cannot be written ({error.strerror}); name another folder in --out."
+        raise VisualizeError(told) from error
+
+
+def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
+    """The model with its weights, on the device and in eval mode. Raises ModelError, ProfileError, VisualizeError."""
+    source, content = args.pretrained, None
+    if weights.is_file(source):
+        content = weights.read(source)
+    told = content.get("model") if content else None
+    if args.model is not None:
+        identity = describe(args.model, pretrained=source)
+    elif isinstance(told, Mapping) and "family" in told:
+        identity = Identity.from_dict(dict(told))
+    else:
+        raise VisualizeError(f"--pretrained {source} does not say which model it is of; add --model.")
+    if args.token_reduction:
+        words = [word if "=" in word else f"method={word}" for word in args.token_reduction]
+        identity = reduced(identity, parse_options(",".join(words)))
+    if identity.token_reduction is None:
+        raise VisualizeError(f"{identity.name} has no token reduction; add one, as in --token-reduction elip.")
+    source = weights.find(identity.name, source)
+    model = create(identity, device=find_device(args.device))
+    report = weights.load(model, content or weights.read(source), name=identity.name, source=source)
+    for sentence in report.sentences():
+        logging.warning(sentence)
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ModelError(f"The weights of {source} are not finite (the first is {name}); take another step's.")
+    if not model.tower.rrt():
+        settings = _settings(identity.token_reduction)
+        raise VisualizeError(f"There is nothing to see: {settings} removes no token; give other settings.")
+    if len(args.captions or ()) > 1 and not model.tower.reduction.uses_text:
+        raise VisualizeError(f"{identity.token_reduction['method']} looks at no caption, so give one at most.")
+    return identity, model.eval()
+
+
+def batched(
+    pairs: Iterator[Pair], captions: Sequence[str] | None, preprocess: Callable, tokenize: Callable
+) -> Iterator[tuple[list[Pair], Tensor, Tensor | None]]:
+    """Pairs, images (B, 3, H, W) and texts (B, T), None where a pair has none; each picture under all `captions`, if
+    there are any, instead of its own."""
+    if captions is not None:
+        pairs = (pair._replace(caption=caption) for pair in pairs for caption in captions)
+    while batch := list(islice(pairs, BATCH)):
+        image = torch.stack([preprocess(pair.image) for pair in batch])
+        known = all(pair.caption for pair in batch)
+        yield batch, image, tokenize([pair.caption for pair in batch]) if known else None
+
+
+def _pictures(model: nn.Module, batches: Iterator, title: str, out: Path) -> list[Path]:
+    shown = []
+    for batch, image, text in batches:
+        names, captions = [pair.name for pair in batch], [pair.caption for pair in batch]
+        if text is None and any(captions) and model.tower.reduction.uses_text:
+            raise VisualizeError("Some of the pictures have captions and others have none; give one with --caption.")
+        shown += views(model, image, names, captions, trace(model, image, text))
+    out.mkdir(parents=True, exist_ok=True)
+    sheet(shown, title).savefig(out / "kept.png", dpi=150)
+    (out / "kept.html").write_text(page(shown, title), encoding="utf-8")
+    return [out / "kept.png", out / "kept.html"]
+
+
+def _statistics(model: nn.Module, batches: Iterator, title: str, out: Path) -> list[Path]:
+    found = statistics.collect(model, ((image, text) for _, image, text in batches))
+    out.mkdir(parents=True, exist_ok=True)
+    return statistics.save(found, title, out)
+
+
+def _settings(token_reduction: Mapping) -> str:
+    parts = [f"{key} {value}" for key, value in token_reduction.items() if key != "method"]
+    return ", ".join([token_reduction["method"], *parts])

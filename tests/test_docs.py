@@ -54,6 +54,8 @@ def test_flags_and_files_are_there(page, words):
     for module in set(re.findall(r"-m ((?:training|open_clip_elip)[\w.]*)", text)):
         place = ROOT / "src" / module.rstrip(".").replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        compile(block, page.name, "exec")
 
 
 def test_lists_are_complete():

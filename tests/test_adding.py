@@ -1,4 +1,4 @@
-"""What docs/design.md promises: a method, a task and a data set are each one piece that the rest takes as it is."""
+"""What docs/extending.md promises: a method, a task and a data set are each one piece that the rest takes as it is."""
 from __future__ import annotations
 
 import csv

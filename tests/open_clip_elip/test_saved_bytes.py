@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from open_clip_elip.profile import compare
+from open_clip_elip.profile.command import main
 from open_clip_elip.profile.measure import SavedBytes, TrainStep, saved_bytes
 from open_clip_elip.profile.models import Candidate
 
@@ -65,5 +66,5 @@ def test_negatives_that_are_drawn_change_it_by_the_lengths_of_their_texts(family
 def test_what_autocast_would_keep_is_not_told(tmp_path):
     out = tmp_path / "cost.json"
     for precision in ("fp32", "amp_bf16"):
-        assert command.main([TINY, "--no-time", "--device", "cpu", "--precision", precision, "--json", str(out)]) == 0
+        assert main([TINY, "--no-time", "--device", "cpu", "--precision", precision, "--json", str(out)]) == 0
         assert ("saved" in json.loads(out.read_text())["models"][0]) == (precision == "fp32")

@@ -159,11 +159,8 @@ def compare(
 
     sides, figures = {}, {}
     for label, spec in {"": plain, **{spec.label: spec for spec in ours}}.items():
-        if label or spec.fuses:
-            side = OurSide(spec, image, text, args, device, like=sides[""] if plain.fuses and label else None)
-        else:
-            side = OpenClipSide(spec, image, text, args, device)
-        sides[label] = side
+        own_side = partial(OurSide, like=sides.get("") if spec.fuses else None)
+        sides[label] = side = (own_side if label or spec.fuses else OpenClipSide)(spec, image, text, args, device)
         flops = count(spec, args, side.text()).total
         figures[label] = memory(side, [image, text], device) | {"flops": flops}
     product = MatrixProduct(args.precision, device)

@@ -123,7 +123,7 @@ class Figures:
         for name in dict.fromkeys(key for metrics in self.evaluations for key in metrics if key != "epoch"):
             rows = [metrics for metrics in self.evaluations if isinstance(metrics.get(name), float)]
             if rows:
-                better = min if "loss" in name or "rank" in name else max
+                better = min if "loss" in name or name.endswith("_rank") else max
                 best = better(rows, key=lambda metrics: metrics[name])
                 lines.append(f"{name}: best {best[name]:.4f} (epoch {best['epoch']}), last {rows[-1][name]:.4f}")
         if folder is not None:

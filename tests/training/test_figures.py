@@ -77,9 +77,12 @@ def test_a_row_and_the_summary(clock, tmp_path):
     assert "loss 6.5000 | rrt 0.25 | 10 samples/s, data wait 10%" in line and "0.4 TFLOP/s, MFU 10.0%" in line
     row(found, clock, loss=2.25, rrt=0.5)
     found.evaluations = [
-        {"epoch": 1, "step": 10, "image_to_text_R@1": 0.25, "clip_val_loss": 3.0, "num_samples": 64},
-        {"epoch": 2, "step": 20, "image_to_text_R@1": 0.5, "clip_val_loss": 2.0, "num_samples": 64},
-        {"epoch": 3, "step": 30, "image_to_text_R@1": 0.375, "clip_val_loss": 2.5, "num_samples": 64},
+        {"epoch": 1, "step": 10, "image_to_text_R@1": 0.25, "clip_val_loss": 3.0, "num_samples": 64,
+         "text_to_image_mean_rank": 4.0, "reranked_r_mean": 0.25},
+        {"epoch": 2, "step": 20, "image_to_text_R@1": 0.5, "clip_val_loss": 2.0, "num_samples": 64,
+         "text_to_image_mean_rank": 2.0, "reranked_r_mean": 0.5},
+        {"epoch": 3, "step": 30, "image_to_text_R@1": 0.375, "clip_val_loss": 2.5, "num_samples": 64,
+         "text_to_image_mean_rank": 3.0, "reranked_r_mean": 0.375},
     ]
     found.summarise(tmp_path)
     assert (tmp_path / "summary.txt").read_text().splitlines() == [
@@ -90,6 +93,8 @@ def test_a_row_and_the_summary(clock, tmp_path):
         "loss       6.5000 at first, 2.2500 at last",
         "image_to_text_R@1: best 0.5000 (epoch 2), last 0.3750",
         "clip_val_loss: best 2.0000 (epoch 2), last 2.5000",
+        "text_to_image_mean_rank: best 2.0000 (epoch 2), last 3.0000",
+        "reranked_r_mean: best 0.5000 (epoch 2), last 0.3750",
         f"run        {tmp_path}",
     ]
 

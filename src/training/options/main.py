@@ -107,6 +107,5 @@ class PretrainingOptions(
         data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"
         forbid(not (self.trains or evaluates), f"There is nothing to do: give {data}.")
         starts = self.pretrained or self.start_image or self.start_text or self.pretrained_image or ":" in self.model
-        starts = starts or self.resume not in (None, "latest")
         given = "--pretrained, or --start-image and --start-text"
         forbid(self.adapter and not starts, f"--adapter adapts weights that are there: give {given}.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import weights
-from ..identity import Identity, ModelError, create, describe, reduced, tokenizer, transform
+from ..identity import Identity, ModelError, create, describe, reduced, sibling, tokenizer, transform
 from ..profile import ProfileError
 from ..profile.models import find_device, parse_options
 from . import VisualizeError, statistics
@@ -45,11 +45,13 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     source, content = args.pretrained, None
     if weights.is_file(source):
         content = weights.read(source)
+    identity = told = weights.told_identity(content or {})
     if args.model is not None:
-        identity = describe(args.model, pretrained=source)
+        identity = sibling(told, args.model) if told is not None else None
+        identity = identity or describe(args.model, pretrained=source)
     elif content is None:
         raise VisualizeError(f"There is no file {source}, and the name of weights needs --model.")
-    elif (identity := weights.told_identity(content)) is None:
+    elif identity is None:
         raise VisualizeError(f"--pretrained {source} does not say which model it is of; add --model.")
     if args.token_reduction:
         words = [word if "=" in word else f"method={word}" for word in args.token_reduction]

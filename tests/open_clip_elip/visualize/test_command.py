@@ -73,6 +73,14 @@ def test_lora_is_merged(folder):
     assert visualize(folder, pretrained="lora.pt") == 0
 
 
+def test_a_checkpoint_keeps_its_settings_beside_its_name(folder):
+    state = torch.load(folder / "tiny.pt")
+    state["model"]["config"]["token_reduction"]["lam"] = 0.25
+    torch.save(state, folder / "lam.pt")
+    assert visualize(folder, "--model", "Tiny-ELIP", pretrained="lam.pt") == 0
+    assert "lam 0.25" in (folder / "out" / "kept.html").read_text()
+
+
 def test_one_picture_under_several_captions(folder):
     assert visualize(folder, "--captions", "a red thing", "a blue thing", image="pictures/b.png") == 0
     page = (folder / "out" / "kept.html").read_text()

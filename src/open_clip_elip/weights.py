@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from . import hugging_face
 from .adapters import is_adapter, merged
-from .identity import ModelError, creating, describe
+from .identity import Identity, ModelError, creating, describe
 from .registry import DESCRIPTIONS, weights_in_folder
 from .weight_files import BIG_VISION, parts, read_file
 
@@ -111,6 +111,23 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return {"state_dict": tensors(read(file), file), "model": identity.to_dict()}
 
 
+def told_identity(content: Mapping[str, Any]) -> Identity | None:
+    """The model that a file of this trainer's, or a folder, tells, but for LoRA, which `tensors` merges."""
+    told = content.get("model")
+    if not isinstance(told, Mapping) or "family" not in told:
+        return None
+    identity = Identity.from_dict(dict(told))
+    return identity.with_adapter(None) if identity.config.get("adapter", {}).get("kind") == "lora" else identity
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raises ModelError."""
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            what = f"The weights of {source} are not finite (the first is {name})"
+            raise ModelError(f"{what}; take those of another step.")
+
+
 def load(
     model: nn.Module,
     content: Mapping[str, Any],
@@ -178,8 +195,8 @@ def load(
         report.notes.append(f"{source} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
     if activation_untold:
         report.notes.append(f"The activation of {source} stands in the config.json beside it: name the folder instead.")
-    ours = "ema", "ema_updates"  # which --ema takes
-    averages = [key for key in map(str, content) if "ema" in key.split("_") and key not in ours]
+    averages = [key for key, value in content.items() if "ema" in str(key).split("_") and isinstance(value, Mapping)]
+    averages = [str(key) for key in averages if key != "ema"]  # ours have a flag
     if averages and any(key in content for key in _WRAPPERS):
         report.notes.append(f"{source} also holds averages ({_some(averages)}), which are not used; save them alone.")
     if kept:

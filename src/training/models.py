@@ -154,10 +154,7 @@ def create_filled(
     report = weights.load(model, content, name=identity.name, source=source, image_tower=image_tower)
     for sentence in report.sentences():
         logging.warning(sentence)
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            what = f"The weights of {identity.name} are not finite (the first is {name})"
-            raise ModelError(f"{what}; take those of another step.")
+    weights.check_finite(model, identity.name)
     return model, report
 
 
@@ -177,9 +174,8 @@ def identity_of(options: Mapping[str, Any]) -> Identity:
 def checkpoint_identity(state: Mapping[str, Any]) -> Identity | None:
     """The model that a checkpoint of this trainer is of, but for LoRA, which is merged into the weights as they are
     read; None: the file does not say. ModelError: it is not known."""
-    if isinstance(state.get("model"), Mapping) and "family" in state["model"]:
-        identity = Identity.from_dict(dict(state["model"]))
-        return identity.with_adapter(None) if identity.config.get("adapter", {}).get("kind") == "lora" else identity
+    if (identity := weights.told_identity(state)) is not None:
+        return identity
     config = state.get("config")
     if not isinstance(config, Mapping) or not isinstance(config.get("model"), str):
         return None

@@ -48,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(folder: Path) -> dict[str, Curves]:
-    """The panels by title, of train.csv and results.jsonl; lines that are cut off or damaged are passed over."""
+    """The panels by title, of train.csv and results.jsonl; lines that are cut off or damaged are passed over,
+    and so are figures that were not known."""
     rows = []
     try:
         with (folder / "train.csv").open(newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(file):
                 with suppress(TypeError, ValueError):
-                    rows.append({name: float(value) for name, value in row.items()})
+                    rows.append({name: float(value) for name, value in row.items() if value != ""})
         results = folder / "checkpoints" / "results.jsonl"
         lines = results.read_text(encoding="utf-8", errors="replace").splitlines() if results.is_file() else []
     except OSError as error:

@@ -51,7 +51,8 @@ def run(tmp_path, capsys):
         assert main([format, str(tmp_path / out), "--pretrained", str(tmp_path / "w.pt"), *flags]) == code
         printed = capsys.readouterr()
         if code:
-            assert sorted(tmp_path.iterdir()) == before and printed.err.count("\n") == 1, printed.err
+            *_, error = printed.err.splitlines()  # timm's log may stand before it
+            assert sorted(tmp_path.iterdir()) == before and error.startswith("error: "), printed.err
         return printed.err if code else printed.out
 
     return run
@@ -176,6 +177,31 @@ def test_averages(run, tmp_path):
     assert torch.equal(found, averages["visual.proj"]) and not torch.equal(found, model.visual.proj)
 
 
+def test_lora_is_merged_and_a_bottleneck_has_no_place(run, tmp_path):
+    plain = write(tmp_path / "w.pt", identity()).state_dict()
+    place = "visual.transformer.resblocks.0.attn"
+    down, up = torch.randn(2, 32), torch.randn(96, 2)
+    lora = {f"{place}.lora_A.default.weight": down, f"{place}.lora_B.default.weight": up}
+    state = {"state_dict": plain | lora, "model": identity().with_adapter("lora", 2).to_dict()}
+    torch.save(state, tmp_path / "w.pt")
+    run("open_clip")
+    found = read(tmp_path / "out")["state_dict"]
+    assert found.keys() == plain.keys()
+    weight = f"{place}.in_proj_weight"
+    torch.testing.assert_close(found[weight], plain[weight] + up @ down)
+    write(tmp_path / "w.pt", identity().with_adapter("bottleneck", 2))
+    assert "bottleneck adapters, for which timm has no place" in run("timm", out="again", code=2)
+
+
+def test_no_number_is_no_small_difference(run, tmp_path, monkeypatch):
+    model = write(tmp_path / "w.pt", identity())
+    state = model.state_dict() | {"visual.proj": torch.full_like(model.visual.proj, torch.nan)}
+    torch.save({"state_dict": state, "model": identity().to_dict()}, tmp_path / "w.pt")
+    assert "not finite (the first is visual.proj)" in run("open_clip", code=2)
+    monkeypatch.setattr(writing.weights, "check_finite", lambda *given: None)
+    assert "other features there (by nan)" in run("open_clip", code=2)
+
+
 LAYER_SCALE = {"vision": {"ls_init_value": 0.5}}
 ANOTHER_TEXT = {"text": {"no_causal_mask": True, "pool_type": "last"}}
 SIGLIP = {"custom_text": True, "text": {"proj_bias": True}}
@@ -195,6 +221,8 @@ SIGLIP = {"custom_text": True, "text": {"proj_bias": True}}
         ({}, ["timm", "--plain"], "--plain does nothing for timm"),
         ({"token_reduction": {"method": "none"}}, ["torch", "--vision-guided-reduction"], "has no token reduction"),
         ({"token_reduction": {"method": "random"}}, ["torch", "--vision-guided-reduction"], "in training only"),
+        ({}, ["torch", "--vision-guided-reduction", "--part", "text"], "--part text has none"),
+        ({}, ["released", "--ema"], "--ema does nothing for released"),
         ({}, ["released"], "not of the pre-training of ALBEF, BLIP or METER"),
         ({}, ["timm", "--model", "ViT-Nowhere"], "no model named"),
         ({}, ["timm", "--model", "ViT-B-32"], "does not fit ViT-B-32"),
@@ -214,5 +242,7 @@ def test_the_place_and_the_source(run, tmp_path, monkeypatch, capsys):
     assert "pip install 'open_clip_elip[export]'" in run("onnx", code=2)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     assert "--model is missing" in run("timm", code=2)
+    assert main(["timm", str(tmp_path / "out"), "--pretrained", "nothing.pt"]) == 2
+    assert "There is no file nothing.pt" in capsys.readouterr().err
     assert main(["timm", str(tmp_path / "out"), "--model", "ViT-B-32"]) == 2
     assert "brings no weights along" in capsys.readouterr().err

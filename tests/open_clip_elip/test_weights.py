@@ -55,6 +55,7 @@ FORMS = {
     "DeepSpeed": lambda s: {"module": s, "optimizer": None, "ds_version": "0.16"},
     "half": lambda s: {"state_dict": {k: v.half() for k, v in s.items()}},
     "averages beside": lambda s: {"state_dict": s, "state_dict_ema": {k: v + 1 for k, v in s.items()}},
+    "own": lambda s: {"state_dict": s, "ema": {}, "ema_updates": 0},
     "averages alone": lambda s: {"epoch": 1, "model_ema": {"module": s}},
     "a trainer of one's own": lambda s: {"state_dict": {**prefixed(s, "net.clip."), "n_averaged": torch.tensor(3)}},
     "averages": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},

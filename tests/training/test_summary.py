@@ -40,6 +40,11 @@ def test_curves_are_those_of_whole_rows(run):
     assert panels["samples a second"]["samples_per_second"] == [(0, 10), (5, 20), (10, 40)]
 
 
+def test_a_figure_that_is_not_known_costs_no_row(run):
+    (run / "train.csv").write_text(TRAIN.replace("20,0.28", "20,"))
+    assert read(run)["samples a second"]["samples_per_second"] == [(0, 10), (5, 20), (10, 40)]
+
+
 def test_the_picture_is_in_the_page_too(run, capsys):
     pytest.importorskip("matplotlib")
     (run / "summary.txt").write_text("loss <3.5>\n")

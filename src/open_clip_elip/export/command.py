@@ -40,10 +40,13 @@ def _check(args: argparse.Namespace) -> None:
     graph = args.format in ("onnx", "torch")
     for flag, given, needed in (
         ("--part", args.part != "both", graph), ("--vision-guided-reduction", args.vision_guided_reduction, graph),
-        ("--plain", args.plain, args.format == "open_clip"),
+        ("--plain", args.plain, args.format == "open_clip"), ("--model", args.model, args.format != "released"),
+        ("--ema", args.ema, args.format != "released"),
     ):  # fmt: skip
         if given and not needed:
             raise ExportError(f"{flag} does nothing for {args.format}; leave it out.")
+    if args.vision_guided_reduction and args.part == "text":
+        raise ExportError("--vision-guided-reduction is of the image tower, and --part text has none; leave one out.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """The model that is to be written, with its weights, and what its features are checked on."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,9 +46,9 @@ def open_source(name: str | None, pretrained: str | None, *, ema: bool = False, 
     """The model of a name and weights; of a checkpoint or folder that tells its model, that one. A `name` of the same
     shape changes its token reduction. Raises ModelError."""
     content = weights.read(pretrained) if weights.is_file(pretrained) else {}
-    trained_as, told, warnings = None, content.get("model"), []
-    if isinstance(told, Mapping) and "family" in told:
-        trained_as = Identity.from_dict(dict(told))
+    trained_as, warnings = weights.told_identity(content), []
+    if name is None and pretrained and not content:
+        raise ModelError(f"There is no file {pretrained}, and the name of weights needs --model.")
     if name is None and trained_as is None:
         raise ModelError("--model is missing, and only a checkpoint of this trainer, or a folder, tells it by itself.")
     identity = trained_as
@@ -72,5 +72,6 @@ def open_source(name: str | None, pretrained: str | None, *, ema: bool = False, 
             raise ModelError(f"{source} has no averaged weights; leave out --ema.")
     model = identities.create(identity, pretrained_text=False)
     report = weights.load(model, content, name=identity.name, source=source)
+    weights.check_finite(model, source)
     model.eval().requires_grad_(False)
     return Source(identity, model, identities.tokenizer(identity), warnings + report.sentences())

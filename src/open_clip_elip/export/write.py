@@ -29,6 +29,8 @@ def write(args: argparse.Namespace) -> str:
                 raise ExportError("The authors' form is for a checkpoint of this trainer: give --pretrained.")
             return _whole(args.out, lambda out: write_released_form(args.pretrained, out))
         source = open_source(args.model, args.pretrained, ema=args.ema, plain=args.plain)
+        if args.format in FOLDERS and "adapter" in source.identity.config:
+            raise ExportError(f"{source.identity.name} has bottleneck adapters, for which {args.format} has no place.")
         if args.vision_guided_reduction:
             source.reduce_alone()
         return _whole(args.out, lambda out: _write(source, out, args))
@@ -49,13 +51,14 @@ def _write(source: Source, out: Path, args: argparse.Namespace) -> str:
     except Exception as error:  # of any kind, from a library that has no such model
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{name} cannot be written for {args.format}: {reason}.") from error
-    worst, names = 0.0, []
+    differences, names = [], []
     for count in (3, 1):
         image, text = source.examples(count)
         found = read(image, text)
         own = features(source.model, image, text)
         names = sorted(found)
-        worst = max(worst, *(float((own[key] - found[key]).abs().max()) for key in found))
+        differences += [float((own[key] - found[key]).abs().max()) for key in found]
+    worst = max(differences, key=lambda one: (one != one, one))  # NaN is the worst
     if not worst <= TOLERANCE:
         raise ModelError(
             f"{name} cannot be written for {args.format}: it would give other features there (by {worst:.1e}), for it "

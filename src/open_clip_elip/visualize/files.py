@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import weights
-from ..identity import Identity, ModelError, create, describe, reduced, tokenizer, transform
+from ..identity import Identity, ModelError, create, describe, reduced, sibling, tokenizer, transform
 from ..profile import ProfileError
 from ..profile.models import find_device, parse_options
 from . import VisualizeError, statistics
@@ -45,12 +45,13 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     source, content = args.pretrained, None
     if weights.is_file(source):
         content = weights.read(source)
-    told = content.get("model") if content else None
+    identity = told = weights.told_identity(content or {})
     if args.model is not None:
-        identity = describe(args.model, pretrained=source)
-    elif isinstance(told, Mapping) and "family" in told:
-        identity = Identity.from_dict(dict(told))
-    else:
+        identity = sibling(told, args.model) if told is not None else None
+        identity = identity or describe(args.model, pretrained=source)
+    elif content is None:
+        raise VisualizeError(f"There is no file {source}, and the name of weights needs --model.")
+    elif identity is None:
         raise VisualizeError(f"--pretrained {source} does not say which model it is of; add --model.")
     if args.token_reduction:
         words = [word if "=" in word else f"method={word}" for word in args.token_reduction]
@@ -62,9 +63,7 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     report = weights.load(model, content or weights.read(source), name=identity.name, source=source)
     for sentence in report.sentences():
         logging.warning(sentence)
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise ModelError(f"The weights of {source} are not finite (the first is {name}); take another step's.")
+    weights.check_finite(model, source)
     if not model.tower.rrt():
         settings = _settings(identity.token_reduction)
         raise VisualizeError(f"There is nothing to see: {settings} removes no token; give other settings.")

@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def build(config: dict, rule: str | None, shortcuts: bool = True, **changes) -> torch.nn.Module:
-    config = copy.deepcopy(config) | changes
+    config = copy.deepcopy(config | changes)
     for bert in (config["text_cfg"]["bert"], config["text_cfg"].get("fusion", {})):
         bert |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     config["text_reduction"] = None if rule is None else {"rule": rule, "keep": KEEP}

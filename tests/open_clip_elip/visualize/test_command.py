@@ -66,6 +66,21 @@ def test_every_method_on_shards(folder, method):
         assert kept[0] == ("2", "8") and [layer for layer, _ in kept[:3]] == ["2", "3", "6"]
 
 
+def test_lora_is_merged(folder):
+    state = torch.load(folder / "tiny.pt")
+    state["model"] = identities.Identity.from_dict(state["model"]).with_adapter("lora", 2).to_dict()
+    torch.save(state, folder / "lora.pt")
+    assert visualize(folder, pretrained="lora.pt") == 0
+
+
+def test_a_checkpoint_keeps_its_settings_beside_its_name(folder):
+    state = torch.load(folder / "tiny.pt")
+    state["model"]["config"]["token_reduction"]["lam"] = 0.25
+    torch.save(state, folder / "lam.pt")
+    assert visualize(folder, "--model", "Tiny-ELIP", pretrained="lam.pt") == 0
+    assert "lam 0.25" in (folder / "out" / "kept.html").read_text()
+
+
 def test_one_picture_under_several_captions(folder):
     assert visualize(folder, "--captions", "a red thing", "a blue thing", image="pictures/b.png") == 0
     page = (folder / "out" / "kept.html").read_text()
@@ -95,7 +110,7 @@ def test_statistics(folder):
         ({"image": "empty"}, "has no readable picture"),
         ({"image": "pictures/a.jpg"}, "has no readable picture"),
         ({"image": "shards/{00000..00009}.tar"}, "cannot be read"),
-        ({"pretrained": "nothing.pt"}, "does not say which model it is of"),
+        ({"pretrained": "nothing.pt"}, "There is no file"),
         ({"pretrained": "bare.pt"}, "does not say which model it is of; add --model"),
         ({"pretrained": "pictures/b.png"}, "cannot be read as a checkpoint"),
         ({"words": ["--token-reduction", "none"]}, "has no token reduction; add one"),

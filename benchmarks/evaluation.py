@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for i, (work, (functions, amount)) in enumerate(contests.items()):
                 left = args.minutes * 60 - (time.perf_counter() - begin)
                 results.append(compare(work, functions, amount, args, device, left / (len(contests) - i)))
-    except (ModelError, ProfileError, UserError) as error:
+    except (ModelError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     setting = machine(device) | {

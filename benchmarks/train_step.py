@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i, (plain, ours) in enumerate(contests):
             left = args.minutes * 60 - (time.perf_counter() - begin)
             results += compare(plain, ours, args, device, seconds=left * work[i] / sum(work[i:]))
-    except (ModelError, ProfileError, UserError) as error:
+    except (ModelError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     lengths = caption_lengths(args.caption_length, args.batch_size)

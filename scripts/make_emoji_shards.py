@@ -104,6 +104,12 @@ def _package_folder(module: str) -> Path:
     return Path(importlib.util.find_spec(module).submodule_search_locations[0])
 
 
+def origin() -> dict:
+    """What `dataset.json` says of where the pictures are from."""
+    sources = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"sources": sources, "licence": LICENCE}
+
+
 def render(svg: Path, size: int) -> Image.Image:
     """One picture as RGB on white, `size` x `size` pixels."""
     import resvg_py
@@ -164,11 +170,7 @@ def build(
         counts["train_shards"] = write_shards(folder / "train", train, shard_size, seed)
         counts["val_shards"] = write_shards(folder / "val", val, shard_size, seed, classes)
         write_prompts(folder / "val", classes, TEMPLATES)
-        return {
-            "counts": counts | {"duplicates_dropped": dropped},
-            "sources": {package: importlib.metadata.version(package) for package in PACKAGES},
-            "licence": LICENCE,
-        }
+        return {"counts": counts | {"duplicates_dropped": dropped}, **origin()}
 
     settings = dict(recipe=RECIPE, size=size, shard_size=shard_size, holdout=holdout, seed=seed, limit=limit)
     settings |= {"skin_tones": True} if skin_tones else {}  # folders made before there was a choice stay as they are

@@ -16,7 +16,6 @@ feature of the picture as a whole says all; of several, who looks at the picture
 """
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import random
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import emoji_data
 from emoji_data import Emoji, Sample, UserError, write_shards
-from make_emoji_shards import LICENCE, PACKAGES, find_pictures, render
+from make_emoji_shards import find_pictures, origin, render
 from PIL import Image
 
 RECIPE = 1  # part of the settings: a change rebuilds existing folders
@@ -80,11 +79,10 @@ def build(
         counts = {name: len(part) for name, part in parts.items()}
         for name, part in parts.items():
             counts[f"{name}_shards"] = write_shards(folder / name, part, shard_size, seed)
-        sources = {package: importlib.metadata.version(package) for package in PACKAGES}
-        return {"counts": counts, "sources": sources, "licence": LICENCE}
+        return {"counts": counts, **origin()}
 
-    settings = dict(recipe=RECIPE, size=size, shard_size=shard_size, holdout=holdout, seed=seed, limit=limit)
-    settings |= {"scenes": scenes}
+    settings = dict(recipe=RECIPE, size=size, shard_size=shard_size, holdout=holdout, seed=seed, limit=limit,
+                    scenes=scenes)  # fmt: skip
     return emoji_data.make_folder(out, settings, preview, make, fill)
 
 

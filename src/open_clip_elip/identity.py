@@ -23,15 +23,12 @@ from torch import nn
 
 from .adapters import KINDS, adapt
 from .clip import TEXT_FIRST, with_shortcuts
+from .errors import ModelError
 from .reduction import resolve
 from .reduction.text import TextReduction
 from .registry import model_folder, plain_name, registered
 
 FAMILIES = ("clip", "albef", "blip", "meter")
-
-
-class ModelError(ValueError):
-    """A model or weights that cannot be had; the message is one sentence that says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)

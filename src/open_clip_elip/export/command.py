@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ExportError
+from ..errors import ModelError
 
 FORMATS = ("open_clip", "transformers", "timm", "onnx", "torch", "released")
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .write import write  # torch, once the options are right
 
         print(write(args))
-    except ExportError as error:
+    except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.out.exists():
-        raise ExportError(f"{args.out} exists already; delete it, or name another place.")
+        raise ModelError(f"{args.out} exists already; delete it, or name another place.")
     graph = args.format in ("onnx", "torch")
     for flag, given, needed in (
         ("--part", args.part != "both", graph), ("--vision-guided-reduction", args.vision_guided_reduction, graph),
@@ -44,9 +44,9 @@ def _check(args: argparse.Namespace) -> None:
         ("--ema", args.ema, args.format != "released"),
     ):  # fmt: skip
         if given and not needed:
-            raise ExportError(f"{flag} does nothing for {args.format}; leave it out.")
+            raise ModelError(f"{flag} does nothing for {args.format}; leave it out.")
     if args.vision_guided_reduction and args.part == "text":
-        raise ExportError("--vision-guided-reduction is of the image tower, and --part text has none; leave one out.")
+        raise ModelError("--vision-guided-reduction is of the image tower, and --part text has none; leave one out.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import weights
-from ..identity import ModelError
-from . import ExportError
+from ..errors import ModelError
 from .folders import write_open_clip, write_timm, write_transformers
 from .graphs import PARTS, write_onnx, write_torch
 from .released import write_released_form
@@ -22,20 +21,17 @@ TOLERANCE = 1e-5  # of features of unit length
 
 
 def write(args: argparse.Namespace) -> str:
-    """What was written, in words; ExportError: what a person can mend."""
-    try:
-        if args.format == "released":
-            if not weights.is_file(args.pretrained):
-                raise ExportError("The authors' form is for a checkpoint of this trainer: give --pretrained.")
-            return _whole(args.out, lambda out: write_released_form(args.pretrained, out))
-        source = open_source(args.model, args.pretrained, ema=args.ema, plain=args.plain)
-        if args.format in FOLDERS and "adapter" in source.identity.config:
-            raise ExportError(f"{source.identity.name} has bottleneck adapters, for which {args.format} has no place.")
-        if args.vision_guided_reduction:
-            source.reduce_alone()
-        return _whole(args.out, lambda out: _write(source, out, args))
-    except ModelError as error:
-        raise ExportError(str(error)) from error
+    """What was written, in words; ModelError: what a person can mend."""
+    if args.format == "released":
+        if not weights.is_file(args.pretrained):
+            raise ModelError("The authors' form is for a checkpoint of this trainer: give --pretrained.")
+        return _whole(args.out, lambda out: write_released_form(args.pretrained, out))
+    source = open_source(args.model, args.pretrained, ema=args.ema, plain=args.plain)
+    if args.format in FOLDERS and "adapter" in source.identity.config:
+        raise ModelError(f"{source.identity.name} has bottleneck adapters, for which {args.format} has no place.")
+    if args.vision_guided_reduction:
+        source.reduce_alone()
+    return _whole(args.out, lambda out: _write(source, out, args))
 
 
 def _write(source: Source, out: Path, args: argparse.Namespace) -> str:

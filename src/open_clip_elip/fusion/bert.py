@@ -264,7 +264,7 @@ def _look(own: nn.Module, query: Tensor, seen: Memory, dropout: float) -> Tensor
 
 def _rows(x: Tensor, places: Tensor) -> Tensor:
     """(m, D) of (n, D) at different places, for which the gradient need not be sorted; on `meta` they may be real."""
-    return x[places] if x.is_meta else x.index_select(0, places)
+    return x[places] if x.is_meta else x.index_select(0, places.to(x.device))
 
 
 def _heads(attention: nn.Module, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..errors import ModelError
 from . import ProfileError
 
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .compare import compare  # torch, once the options are right
 
         compare(args)
-    except ProfileError as error:
+    except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,7 +13,7 @@ import torch
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
-from ..identity import ModelError, tokenizer
+from ..identity import tokenizer
 from ..text import COMPILED_MULTIPLE, COMPILED_PARTS, TextParts, count_columns, cut_text
 from . import ProfileError, report
 from .flops import Flops, count_flops
@@ -23,18 +23,15 @@ from .report import Figures
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints the table and writes the files; ProfileError: what a person can mend."""
+    """Prints the table and writes the files; ModelError: what a person can mend."""
     args.device = find_device(args.device)
     args.repeat = args.repeat or (1 if args.device.type == "cpu" else 10)
     for path in filter(None, (args.json, args.markdown, args.plot)):
         report.make_folder(path.parent)
-    try:
-        models = [Candidate.parse(text, args.image_size) for text in args.models]
-        figures = [count(one, args) for one in models]
-        if args.time:
-            measure(models, figures, args)
-    except ModelError as error:
-        raise ProfileError(str(error)) from error
+    models = [Candidate.parse(text, args.image_size) for text in args.models]
+    figures = [count(one, args) for one in models]
+    if args.time:
+        measure(models, figures, args)
     setting, rows = _describe(figures[0], args), report.table(figures)
     print(setting + "\n\n" + report.text_table(rows))
     if args.json is not None:

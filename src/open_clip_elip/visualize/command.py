@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import VisualizeError
+from ..errors import ModelError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .files import visualize  # torch, once the options are right
 
         written = visualize(args)
-    except VisualizeError as error:
+    except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(map(str, written)))
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if find_spec("matplotlib") is None:
-        raise VisualizeError("Drawing needs matplotlib; pip install 'open_clip_elip[profile]' brings it.")
+        raise ModelError("Drawing needs matplotlib; pip install 'open_clip_elip[profile]' brings it.")
     if args.count is not None and args.count < 1:
-        raise VisualizeError(f"--count is {args.count}; it must be at least 1.")
+        raise ModelError(f"--count is {args.count}; it must be at least 1.")
     if args.statistics and args.captions:
-        raise VisualizeError("--statistics takes the captions of the data; leave --captions out.")
+        raise ModelError("--statistics takes the captions of the data; leave --captions out.")
     if not all(caption.strip() for caption in args.captions or ()):
-        raise VisualizeError("A caption is empty; write one, or leave it out, and the image alone decides.")
+        raise ModelError("A caption is empty; write one, or leave it out, and the image alone decides.")
 
 
 def _parser() -> argparse.ArgumentParser:

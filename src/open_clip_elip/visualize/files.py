@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..identity import Identity, ModelError, create, describe, reduced, sibling, tokenizer, transform
-from ..profile import ProfileError
 from ..profile.models import find_device, parse_options
-from . import VisualizeError, statistics
+from . import statistics
 from .draw import sheet, views
 from .page import page
 from .pictures import Pair, read_pairs
@@ -24,24 +23,22 @@ BATCH = 32
 
 
 def visualize(args: argparse.Namespace) -> list[Path]:
-    """Writes what the options of the command ask for; VisualizeError: what a person can mend."""
+    """Writes what the options of the command ask for; ModelError: what a person can mend."""
     torch.manual_seed(0)  # for methods that draw
+    pairs = read_pairs(args.image, args.count or (None if args.statistics else 8))
+    identity, model = load(args)
+    batches = batched(pairs, args.captions, transform(identity), tokenizer(identity))
+    title = f"{identity.name}, {_settings(identity.token_reduction)}"
     try:
-        pairs = read_pairs(args.image, args.count or (None if args.statistics else 8))
-        identity, model = load(args)
-        batches = batched(pairs, args.captions, transform(identity), tokenizer(identity))
-        title = f"{identity.name}, {_settings(identity.token_reduction)}"
         with torch.no_grad():
             return (_statistics if args.statistics else _pictures)(model, batches, title, args.out)
-    except (ModelError, ProfileError) as error:
-        raise VisualizeError(str(error)) from error
     except OSError as error:
         told = f"{args.out} cannot be written ({error.strerror}); name another folder in --out."
-        raise VisualizeError(told) from error
+        raise ModelError(told) from error
 
 
 def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
-    """The model with its weights, on the device and in eval mode. Raises ModelError, ProfileError, VisualizeError."""
+    """The model with its weights, on the device and in eval mode. Raises ModelError."""
     source, content = args.pretrained, None
     if weights.is_file(source):
         content = weights.read(source)
@@ -50,14 +47,14 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
         identity = sibling(told, args.model) if told is not None else None
         identity = identity or describe(args.model, pretrained=source)
     elif content is None:
-        raise VisualizeError(f"There is no file {source}, and the name of weights needs --model.")
+        raise ModelError(f"There is no file {source}, and the name of weights needs --model.")
     elif identity is None:
-        raise VisualizeError(f"--pretrained {source} does not say which model it is of; add --model.")
+        raise ModelError(f"--pretrained {source} does not say which model it is of; add --model.")
     if args.token_reduction:
         words = [word if "=" in word else f"method={word}" for word in args.token_reduction]
         identity = reduced(identity, parse_options(",".join(words)))
     if identity.token_reduction is None:
-        raise VisualizeError(f"{identity.name} has no token reduction; add one, as in --token-reduction elip.")
+        raise ModelError(f"{identity.name} has no token reduction; add one, as in --token-reduction elip.")
     source = weights.find(identity.name, source)
     model = create(identity, device=find_device(args.device))
     report = weights.load(model, content or weights.read(source), name=identity.name, source=source)
@@ -66,9 +63,9 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     weights.check_finite(model, source)
     if not model.tower.rrt():
         settings = _settings(identity.token_reduction)
-        raise VisualizeError(f"There is nothing to see: {settings} removes no token; give other settings.")
+        raise ModelError(f"There is nothing to see: {settings} removes no token; give other settings.")
     if len(args.captions or ()) > 1 and not model.tower.reduction.uses_text:
-        raise VisualizeError(f"{identity.token_reduction['method']} looks at no caption, so give one at most.")
+        raise ModelError(f"{identity.token_reduction['method']} looks at no caption, so give one at most.")
     return identity, model.eval()
 
 
@@ -90,7 +87,7 @@ def _pictures(model: nn.Module, batches: Iterator, title: str, out: Path) -> lis
     for batch, image, text in batches:
         names, captions = [pair.name for pair in batch], [pair.caption for pair in batch]
         if text is None and any(captions) and model.tower.reduction.uses_text:
-            raise VisualizeError("Some of the pictures have captions and others have none; give one with --caption.")
+            raise ModelError("Some of the pictures have captions and others have none; give one with --caption.")
         shown += views(model, image, names, captions, trace(model, image, text))
     out.mkdir(parents=True, exist_ok=True)
     sheet(shown, title).savefig(out / "kept.png", dpi=150)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import webdataset
 from PIL import Image, UnidentifiedImageError
 
-from . import VisualizeError
+from ..errors import ModelError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -27,7 +27,7 @@ def read_pairs(path: str, count: int | None = None) -> Iterator[Pair]:
     (with braces). One that cannot be read is left out with a warning.
 
     Raises:
-        VisualizeError: there is nothing of that kind, or no readable picture.
+        ModelError: there is nothing of that kind, or no readable picture.
     """
     if path.endswith(".tar") or "{" in path:
         encoded = _in_shards(path)
@@ -36,11 +36,11 @@ def read_pairs(path: str, count: int | None = None) -> Iterator[Pair]:
     elif Path(path).is_file():
         encoded = _files([Path(path)])
     else:
-        raise VisualizeError(f"There is no picture, folder or shard {path}; correct --image.")
+        raise ModelError(f"There is no picture, folder or shard {path}; correct --image.")
     pairs = itertools.islice(_readable(encoded), count)
     first = next(pairs, None)
     if first is None:
-        raise VisualizeError(f"{path} has no readable picture ({', '.join(ENDINGS)}); name another one in --image.")
+        raise ModelError(f"{path} has no readable picture ({', '.join(ENDINGS)}); name another one in --image.")
     return itertools.chain([first], pairs)
 
 
@@ -72,7 +72,7 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes, str | None]]:
             caption = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else None
             yield path.name, path.read_bytes(), caption
         except OSError as error:
-            raise VisualizeError(f"{path} cannot be read ({error.strerror}); correct --image.") from error
+            raise ModelError(f"{path} cannot be read ({error.strerror}); correct --image.") from error
 
 
 def _in_shards(path: str) -> Iterator[tuple[str, bytes, str | None]]:
@@ -83,4 +83,4 @@ def _in_shards(path: str) -> Iterator[tuple[str, bytes, str | None]]:
                 caption = sample.get("txt", b"").decode(errors="replace").strip()
                 yield f"{sample['__key__']}.{ending}", sample[ending], caption or None
     except (OSError, EOFError, ValueError) as error:
-        raise VisualizeError(f"The shards {path} cannot be read ({error}); correct --image.") from error
+        raise ModelError(f"The shards {path} cannot be read ({error}); correct --image.") from error

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import run_block
+from ..errors import ModelError
 from ..reduction.elip import cls_attention
-from . import VisualizeError
 from .trace import Stage, trace
 
 
@@ -32,7 +32,7 @@ class Statistics:
 def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Statistics:
     """Of images (B, 3, H, W) and texts (B, T).
 
-    Raises VisualizeError: the method looks at texts and there are none, or nobody to compare a picture with.
+    Raises ModelError: the method looks at texts and there are none, or nobody to compare a picture with.
     """
     reduction, grid = model.tower.reduction, model.visual.grid_size
     by_layer, by_stage, kept = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -44,7 +44,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -
             kept[stage.layer].append(stage.kept)
         if reduction.uses_text:
             if text is None:
-                raise VisualizeError("The figures of ELIP need a caption for each picture; give shards or .txt files.")
+                raise ModelError("The figures of ELIP need a caption for each picture; give shards or .txt files.")
             if len(image) > 1:  # a last picture by itself has no other's caption
                 other, alone = trace(model, image, text.roll(1, dims=0)), trace(model, image)
                 for one, two, three in zip(found, other, alone, strict=True):
@@ -55,7 +55,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -
         row = {"layer": layer, "kept": all_kept.sum(dim=1).mean().item()}
         if reduction.uses_text:
             if not by_stage:
-                raise VisualizeError("One picture has no other's caption to be compared under; give more.")
+                raise ModelError("One picture has no other's caption to be compared under; give more.")
             other, alone = torch.cat(by_stage[layer], dim=1).mean(dim=1).tolist()
             chance = row["kept"] / all_kept.shape[1]
             row |= {"shared_with_other_caption": other, "shared_with_image_alone": alone, "shared_by_chance": chance}

@@ -82,14 +82,6 @@ class DownstreamOptions(
         """With --resume, not known before the checkpoint is read: any."""
         return self.task or ",".join(task for _, task in TASKS)
 
-    @property
-    def meter_models(self) -> bool:
-        return self.family == "meter"
-
-    @property
-    def momentum_twin(self) -> bool:
-        return not self.meter_models
-
     def check(self) -> None:
         lists, loads = bool(self.val_data or self.test_data), self.resume is not None and self.evaluate
         assigns, reduces = self.task == "assignment", self.vision_guided_reduction

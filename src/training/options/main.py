@@ -93,15 +93,6 @@ class PretrainingOptions(
         """Whether the model is one."""
         return self.family != "clip"
 
-    @property
-    def meter_models(self) -> bool:
-        return self.family == "meter"
-
-    @property
-    def momentum_twin(self) -> bool:
-        """Whether the model learns from one, and from queues of its features."""
-        return not self.meter_models
-
     def check(self) -> None:
         evaluates = any((self.val_data, self.zeroshot_data, self.imagenet_val, self.imagenet_v2))
         data = "--train-data to train, or --val-data, --zeroshot-data or --imagenet-val to evaluate"

@@ -34,6 +34,15 @@ class ModelOptions(Section, title="model"):
 
         return family_of(self.model) if self.model else "clip"
 
+    @property
+    def meter_models(self) -> bool:
+        return self.family == "meter"
+
+    @property
+    def momentum_twin(self) -> bool:
+        """Whether the model, of those that fuse, learns from one, and from queues of its features."""
+        return not self.meter_models
+
     def check(self) -> None:
         forbid_coca("--model", self.model)
 

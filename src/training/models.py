@@ -17,6 +17,7 @@ from open_clip_elip import identity as identities
 from open_clip_elip import weights
 from open_clip_elip.adapters import train_new
 from open_clip_elip.identity import Identity, ModelError
+from open_clip_elip.pretrained import Pretrained
 
 from .distributed import Ranks
 from .errors import UserError
@@ -70,7 +71,7 @@ def build_model(
             if own and source is None and "timm_model_name" not in identity.config["vision_cfg"]:
                 raise UserError(f"--pretrained-image needs an image tower of timm's; {options.model} has another one.")
             more = {"image_tower": image_tower, "pretrained_image": own, **cached}
-            model, _ = create_filled(identity, source, options.precision, device, **more)
+            model = create_filled(identity, source, options.precision, device, **more)
         else:
             more = {"precision": options.precision, "device": device, **cached}
             model = identities.create(identity, pretrained_text=False, **more)
@@ -130,32 +131,24 @@ def create_filled(
     precision: str,
     device: torch.device,
     *,
-    content: Mapping[str, Any] | None = None,
     image_tower: bool = False,
     pretrained_image: bool = False,
     cache_dir: str | None = None,
-) -> tuple[nn.Module, weights.Report | None]:
-    """A model with the weights of a file or URL (`content`, if it was read already).
+) -> nn.Module:
+    """A model with the weights of a file or URL; None: at random, but for text towers that bring their own.
 
-    None: at random, but for text towers that bring their own. Raises ModelError as `identity.create`, `weights.load`.
+    Raises ModelError as `identity.create` and `weights.load` do.
     """
-    model = identities.create(
-        identity, precision=precision, device=device, pretrained_image=pretrained_image and source is None,
-        pretrained_text=source is None, cache_dir=cache_dir,
-    )  # fmt: skip
+    how = {"precision": precision, "device": device, "cache_dir": cache_dir}
     if source is None:
-        return model, None
-    if content is None:
-        content = weights.read(source)
-        trained_as = checkpoint_identity(content)
-        other = identities.differences(trained_as, identity) if trained_as is not None else []
-        if other:
-            logging.warning(f"{source} was trained with {', '.join(other)}; give the flags that say so to keep it.")
-    report = weights.load(model, content, name=identity.name, source=source, image_tower=image_tower)
-    for sentence in report.sentences():
-        logging.warning(sentence)
-    weights.check_finite(model, identity.name)
-    return model, report
+        return identities.create(identity, pretrained_image=pretrained_image, **how)
+    content = weights.read(source)
+    trained_as = checkpoint_identity(content)
+    other = identities.differences(trained_as, identity) if trained_as is not None else []
+    if other:
+        logging.warning(f"{source} was trained with {', '.join(other)}; give the flags that say so to keep it.")
+    model, _ = Pretrained(identity, source, content).create(image_tower=image_tower, **how)
+    return model
 
 
 def identity_of(options: Mapping[str, Any]) -> Identity:
@@ -213,7 +206,7 @@ def build_teacher(options: Any, student: Identity, device: torch.device) -> nn.M
         other = identities.differences(identity, student)
         if other:
             logging.warning(f"The teacher {identity.name} was made for {', '.join(other)}; it sees the student's.")
-        teacher, _ = create_filled(identity, source, options.precision, device, cache_dir=options.cache_dir)
+        teacher = create_filled(identity, source, options.precision, device, cache_dir=options.cache_dir)
     return teacher.eval().requires_grad_(False)
 
 

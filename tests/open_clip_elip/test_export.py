@@ -243,6 +243,6 @@ def test_the_place_and_the_source(run, tmp_path, monkeypatch, capsys):
     torch.save(model.state_dict(), tmp_path / "w.pt")
     assert "--model is missing" in run("timm", code=2)
     assert main(["timm", str(tmp_path / "out"), "--pretrained", "nothing.pt"]) == 2
-    assert "There is no file nothing.pt" in capsys.readouterr().err
+    assert "--pretrained nothing.pt is not a file" in capsys.readouterr().err
     assert main(["timm", str(tmp_path / "out"), "--model", "ViT-B-32"]) == 2
     assert "brings no weights along" in capsys.readouterr().err

@@ -11,6 +11,7 @@ onnx, torch (of torch.export) and released (of ALBEF, BLIP, METER).
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ FORMATS = ("open_clip", "transformers", "timm", "onnx", "torch", "released")
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one sentence on stderr."""
     args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:
         _check(args)
         from .write import write  # torch, once the options are right

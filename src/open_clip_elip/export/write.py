@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +36,6 @@ def write(args: argparse.Namespace) -> str:
 def _write(source: Source, out: Path, args: argparse.Namespace) -> str:
     """Writes, reads it back with the program that it is for, and compares."""
     name = source.identity.name
-    for warning in source.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     try:
         if args.format in GRAPHS:
             read = GRAPHS[args.format](source, out, PARTS[args.part])

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import weights
-from ..identity import Identity, ModelError, create, describe, reduced, sibling, tokenizer, transform
+from ..identity import Identity, ModelError, reduced, tokenizer, transform
+from ..pretrained import find
 from ..profile.models import find_device, parse_options
 from . import statistics
 from .draw import sheet, views
@@ -39,28 +38,14 @@ def visualize(args: argparse.Namespace) -> list[Path]:
 
 def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     """The model with its weights, on the device and in eval mode. Raises ModelError."""
-    source, content = args.pretrained, None
-    if weights.is_file(source):
-        content = weights.read(source)
-    identity = told = weights.told_identity(content or {})
-    if args.model is not None:
-        identity = sibling(told, args.model) if told is not None else None
-        identity = identity or describe(args.model, pretrained=source)
-    elif content is None:
-        raise ModelError(f"There is no file {source}, and the name of weights needs --model.")
-    elif identity is None:
-        raise ModelError(f"--pretrained {source} does not say which model it is of; add --model.")
+    found = find(args.model, args.pretrained)
+    identity = found.identity
     if args.token_reduction:
         words = [word if "=" in word else f"method={word}" for word in args.token_reduction]
         identity = reduced(identity, parse_options(",".join(words)))
     if identity.token_reduction is None:
         raise ModelError(f"{identity.name} has no token reduction; add one, as in --token-reduction elip.")
-    source = weights.find(identity.name, source)
-    model = create(identity, device=find_device(args.device))
-    report = weights.load(model, content or weights.read(source), name=identity.name, source=source)
-    for sentence in report.sentences():
-        logging.warning(sentence)
-    weights.check_finite(model, source)
+    model, _ = found._replace(identity=identity).create(device=find_device(args.device))
     if not model.tower.rrt():
         settings = _settings(identity.token_reduction)
         raise ModelError(f"There is nothing to see: {settings} removes no token; give other settings.")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from open_clip_elip import identity as identities
-from open_clip_elip import weights
-from open_clip_elip.identity import Identity
+from open_clip_elip import pretrained, weights
+from open_clip_elip.pretrained import Pretrained
 
 from ..data.transforms import with_decoding
 from ..distributed import Ranks
 from ..errors import UserError
-from ..models import check_reduces, checkpoint_identity, create_filled, told
+from ..models import check_reduces, checkpoint_identity, told
 from .results import described_model
 
 # What writes words in a fusion model; the models that are fine-tuned for retrieval have none of it.
@@ -39,8 +38,7 @@ def load_model(
 ) -> LoadedModel:
     """The model of an evaluation's `--model` and `--pretrained`; for the block of a `ranks.agree()`.
 
-    A checkpoint of this trainer tells its model, and an `options.model` of None is filled in. With the name of another
-    model of the same shape it keeps all but its token reduction: picture size, normalisation, activation, ...
+    An `options.model` of None is filled in, see `pretrained.find`.
 
     image_tower: weights of an image tower alone will do, as fine-tuning leaves them; it then gives the features before
     the projection into CLIP's space.
@@ -52,48 +50,20 @@ def load_model(
     Raises UserError: no such model, or weights that cannot be had, do not fit or are not finite.
     """
     with told():
-        content = trained_as = None
-        if weights.is_file(options.pretrained):
-            content = weights.read(options.pretrained)
-            trained_as = checkpoint_identity(content)
-        if options.model is None and trained_as is not None:
-            options.model = trained_as.name
-        if options.model is None and options.pretrained is not None and content is None:
-            raise UserError(f"--pretrained {options.pretrained} is not a file; correct the path, or add --model.")
-        if options.model is None:
-            raise UserError(
-                "--model is missing, and only a checkpoint of this trainer as --pretrained tells it by itself."
-            )
-        identities.describe(options.model)  # there is such a model
-        if ":" not in options.model and options.pretrained is None:  # others bring their weights along
-            raise UserError("--pretrained is missing: give a checkpoint file or the name of pretrained weights.")
-        source = weights.find(options.model, options.pretrained)
-        if source is None:
-            raise UserError(f"{options.model} brings no weights along; give them with --pretrained.")
-        if options.ema:
-            if content is None:
-                raise UserError("--ema needs a checkpoint file of this trainer as --pretrained.")
-            content = content.get("ema")
-            if not content:
-                raise UserError(f"{options.pretrained} has no averaged weights (--ema-decay was off); leave out --ema.")
-
-        identity = None if trained_as is None else identities.sibling(trained_as, options.model)
-        if identity is None:
-            identity = identities.describe(options.model, pretrained=options.pretrained)
-            if trained_as is not None and (other := identities.differences(trained_as, identity)):
-                trained = f"{trained_as.name} with {', '.join(other)}"
-                logging.warning(f"{source} was trained as {trained}, which is not kept.")
+        found = pretrained.find(
+            options.model, options.pretrained, ema=options.ema, told_identity=checkpoint_identity
+        )
+        options.model = found.identity.name
         changes = {name: getattr(options, name) for name in ("force_image_size", "text_tokenizer")}
-        identity = identities.changed(identity, **changes)
-        if identity.family != "clip" and content is not None:
-            if not any(_LANGUAGE.search(name) for name in weights.tensors(content, source)):
-                identity = replace(identity, config=identity.config | {"task": "retrieval"})
+        identity = identities.changed(found.identity, **changes)
+        if identity.family != "clip" and not any(map(_LANGUAGE.search, weights.tensors(found.content, found.source))):
+            identity = replace(identity, config=identity.config | {"task": "retrieval"})
+        found = found._replace(identity=identity)
+        how = {"precision": options.precision, "device": ranks.device}
         if task is not None:
-            model = _of_task(identity, task, options.precision, ranks.device, content, source)
+            model = _of_task(found, task, **how)
         else:
-            model, report = create_filled(
-                identity, source, options.precision, ranks.device, content=content, image_tower=image_tower,
-            )  # fmt: skip
+            model, report = found.create(image_tower=image_tower, **how)
             if "visual.proj" in report.new:
                 model.visual.proj = None
         tokenizer, preprocess = identities.tokenizer(identity), identities.transform(identity)
@@ -107,17 +77,16 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, preprocess, described)
 
 
-def _of_task(
-    identity: Identity, task: str, precision: str, device: torch.device, content: Mapping[str, Any] | None, source: str
-) -> nn.Module:
-    """A task's model, all of whose weights the file `source` has."""
+def _of_task(found: Pretrained, task: str, **how: Any) -> nn.Module:
+    """A task's model, all of whose weights the file has."""
+    identity = found.identity
     if identity.family != "blip":
         raise UserError(f"{identity.name} ({identity.family}) has not learnt {task}: give a BLIP model.")
     from open_clip_elip.fusion.start import start_task
 
     config = {key: value for key, value in identity.config.items() if key != "token_reduction"} | {"task": task}
-    model = identities.create(replace(identity, config=config), precision=precision, device=device)
-    start_task(model, weights.read(source) if content is None else content, source)
+    model = identities.create(replace(identity, config=config), **how)
+    start_task(model, found.content, found.source)
     return model
 
 

@@ -79,7 +79,7 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$(fingerprint)" ] || ! nothing_missing; t
     echo "setup: installing torch and torchvision (a few GB where they come with CUDA: 1 to 15 minutes, once)"
     pip_install torch torchvision
     echo "setup: installing this package and what it needs (about a minute)"
-    pip_install -e '.[quickstart,test,profile]'
+    pip_install -e '.[quickstart,test,profile,export]'
     fingerprint >"$STAMP"
     echo "setup: done"
 fi

@@ -168,7 +168,7 @@ def compare(
         {"a product": product, **{label: partial(side, args.repeat) for label, side in sides.items()}},
         device=device,
         rounds=args.rounds,
-        warmup=0 if device.type == "cpu" else 3,
+        warmup=3 if device.type == "cuda" or args.compile else 0,
         seconds=seconds - (time.perf_counter() - begin),
     )
     for label, found in figures.items():

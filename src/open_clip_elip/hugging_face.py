@@ -99,8 +99,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     what OpenCLIP's CLIP has not."""
     folder = Path(folder)
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = found.get("model_type")
-    if kind != "clip":
+    if "architecture" in found:
+        what = f"it is timm's {found['architecture']}, an image tower without a text tower"
+        raise ValueError(f"{what}; as a start for ALBEF or BLIP, give its file of weights in --start-image")
+    if (kind := found.get("model_type")) != "clip":
         raise ValueError(f"it is a {kind!r} of transformers, where only 'clip' (CLIPModel) has CLIP's parts")
     whole = package().CLIPConfig.from_pretrained(folder)
     vision, text = whole.vision_config, whole.text_config

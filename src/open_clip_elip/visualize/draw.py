@@ -67,17 +67,20 @@ def panels(picture: ndarray, found: Sequence[Stage], grid: tuple[int, int]) -> l
     return result
 
 
-def sheet(shown: Sequence[View], title: str):
-    """A matplotlib figure, one view below the other, one column a stage."""
+def sheet(shown: Sequence[View], title: str, beside: int = 1):
+    """A matplotlib figure, one column a stage: `beside` views (captions of a picture) beside each other, then the next
+    ones below them."""
     from matplotlib.figure import Figure
 
     columns = len(shown[0].panels)
     rows = 2 if any(panel.attention for panel in shown[0].panels) else 1
     width, height = shown[0].panels[0].kept.size
     inches = 1.6 * height / width
-    figure = Figure(figsize=(1.7 * columns, len(shown) * (rows * inches + 0.5) + 0.4), layout="constrained")
+    lines = len(shown) // beside
+    size = (1.7 * columns * beside, lines * (rows * inches + 0.5) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=8)
-    parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    parts = figure.subfigures(lines, beside, squeeze=False).ravel()
     for part, (name, caption, found) in zip(parts, shown, strict=True):
         text = textwrap.shorten(caption or f"{name}, without a caption", 28 * columns, placeholder="...")
         part.suptitle(text, x=0.01, ha="left", fontsize=8, weight="bold", parse_math=False)

@@ -30,7 +30,9 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     title = f"{identity.name}, {_settings(identity.token_reduction)}"
     try:
         with torch.no_grad():
-            return (_statistics if args.statistics else _pictures)(model, batches, title, args.out)
+            if args.statistics:
+                return _statistics(model, batches, title, args.out)
+            return _pictures(model, batches, title, args.out, beside=len(args.captions or [""]))
     except OSError as error:
         told = f"{args.out} cannot be written ({error.strerror}); name another folder in --out."
         raise ModelError(told) from error
@@ -67,7 +69,7 @@ def batched(
         yield batch, image, tokenize([pair.caption for pair in batch]) if known else None
 
 
-def _pictures(model: nn.Module, batches: Iterator, title: str, out: Path) -> list[Path]:
+def _pictures(model: nn.Module, batches: Iterator, title: str, out: Path, beside: int) -> list[Path]:
     shown = []
     for batch, image, text in batches:
         names, captions = [pair.name for pair in batch], [pair.caption for pair in batch]
@@ -75,7 +77,7 @@ def _pictures(model: nn.Module, batches: Iterator, title: str, out: Path) -> lis
             raise ModelError("Some of the pictures have captions and others have none; give one with --caption.")
         shown += views(model, image, names, captions, trace(model, image, text))
     out.mkdir(parents=True, exist_ok=True)
-    sheet(shown, title).savefig(out / "kept.png", dpi=150)
+    sheet(shown, title, beside).savefig(out / "kept.png", dpi=150)
     (out / "kept.html").write_text(page(shown, title), encoding="utf-8")
     return [out / "kept.png", out / "kept.html"]
 

@@ -33,7 +33,7 @@ from .kinds import FILE, SWITCH, TEXT, Kind
 
 COMMANDS: dict[str, type[Section]] = {}  # by module, of those that were imported
 # Imported to say where a flag belongs.
-MODULES = ("main", "finetune", "downstream", "zero_shot", "linear_probe", "retrieval")
+MODULES = ("main", "finetune", "downstream", "zero_shot", "linear_probe", "retrieval", "caption")
 
 
 @dataclass

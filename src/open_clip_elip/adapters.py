@@ -13,6 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import ModelError
+
 KINDS = {"lora": 8, "bottleneck": 64}  # and the usual rank
 BASE = "base_layer"  # peft's name for what an adapter is put around
 _ADAPTER = re.compile(r"\.(lora_[AB]|adapter_(down|up))\.")
@@ -88,6 +90,12 @@ def merged(state: Mapping[str, Any]) -> dict[str, Any]:
             up = found.pop(f"{place}.lora_B.{rest}")
             found[weight] = state[weight] + (up @ found.pop(name)).to(state[weight].dtype)
     return found
+
+
+def check_adapters(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """ModelError for adapters in a file's weights where a model, whose own weights these are, has none."""
+    if any(".adapter_" in name and name not in own for name in state):
+        raise ModelError(f"{source} has bottleneck adapters, which cannot be merged: add --adapter bottleneck.")
 
 
 def _put_bottlenecks(module: nn.Module, rank: int) -> None:

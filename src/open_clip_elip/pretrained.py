@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import identity as identities
-from . import weights
+from . import loading, weights
 from .errors import ModelError
 from .identity import Identity
 
@@ -20,18 +20,18 @@ class Pretrained(NamedTuple):
     source: str  # file or URL
     content: Mapping[str, Any]  # of it
 
-    def create(self, *, image_tower: bool = False, **how: Any) -> tuple[nn.Module, weights.Report]:
+    def create(self, *, image_tower: bool = False, **how: Any) -> tuple[nn.Module, loading.Report]:
         """The model and what became of each tensor, which is logged where it is worth a warning.
 
-        image_tower: as in `weights.load`. how: as in `identity.create`. Raises ModelError: weights that do not fit, or
+        image_tower: as in `loading.load`. how: as in `identity.create`. Raises ModelError: weights that do not fit, or
         are not finite.
         """
         model = identities.create(self.identity, pretrained_text=False, **how)
         of = {"name": self.identity.name, "source": self.source}
-        report = weights.load(model, self.content, image_tower=image_tower, **of)
+        report = loading.load(model, self.content, image_tower=image_tower, **of)
         for sentence in report.sentences():
             logging.warning(sentence)
-        weights.check_finite(model, self.source)
+        loading.check_finite(model, self.source)
         return model, report
 
 

@@ -137,7 +137,7 @@ def create_filled(
 ) -> nn.Module:
     """A model with the weights of a file or URL; None: at random, but for text towers that bring their own.
 
-    Raises ModelError as `identity.create` and `weights.load` do.
+    Raises ModelError as `identity.create` and `loading.load` do.
     """
     how = {"precision": precision, "device": device, "cache_dir": cache_dir}
     if source is None:

@@ -14,11 +14,11 @@ from open_clip_elip import cut_text, with_shortcuts, with_token_reduction
 from open_clip_elip.adapters import adapt, is_adapter
 from open_clip_elip.blocks import is_untouched, run_block, run_block_at_cls
 from open_clip_elip.identity import ModelError, create, describe
+from open_clip_elip.loading import load
 from open_clip_elip.profile.flops import count_flops
 from open_clip_elip.profile.models import Candidate, ProfileError
 from open_clip_elip.reduction.elip import cls_attention
 from open_clip_elip.text import can_cut
-from open_clip_elip.weights import load
 
 from .adapted import CLOSE, adapted, assert_same_step
 from .tiny import REDUCTION, assert_one_sentence, contrastive_loss, pairs, plain_model, random_blocks, seeded

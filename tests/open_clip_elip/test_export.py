@@ -10,12 +10,14 @@ import timm
 import torch
 from PIL import Image
 
+from open_clip_elip import loading
 from open_clip_elip.clip import TextFirst
 from open_clip_elip.export import graphs
 from open_clip_elip.export import write as writing
 from open_clip_elip.export.command import main
 from open_clip_elip.identity import Identity, create, describe, tokenizer, transform
-from open_clip_elip.weights import load, read
+from open_clip_elip.loading import load
+from open_clip_elip.weights import read
 
 from .tiny import REDUCTION, config, enliven
 
@@ -198,7 +200,7 @@ def test_no_number_is_no_small_difference(run, tmp_path, monkeypatch):
     state = model.state_dict() | {"visual.proj": torch.full_like(model.visual.proj, torch.nan)}
     torch.save({"state_dict": state, "model": identity().to_dict()}, tmp_path / "w.pt")
     assert "not finite (the first is visual.proj)" in run("open_clip", code=2)
-    monkeypatch.setattr(writing.weights, "check_finite", lambda *given: None)
+    monkeypatch.setattr(loading, "check_finite", lambda *given: None)
     assert "other features there (by nan)" in run("open_clip", code=2)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from open_clip_elip.hugging_face import from_transformers, to_transformers
 from open_clip_elip.identity import Identity, ModelError, create, describe
-from open_clip_elip.weights import find, load, read
+from open_clip_elip.loading import load
+from open_clip_elip.weights import find, read
 
 from .tiny import enliven, pairs, plain_model
 

@@ -9,7 +9,7 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from .. import weights
-from ..adapters import is_adapter, merged
+from ..adapters import check_adapters, is_adapter, merged
 from ..identity import ModelError
 from .base import FusionModel
 
@@ -85,7 +85,7 @@ def start_task(model: FusionModel, content: Mapping[str, Any], source: str) -> S
     """
     found, own = model.own_names(weights.tensors(content, source)), model.state_dict()
     state = model.from_pretraining(found.model)
-    weights.check_adapters(state, own, source)
+    check_adapters(state, own, source)
     unused = [name for name in state if name not in own]
     idle = [name for name in unused if name.startswith(model.IDLE)]
     if wrong := next((name for name in unused if name not in idle and name.startswith(_PARTS)), None):

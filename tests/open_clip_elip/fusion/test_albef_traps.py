@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from open_clip_elip import weights
+from open_clip_elip import loading, weights
 from open_clip_elip.fusion.bert import Tokens
 from open_clip_elip.fusion.objectives import distilled, draw, negative_weights
 from open_clip_elip.fusion.start import start_image, start_task
@@ -74,7 +74,7 @@ def test_positions_are_resized_without_smoothing(tmp_path):
     expected = F.interpolate(old, (4, 4), mode="bicubic", align_corners=False).flatten(2)[0].t()
     path = tmp_path / "large.pt"
     torch.save(large.state_dict(), path)
-    weights.load(small, weights.read(str(path)), name="small", source=str(path))
+    loading.load(small, weights.read(str(path)), name="small", source=str(path))
     for model in (small, albef(32)):
         if model is not small:
             start_task(model, {"state_dict": large.state_dict()}, "large")

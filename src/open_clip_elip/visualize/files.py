@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..identity import Identity, ModelError, reduced, tokenizer, transform
 from ..pretrained import find
-from ..profile.models import find_device, parse_options
+from ..profile.models import ProfileError, find_device, parse_options
 from . import statistics
 from .draw import sheet, views
 from .page import page
@@ -44,7 +44,11 @@ def load(args: argparse.Namespace) -> tuple[Identity, nn.Module]:
     identity = found.identity
     if args.token_reduction:
         words = [word if "=" in word else f"method={word}" for word in args.token_reduction]
-        identity = reduced(identity, parse_options(",".join(words)))
+        try:
+            settings = parse_options(",".join(words))
+        except ProfileError as error:
+            raise ModelError("--token-reduction takes one method, and settings as key=value, each once.") from error
+        identity = reduced(identity, settings)
     if identity.token_reduction is None:
         raise ModelError(f"{identity.name} has no token reduction; add one, as in --token-reduction elip.")
     model, _ = found._replace(identity=identity).create(device=find_device(args.device))

@@ -115,6 +115,7 @@ def test_statistics(folder):
         ({"pretrained": "pictures/b.png"}, "cannot be read as a checkpoint"),
         ({"words": ["--token-reduction", "none"]}, "has no token reduction; add one"),
         ({"words": ["--token-reduction", "evit", "keep_rate=2"]}, "keep_rate must be a number in (0, 1]"),
+        ({"words": ["--token-reduction", "evit", "tome"]}, "--token-reduction takes one method"),
         ({"words": ["--token-reduction", "elip", "keep_count=16,16,16,16"]}, "removes no token"),
         ({"words": ["--token-reduction", "evit", "--captions", "a", "b"]}, "evit looks at no caption"),
         ({"words": ["--caption", " "]}, "A caption is empty"),

@@ -100,6 +100,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = found.get("model_type")
+    if kind is None:  # timm's, for one
+        raise ValueError("its config.json is not of transformers, and there is no open_clip_config.json")
     if kind != "clip":
         raise ValueError(f"it is a {kind!r} of transformers, where only 'clip' (CLIPModel) has CLIP's parts")
     whole = package().CLIPConfig.from_pretrained(folder)

@@ -219,7 +219,8 @@ def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     if found:
         return merged({name: _whole(value, name, source) for name, value in found.items()})
     several = f": {' and '.join(map(str, holding))} each have some; save one of them alone" if holding else ""
-    raise ModelError(f"{source} holds no weights, only {_some(list(map(str, content)))}{several}.")
+    only = _some(list(map(str, content))) or "an empty dictionary"
+    raise ModelError(f"{source} holds no weights, only {only}{several}.")
 
 
 def _holds_weights(value: Mapping[str, Any]) -> bool:
@@ -247,6 +248,9 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
     """Another program's names as OpenCLIP's, of the kind of model that it is for."""
     state = {_INSERTED.sub("", key): value for key, value in state.items()}
     whole = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]  # before all names
+    if len(whole) > 1:
+        beginnings = " and ".join(prefix or "nothing" for prefix in whole)
+        raise ModelError(f"{source} holds several models, before whose names stands {beginnings}; save one alone.")
     for prefix in (*whole[:1], "module.", "model.", "module."):  # DDP, Lightning, DDP within it
         if sum(key.startswith(prefix) for key in state) > len(state) / 2:
             state = {key.removeprefix(prefix): value for key, value in state.items()}

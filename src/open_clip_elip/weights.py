@@ -5,7 +5,7 @@ Nothing is lost in silence: what was not used, was resized, or is left as it was
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,9 +238,9 @@ def _whole(value: Tensor, name: str, source: str) -> Tensor:
     return local
 
 
-def check_adapters(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+def check_adapters(names: Iterable[str], own: Mapping[str, Tensor], source: str) -> None:
     """ModelError for adapters in a file's weights where a model, whose own weights these are, has none."""
-    if any(".adapter_" in name and name not in own for name in state):
+    if any(".adapter_" in name and name not in own for name in names):
         raise ModelError(f"{source} has bottleneck adapters, which cannot be merged: add --adapter bottleneck.")
 
 

@@ -7,7 +7,7 @@ temperature are trained. A state dict has the plain model's keys, and the adapte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -92,9 +92,9 @@ def merged(state: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_adapters(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+def check_adapters(names: Iterable[str], own: Mapping[str, Tensor], source: str) -> None:
     """ModelError for adapters in a file's weights where a model, whose own weights these are, has none."""
-    if any(".adapter_" in name and name not in own for name in state):
+    if any(".adapter_" in name and name not in own for name in names):
         raise ModelError(f"{source} has bottleneck adapters, which cannot be merged: add --adapter bottleneck.")
 
 

@@ -102,7 +102,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if "architecture" in found:
         what = f"it is timm's {found['architecture']}, an image tower without a text tower"
         raise ValueError(f"{what}; as a start for ALBEF or BLIP, give its file of weights in --start-image")
-    if (kind := found.get("model_type")) != "clip":
+    if (kind := found.get("model_type")) is None:
+        raise ValueError("its config.json is not of transformers, and there is no open_clip_config.json")
+    if kind != "clip":
         raise ValueError(f"it is a {kind!r} of transformers, where only 'clip' (CLIPModel) has CLIP's parts")
     whole = package().CLIPConfig.from_pretrained(folder)
     vision, text = whole.vision_config, whole.text_config

@@ -131,6 +131,9 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
     """Another program's names as OpenCLIP's, of the kind of model that it is for."""
     state = {_INSERTED.sub("", key): value for key, value in state.items()}
     whole = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]  # before all names
+    if len(whole) > 1:
+        scales = " and ".join(f"{prefix}logit_scale" for prefix in whole)
+        raise ModelError(f"{source} holds several models ({scales}); save one of them alone.")
     for prefix in (*whole[:1], "module.", "model.", "module."):  # DDP, Lightning, DDP within it
         if sum(key.startswith(prefix) for key in state) > len(state) / 2:
             state = {key.removeprefix(prefix): value for key, value in state.items()}

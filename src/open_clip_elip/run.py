@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _runs(module: str) -> bool:
+    if module.endswith(".py"):  # looking for it would run the file, as the parent of a module `py`
+        return False
     try:
         found = find_spec(module)
         return found is not None and (found.submodule_search_locations is None or _runs(f"{module}.__main__"))

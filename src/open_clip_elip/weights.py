@@ -101,7 +101,8 @@ def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     if found:
         return merged({name: _whole(value, name, source) for name, value in found.items()})
     several = f": {' and '.join(map(str, holding))} each have some; save one of them alone" if holding else ""
-    raise ModelError(f"{source} holds no weights, only {some(list(map(str, content)))}{several}.")
+    only = some(list(map(str, content))) or "an empty dictionary"
+    raise ModelError(f"{source} holds no weights, only {only}{several}.")
 
 
 def _holds_weights(value: Mapping[str, Any]) -> bool:

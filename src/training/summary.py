@@ -69,10 +69,12 @@ def read(folder: Path) -> dict[str, Curves]:
             evaluations += [found] * (isinstance(found, dict) and "step" in found)
     columns = list(rows[0])
     losses = columns[columns.index("samples") + 1 : columns.index("lr")]  # as `figures.Figures.row` orders them
+    right = [losses.pop(losses.index("accuracy"))] if "accuracy" in losses else []  # fine-tuning's, of its steps
     measured = list(dict.fromkeys(name for found in evaluations for name in found))
+    accuracies = [name for name in measured if re.search("top1$|R@1$|accuracy$", name)]
     panels = {
         "loss": _curves(rows, losses) | _curves(evaluations, [name for name in measured if name.endswith("loss")]),
-        "accuracy": _curves(evaluations, [name for name in measured if re.search("top1$|R@1$|accuracy$", name)]),
+        "accuracy": _curves(rows, right) | _curves(evaluations, accuracies),
         "samples a second": _curves(rows, ["samples_per_second"]),
     }
     return {title: curves for title, curves in panels.items() if curves}

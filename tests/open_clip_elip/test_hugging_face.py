@@ -103,6 +103,7 @@ def test_weights_in_several_files(tmp_path):
     ("changes", "sentence"),
     [
         ({"model_type": "siglip"}, "it is a 'siglip' of transformers, where only 'clip'"),
+        ({"model_type": None}, "its config.json is not of transformers"),
         ({"architecture": "vit_base_patch16_224"}, "it is timm's vit_base_patch16_224, an image tower without"),
         ({"text_config": {"hidden_act": "gelu"}}, "its towers differ in hidden_act"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, "its towers differ in layer_norm_eps"),

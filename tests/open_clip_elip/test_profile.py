@@ -371,7 +371,7 @@ def test_what_a_person_can_mend_is_told_in_one_sentence(words, sentence, capsys,
     assert len(told.splitlines()) == 1
 
 
-def test_a_table_of_seven_models_fits_a_terminal():
+def test_a_table_of_seven_models_fits_a_terminal(monkeypatch):
     labels = ["ViT-S-16", *(f"ViT-S-16-ELIP:lam=0.{n}" for n in range(5)), "ViT-S-16-ToMe"]
     layers = [[197] * 12, *[[197] * 2 + [178] * 2 + [129] * 6 + [80] * 2] * 5, [197 - 8 * n for n in range(12)]]
     parts = ("forward", "text_forward", "scoring", "teacher", "total", "text", "image")
@@ -381,7 +381,7 @@ def test_a_table_of_seven_models_fits_a_terminal():
         for label, tokens in zip(labels, layers, strict=True)
     ]  # fmt: skip
     rows = report.table(figures)
-    text = report.text_table(rows)
+    text = report.text_table(rows, width=100)
     assert max(map(len, text.splitlines())) <= 100
     blocks = [block.splitlines() for block in text.split("\n\n")]
     assert all(len(block) == len(rows) for block in blocks) and 1 < len(blocks) < 7
@@ -391,3 +391,5 @@ def test_a_table_of_seven_models_fits_a_terminal():
         said = [cell for block in blocks for cell in re.split("  +", block[number][first:].strip())]
         assert said == cells
     assert report.text_table(rows, width=1000).count("\n") == len(rows) - 1
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, report.text_table(rows).splitlines())) <= 80 < max(map(len, text.splitlines()))

@@ -53,6 +53,14 @@ def test_what_cannot_be_run_is_one_sentence(module, capsys):
     assert f"There is no module {module} to run" in capsys.readouterr().err
 
 
+def test_a_file_is_not_run_in_search_of_a_module(tmp_path, monkeypatch, capsys):
+    (tmp_path / "never_run.py").write_text("print('it ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run.main(["never_run.py"]) == 2
+    told = capsys.readouterr()
+    assert "There is no module never_run.py to run" in told.err and not told.out
+
+
 def test_help(capsys):
     assert run.main([]) == run.main(["-h"]) == 0
     assert "clip_benchmark.cli eval" in capsys.readouterr().out

@@ -202,6 +202,8 @@ def test_all_that_does_not_fit_is_counted():
         ({"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.zeros(1)}}, "student and teacher each have some"),
         ([torch.zeros(1)], "it holds a list, not a dictionary"),
         ({"epoch": 3, "model": "x"}, "holds no weights, only epoch, model"),
+        ({}, "holds no weights, only an empty dictionary"),
+        ({"a.logit_scale": torch.zeros(()), "a_ema.logit_scale": torch.zeros(())}, r"several models \(a.logit_scale and a_ema.logit_scale"),
         ({"state_dict": {"a": torch.zeros(1)}, "more": Module()}, "Python object .*Module.*could run code"),
         ({"vision_model.embeddings.class_embedding": torch.zeros(3)}, "of transformers, and not its CLIPModel"),
         ({"blocks.0.weight": torch.zeros(3)}, "positional_embedding is missing"),

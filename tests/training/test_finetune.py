@@ -81,6 +81,8 @@ def test_a_run_learns_and_what_it_leaves(run, data, pretrained, shifted, tmp_pat
     for (name, averaged), record in found.items():
         names = ("top1", "top5", "mean_per_class_recall", "num_samples")
         assert record["metrics"] == {k: last[f"{'ema/' * averaged}{name}-{k}"] for k in names}
+        label = f"| {name}{', averaged weights' * averaged}: {json.dumps(record['metrics'])}"
+        assert label in (folder / "out.log").read_text()
         assert record["command"] == "finetune" and record["split"] == "test" and record["run"] == str(folder)
         assert len(record["identity"]) == 16 and record["settings"]["head"] == "random"
     assert len({record["weights"] for record in found.values()}) == 2

@@ -40,6 +40,13 @@ def test_curves_are_those_of_whole_rows(run):
     assert panels["samples a second"]["samples_per_second"] == [(0, 10), (5, 20), (10, 40)]
 
 
+def test_the_accuracy_of_steps_is_no_loss(run):
+    (run / "train.csv").write_text(TRAIN.replace("itm", "accuracy"))
+    panels = read(run)
+    assert panels["loss"].keys() == {"loss", "clip_val_loss"}
+    assert panels["accuracy"].keys() == {"accuracy", "image_to_text_R@1", "zeroshot-val-top1"}
+
+
 def test_a_figure_that_is_not_known_costs_no_row(run):
     (run / "train.csv").write_text(TRAIN.replace("20,0.28", "20,"))
     assert read(run)["samples a second"]["samples_per_second"] == [(0, 10), (5, 20), (10, 40)]

@@ -85,9 +85,9 @@ def start_task(model: FusionModel, content: Mapping[str, Any], source: str) -> S
     """
     found, own = model.own_names(weights.tensors(content, source)), model.state_dict()
     state = model.from_pretraining(found.model)
-    check_adapters(state, own, source)
     unused = [name for name in state if name not in own]
     idle = [name for name in unused if name.startswith(model.IDLE)]
+    check_adapters(set(state).difference(idle), own, source)
     if wrong := next((name for name in unused if name not in idle and name.startswith(_PARTS)), None):
         what = f"its {wrong} has no place here"
         raise ModelError(f"{source} does not fit this model: {what}; give one of pre-training, of the same size.")

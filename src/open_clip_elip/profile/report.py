@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import groupby
@@ -111,8 +112,10 @@ def table(models: Sequence[Figures]) -> list[list[str]]:
     return rows
 
 
-def text_table(rows: Rows, width: int = 100) -> str:
-    """Columns side by side; those that have no room in `width` are below, beside the first column again."""
+def text_table(rows: Rows, width: int | None = None) -> str:
+    """Columns side by side; those that have no room in `width` (None: the terminal's, or 100) are below, beside the
+    first column again."""
+    width = width or shutil.get_terminal_size((100, 24)).columns
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     blocks: list[list[int]] = []
     room = 0

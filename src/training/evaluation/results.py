@@ -101,7 +101,8 @@ class Results:
         versions = {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}}
         record = {**what, "metrics": metrics, **(info or {}), "versions": versions, "date": time.strftime("%F %T%z")}
         if self.folder is not None and self.ranks.is_main:
-            logging.info(f"{what['data']}: {json.dumps(metrics)}")  # a full disk loses what took hours
+            of_averages = ", averaged weights" if what["settings"].get("averaged") else ""
+            logging.info(f"{what['data']}{of_averages}: {json.dumps(metrics)}")  # a full disk loses what took hours
             _write(self.folder / _file_name(what), json.dumps(record, indent=2) + "\n")
             self._summarise()
         return record

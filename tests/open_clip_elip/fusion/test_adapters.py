@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from open_clip_elip.adapters import Bottleneck, adapt, is_adapter, train_new
 from open_clip_elip.fusion.momentum import Queue, follow, twin_of
 from open_clip_elip.fusion.objectives import mask_tokens, places_to_write
+from open_clip_elip.fusion.start import start_task
 from open_clip_elip.fusion.steps import albef_losses, blip_losses, meter_losses, teach
 from open_clip_elip.identity import Identity, create
 from open_clip_elip.weights import tensors
@@ -91,6 +92,17 @@ def test_tasks_of_fusion_models(kind, config, shortcuts, float64):
         model, plain = (fusion(config, task, reduces=False) for _ in range(2))
         model.tower.shortcuts = plain.tower.shortcuts = shortcuts
         assert_same_step(adapted(model, kind), plain, kind, loss)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captioning", "vqa", "nlvr2"])
+def test_tasks_start_from_bottlenecks_of_pretraining(task):
+    """Also where a task has no use for a part of pre-training that has some, as BLIP's retrieval for the decoder."""
+    start, model = adapted(fusion(BLIP), "bottleneck"), adapted(fusion(BLIP, task, reduces=False), "bottleneck")
+    start_task(model, {"state_dict": start.state_dict()}, "here")
+    found, own = start.state_dict(), {name: value for name, value in model.state_dict().items() if is_adapter(name)}
+    shared = [name for name in own if name in found]
+    assert any(name.startswith("visual.") for name in shared) and any(not n.startswith("visual.") for n in shared)
+    assert all(torch.equal(own[name], found[name]) for name in shared)
 
 
 def test_layers_that_share_weights_share_adapters(kind):

@@ -2,8 +2,9 @@
 
     python scripts/compare_scoring.py logs/quickstart/checkpoints/epoch_6.pt 'data/openmoji-64/val/{00000..00003}.tar'
 
-Each stage scores the same tokens in each way, those that the exact scoring has left, and all ways keep as many. `by
-chance` is what as many tokens drawn at random have in common with them. Any family; on the CPU.
+Each stage scores the same tokens in each way, those that the exact scoring has left, and all ways keep as many. `keys
+of the layer before` are those that this layer computed for itself; the guided `[CLS]` queries them. `by chance` is what
+as many tokens drawn at random have in common with the exact ones. Any family; on the CPU.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from open_clip_elip import Elip
 from open_clip_elip.blocks import run_block
 from open_clip_elip.profile.report import Rows, markdown_table
 from open_clip_elip.reduction import Removal
+from open_clip_elip.reduction.elip import cls_attention
 from open_clip_elip.reduction.merge import best
 from open_clip_elip.visualize.trace import text_guidance
 from training.data.sets.captioned import load_captions
@@ -43,7 +46,13 @@ class Compared:
         ways["`lam` 1: by the image alone"] = {"lam": 1.0}
         self.ways = {name: Elip(replace(exact.config, **changes), len(blocks)) for name, changes in ways.items()}
         self.shares: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self.entered: dict[int, Tensor] = {}  # what the layer before a stage was given
+        for first in filter(None, self.stages):
+            blocks[first - 1].register_forward_pre_hook(partial(self.enter, first))
         exact.watch = self.compare
+
+    def enter(self, first: int, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.entered[first] = args[0]
 
     def compare(self, removal: Removal) -> None:
         stage, scores = self.stages[removal.layer], removal.scores
@@ -52,6 +61,9 @@ class Compared:
         kept, found = (removal.into < keep).float() * (removal.into >= 0), {}
         for name, way in self.ways.items():
             found[name] = way.score(layers, removal.x, self.guidance, run_block)
+        query = self.exact.fuse(removal.x, self.guidance)[:, :1]
+        before = torch.cat([query, self.entered[stage.first][:, 1:]], dim=1)
+        found["keys of the layer before"] = cls_attention(self.blocks[stage.first - 1], before)
         with torch.autocast("cpu", torch.bfloat16):
             found["all in bfloat16"] = self.exact.score(layers, removal.x, self.guidance, run_block)
         for name, others in found.items():

@@ -148,6 +148,9 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
             f"{source} is a model of transformers, and not its CLIPModel: its layers have other parts; take the same "
             "weights from open_clip (a tag, or hf-hub:REPOSITORY with an open_clip_config.json)."
         )
+    elif any(key.endswith("blocks.0.attn.qkv.weight") and "visual." not in key for key in state):
+        what = f"{source} is an image tower of timm's, without a text tower"
+        raise ModelError(f"{what}; as a start for ALBEF or BLIP, give it in --start-image.")
     state = convert_state_dict(model, state)
     if not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state) if "positional_embedding" in state else state

@@ -26,9 +26,12 @@ _OTHERS = {
     b"\x1f\x8b": "it is compressed: unpack it", b"PK": "it is cut off, or an archive of other files: unpack that",
 }  # fmt: skip
 _PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")  # of weights that transformers has divided
+_MADE_BY = {"scalar": numpy.float64(0), "_reconstruct": numpy.zeros(0)}  # of numpy's, by either name of its module
 _PLAIN = (  # what trainers keep beside the weights
     argparse.Namespace, PosixPath, numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i8")),
-    *((numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    numpy.ndarray,
+    *((value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+      for name, value in _MADE_BY.items() for core in ("core", "_core")),
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves_with_path
 
 from open_clip_elip import weights
+from open_clip_elip.adapters import is_adapter
 from open_clip_elip.identity import ModelError
 
 from .ema import Ema
@@ -200,6 +201,8 @@ def _fitting(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         advice = "check --model, and the flags that change it"
+        if {*filter(is_adapter, state_dict)} != {*filter(is_adapter, own)}:
+            advice = "check --adapter and --adapter-rank"
         if ("head.weight" in state_dict) != ("head.weight" in own):
             advice = "one of them has a classifier's head (training.finetune) and the other one has not"
         raise UserError(f"The checkpoint {source} does not fit this model: {problems[0]}{more}; {advice}.")

@@ -75,7 +75,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
         parts = build(options, ranks, resume)
         model, task = parts.model, parts.task
         described = {"config": resolved(options), "model": parts.identity.to_dict()}
-        trainer = averages = None
+        trainer, averages, epoch = None, None, 0
         runnable = model if parts.train_data is None else wrap(model, options, ranks, **task.ddp_options())
         with ranks.agree():
             if parts.train_data is not None:
@@ -83,7 +83,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
                 check_optimizer(optimizer, options.opt)
                 trainer = Trainer(options, ranks, model, runnable, task, parts.train_data, optimizer, folder, described)
             if resume is not None:
-                averages = _continue(resume, trainer, parts, options)
+                averages, epoch = _continue(resume, trainer, parts, options)
 
         with ranks.agree():  # only now is anything written: a run that cannot start leaves nothing behind
             step = trainer.steps if trainer else 0
@@ -116,7 +116,7 @@ def run(options: TrainingOptions, ranks: Ranks, build: Build) -> None:
             averages, metrics = trainer.ema, ranks.broadcast((of_these_weights or [{}])[-1])
         else:
             engine = Engine(model, options.precision, ranks.device)
-            metrics = {"epoch": 0, **evaluate_task(task, model, averages, engine, 0, last=True)}
+            metrics = {"epoch": epoch, **evaluate_task(task, model, averages, engine, epoch, last=True)}
             run_log.evaluation(metrics, 0)
             logging.info("Evaluation: " + describe(metrics))
         if parts.finish is not None:
@@ -143,16 +143,18 @@ def _settle_batch(options: TrainingOptions, ranks: Ranks, build: Build, resume: 
     return [sentence for sentence in sentences if sentence]
 
 
-def _continue(resume: str, trainer: Trainer | None, parts: Parts, options: TrainingOptions) -> Ema | None:
-    """Loads a checkpoint to train on from, or without a trainer to evaluate, with its averages."""
+def _continue(
+    resume: str, trainer: Trainer | None, parts: Parts, options: TrainingOptions
+) -> tuple[Ema | None, int]:
+    """Loads a checkpoint to train on from, or without a trainer to evaluate: its averages then, and its epoch."""
     state = checkpoint.load(resume)
     if isinstance(trained := state.get("model"), Mapping) and "config" in trained:
         check_words(trained["config"], parts.identity.config, resume)
     if trainer is not None:
         trainer.load_state_dict(state, resume)
-        return None
+        return None, trainer.epoch
     averages = checkpoint.restore(parts.model, state, resume, ema_decay=options.ema_decay)
-    return averages if state.get("ema") else None
+    return averages if state.get("ema") else None, state.get("epoch", 0)
 
 
 def _in_words(parts: Parts) -> str:

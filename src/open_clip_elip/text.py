@@ -166,8 +166,8 @@ def _run(block: nn.Module, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tens
 def _run_at(block: nn.Module, x: Tensor, shapes: Sequence[tuple[int, int]], ends: Sequence[Tensor]) -> Tensor:
     """As `_run`, at the token `ends` (b,) of each caption of each part alone: (B, D), at the price of two of six
     matrices for the others."""
-    starts, heads = itertools.accumulate((b * t for b, t in shapes), initial=0), block.attn.num_heads
-    firsts = [start + torch.arange(b, device=x.device) * t for start, (b, t) in zip(starts, shapes, strict=False)]
+    starts, heads = itertools.accumulate([0, *(b * t for b, t in shapes[:-1])]), block.attn.num_heads
+    firsts = [start + torch.arange(b, device=x.device) * t for start, (b, t) in zip(starts, shapes, strict=True)]
     rows, h = torch.cat([first + end for first, end in zip(firsts, ends, strict=True)]), block.ln_1(x)
     q, kv = project_some(block, h.index_select(0, rows), h)
     attended = []

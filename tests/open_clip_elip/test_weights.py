@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -88,8 +89,8 @@ def test_what_fsdp_distributes_is_taken_whole_or_not_at_all(tmp_path):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         try:
             mesh = init_device_mesh("cpu", (world_size,))
-            torch.save({k: distribute_tensor(v, mesh, [Shard(0)]) if v.ndim else v for k, v in state.items()},
-                       tmp_path / f"{world_size}.pt")  # fmt: skip
+            split = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)], src_data_rank=None)
+            torch.save({k: split(v) if v.ndim else v for k, v in state.items()}, tmp_path / f"{world_size}.pt")
         finally:
             dist.destroy_process_group()
     target = model()

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from .. import hugging_face
 from ..identity import creating
-from .source import Source, features
+from .source import Source
 
 Reader = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -34,7 +34,7 @@ def write_open_clip(source: Source, out: Path) -> Reader:
         source.tokenizer.save_pretrained(out)
     with creating(f"local-dir:{out}"):
         model = open_clip.create_model(f"local-dir:{out}", output_dict=True).eval()
-    return lambda image, text: {key: features(model, image, text)[key] for key in ("image_features", "text_features")}
+    return lambda image, text: {key: model(image, text)[key] for key in ("image_features", "text_features")}
 
 
 def write_transformers(source: Source, out: Path) -> Reader:
@@ -49,7 +49,6 @@ def write_transformers(source: Source, out: Path) -> Reader:
     hugging_face.processor(source.identity, source.tokenizer).save_pretrained(out)
     read = transformers.CLIPModel.from_pretrained(out).eval()
 
-    @torch.no_grad()
     def compare(image: Tensor, text: Tensor) -> dict[str, Tensor]:
         found = read(pixel_values=image, input_ids=text)
         return {"image_features": found.image_embeds, "text_features": found.text_embeds}
@@ -78,12 +77,7 @@ def write_timm(source: Source, out: Path) -> Reader:
             "input_size": [3, *pictures["size"]], "crop_pct": 1.0}  # fmt: skip
     timm.models.save_for_hf(model, out, {"pretrained_cfg": seen}, shape, safe_serialization=True)
     read = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-
-    @torch.no_grad()
-    def compare(image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        return {"image_features": normalize(read(image), dim=-1)}
-
-    return compare
+    return lambda image, text: {"image_features": normalize(read(image), dim=-1)}
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:

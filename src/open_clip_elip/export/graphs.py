@@ -42,7 +42,7 @@ def write_torch(source: Source, out: Path, parts: Sequence[str]) -> Reader:
     """What `torch.export.load(OUT).module()` runs."""
     graph = Features(source.model, parts).eval()
     given, free = graph.example(*source.examples(3))
-    with torch.no_grad(), out.open("wb") as file:
+    with out.open("wb") as file:
         torch.export.save(torch.export.export(graph, given, dynamic_shapes=free), file)
     with out.open("rb") as file:
         program = torch.export.load(file).module()
@@ -55,14 +55,13 @@ def write_onnx(source: Source, out: Path, parts: Sequence[str]) -> Reader:
         raise ValueError(f"{' and '.join(missing)} are missing: pip install 'open_clip_elip[export]' brings them")
     import onnxruntime
 
-    graph = Features(source.model, parts).eval()
+    graph = Features(source.model, parts).eval().requires_grad_()  # torch 2.8 fixes the batch size of frozen weights
     given, free = graph.example(*source.examples(3))
     size = sum(p.numel() * p.element_size() for p in source.model.parameters())
-    with torch.no_grad():
-        torch.onnx.export(
-            graph, given, out, dynamo=True, dynamic_shapes=free, input_names=parts, output_names=graph.outputs,
-            external_data=size > LIMIT, verbose=False,
-        )  # fmt: skip
+    torch.onnx.export(
+        graph, given, out, dynamo=True, dynamic_shapes=free, input_names=parts, output_names=graph.outputs,
+        external_data=size > LIMIT, verbose=False,
+    )  # fmt: skip
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
 
     def read(image: Tensor, text: Tensor) -> dict[str, Tensor]:

@@ -34,12 +34,6 @@ class Source:
         self.model.tower.vision_guided = True
 
 
-@torch.no_grad()
-def features(model: nn.Module, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """OpenCLIP's output: image_features (B, embed_dim) and text_features of unit length, logit_scale, logit_bias."""
-    return model(image, text)
-
-
 def open_source(name: str | None, pretrained: str | None, *, ema: bool = False, plain: bool = False) -> Source:
     """The model that a name and weights mean, see `pretrained.find`. Raises ModelError."""
     found = find(name, pretrained, ema=ema)

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from .. import weights
 from ..errors import ModelError
 from .folders import write_open_clip, write_timm, write_transformers
 from .graphs import PARTS, write_onnx, write_torch
 from .released import write_released_form
-from .source import Source, features, open_source
+from .source import Source, open_source
 
 FOLDERS = {"open_clip": write_open_clip, "transformers": write_transformers, "timm": write_timm}
 GRAPHS = {"onnx": write_onnx, "torch": write_torch}
@@ -33,6 +35,7 @@ def write(args: argparse.Namespace) -> str:
     return _whole(args.out, lambda out: _write(source, out, args))
 
 
+@torch.no_grad()
 def _write(source: Source, out: Path, args: argparse.Namespace) -> str:
     """Writes, reads it back with the program that it is for, and compares."""
     name = source.identity.name
@@ -48,7 +51,7 @@ def _write(source: Source, out: Path, args: argparse.Namespace) -> str:
     for count in (3, 1):
         image, text = source.examples(count)
         found = read(image, text)
-        own = features(source.model, image, text)
+        own = source.model(image, text)
         names = sorted(found)
         differences += [float((own[key] - found[key]).abs().max()) for key in found]
     worst = max(differences, key=lambda one: (one != one, one))  # NaN is the worst

@@ -82,7 +82,7 @@ def sheet(shown: Sequence[View], title: str, beside: int = 1):
     figure.suptitle(title, fontsize=8)
     parts = figure.subfigures(lines, beside, squeeze=False).ravel()
     for part, (name, caption, found) in zip(parts, shown, strict=True):
-        text = textwrap.shorten(caption or f"{name}, without a caption", 28 * columns, placeholder="...")
+        text = textwrap.shorten(caption or f"{name}, without a caption", 24 * columns, placeholder="...")
         part.suptitle(text, x=0.01, ha="left", fontsize=8, weight="bold", parse_math=False)
         for column, axes in enumerate(part.subplots(rows, columns, squeeze=False).T):
             panel = found[column]

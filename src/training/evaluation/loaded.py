@@ -50,9 +50,7 @@ def load_model(
     Raises UserError: no such model, or weights that cannot be had, do not fit or are not finite.
     """
     with told():
-        found = pretrained.find(
-            options.model, options.pretrained, ema=options.ema, told_identity=checkpoint_identity
-        )
+        found = pretrained.find(options.model, options.pretrained, ema=options.ema, told_identity=checkpoint_identity)
         options.model = found.identity.name
         changes = {name: getattr(options, name) for name in ("force_image_size", "text_tokenizer")}
         identity = identities.changed(found.identity, **changes)

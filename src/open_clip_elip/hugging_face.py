@@ -101,7 +101,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "architecture" in found:
         what = f"it is timm's {found['architecture']}, an image tower without a text tower"
-        raise ValueError(f"{what}; as a start for ALBEF or BLIP, give its file of weights in --start-image")
+        raise ValueError(f"{what}; only ALBEF and BLIP start from timm's ViTs, with --start-image FILE")
     if (kind := found.get("model_type")) is None:
         raise ValueError("its config.json is not of transformers, and there is no open_clip_config.json")
     if kind != "clip":

@@ -150,7 +150,7 @@ def _own_names(state: dict[str, Tensor], model: nn.Module, source: str) -> dict[
         )
     elif any(key.endswith("blocks.0.attn.qkv.weight") and "visual." not in key for key in state):
         what = f"{source} is an image tower of timm's, without a text tower"
-        raise ModelError(f"{what}; as a start for ALBEF or BLIP, give it in --start-image.")
+        raise ModelError(f"{what}; only ALBEF and BLIP start from timm's ViTs, with --start-image FILE.")
     state = convert_state_dict(model, state)
     if not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state) if "positional_embedding" in state else state

@@ -88,17 +88,19 @@ def load(
     if tower_only:
         missing = [key for key in new if key.startswith("visual.") and not _PROJECTION.match(key)]
         unknown = [key for key in unused if key.startswith("visual.")]
-    problems = [
-        f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
-        for key, value in state.items() if key in own and value.shape != own[key].shape
-    ]  # fmt: skip
-    problems += [f"{key} is missing" for key in missing] + [f"{key} is unknown to the model" for key in unknown]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise ModelError(f"{source} does not fit {name}: {problems[0]}{more}; check --model and --pretrained.")
+    if wrong := misfits(state, own, missing, unknown):
+        raise ModelError(f"{source} does not fit {name}: {wrong}; check --model and --pretrained.")
     loaded = {key: value for key, value in state.items() if key in own}
     model.load_state_dict(loaded, strict=False)
     return Report(source, list(loaded), resized, unused, new, notes)
+
+
+def misfits(state: Mapping[str, Any], own: Mapping[str, Tensor], missing: list[str], unknown: list[str]) -> str:
+    """What keeps a state dict from fitting a model's `own`: the first, and how many more; "" if nothing does."""
+    shapes = [(key, _shape(value), _shape(own[key])) for key, value in state.items() if key in own]
+    found = [f"{key} is {there} there and {here} in the model" for key, there, here in shapes if there != here]
+    found += [f"{key} is missing" for key in missing] + [f"{key} is unknown to the model" for key in unknown]
+    return "".join(found[:1]) + (f" (and {len(found) - 1} more differences)" if len(found) > 1 else "")
 
 
 def check_finite(model: nn.Module, source: str) -> None:
@@ -114,8 +116,7 @@ def _notes(
 ) -> list[str]:
     """What the names in a file tell beside the weights that are taken from it."""
     notes = []
-    quick = any(isinstance(module, QuickGELU) for module in model.modules())
-    if "input_resolution" in state and not quick:
+    if "input_resolution" in state and not any(isinstance(module, QuickGELU) for module in model.modules()):
         notes.append(f"{source} is OpenAI's, whose models are trained with QuickGELU: add --force-quick-gelu.")
     described = "model" in content or name.startswith("local-dir:")
     if not described and any("pre_layrnorm" in key for key in state):  # of transformers
@@ -195,5 +196,5 @@ def _load_big_vision(model: nn.Module, path: str, name: str) -> Report:
     return Report(path, list(model.state_dict()))
 
 
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape)) or "a scalar"
+def _shape(value: Any) -> str:
+    return "x".join(map(str, value.shape)) or "a scalar" if isinstance(value, Tensor) else type(value).__name__

@@ -64,15 +64,14 @@ def find(
         name = trained_as.name
     identity = None if trained_as is None else identities.sibling(trained_as, name)
     identity = identity or identities.describe(name, pretrained=pretrained)
+    if ema:  # before anything is downloaded
+        content = (content or {}).get("ema")
+        if not content:
+            raise ModelError(f"{pretrained or name} has no averaged weights; leave out --ema.")
     source = weights.find(name, pretrained)
     if source is None:
         raise ModelError(f"{name} brings no weights along; give them with --pretrained.")
     if trained_as is not None and (other := identities.differences(trained_as, identity)):
         trained = f"{trained_as.name} with {', '.join(other)}"
         logging.warning(f"{source} was trained as {trained}, which {name} does not keep; leave out --model to keep it.")
-    content = weights.read(source) if content is None else content
-    if ema:
-        content = content.get("ema")
-        if not content:
-            raise ModelError(f"{source} has no averaged weights; leave out --ema.")
-    return Pretrained(identity, source, content)
+    return Pretrained(identity, source, weights.read(source) if content is None else content)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves_with_path
 from open_clip_elip import weights
 from open_clip_elip.adapters import is_adapter
 from open_clip_elip.identity import ModelError
+from open_clip_elip.loading import misfits
 
 from .ema import Ema
 from .errors import UserError, reason
@@ -194,20 +195,12 @@ def _fitting(model: nn.Module, state_dict: dict[str, Tensor], source: str | Path
     """The state dict under the model's own names, without DDP's `module.`; UserError names the first that differs."""
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
     own = model.state_dict()
-    found = {k: (_shape(v), _shape(own[k])) for k, v in state_dict.items() if k in own}
-    problems = [f"{k} is {there} there and {here} in the model" for k, (there, here) in found.items() if there != here]
-    problems += [f"{k} is missing" for k in own if k not in state_dict]
-    problems += [f"{k} is unknown to the model" for k in state_dict if k not in own]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+    missing, unknown = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
+    if wrong := misfits(state_dict, own, missing, unknown):
         advice = "check --model, and the flags that change it"
         if {*filter(is_adapter, state_dict)} != {*filter(is_adapter, own)}:
             advice = "check --adapter and --adapter-rank"
         if ("head.weight" in state_dict) != ("head.weight" in own):
             advice = "one of them has a classifier's head (training.finetune) and the other one has not"
-        raise UserError(f"The checkpoint {source} does not fit this model: {problems[0]}{more}; {advice}.")
+        raise UserError(f"The checkpoint {source} does not fit this model: {wrong}; {advice}.")
     return state_dict
-
-
-def _shape(value: Any) -> str:
-    return "x".join(map(str, value.shape)) or "a scalar" if isinstance(value, Tensor) else type(value).__name__
